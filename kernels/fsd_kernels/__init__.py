@@ -1,0 +1,26 @@
+"""Fused linear-CKA, Gram-matrix and k-means operations on transformer features; torch and Triton only.
+
+Every op takes ``backend`` in {"auto", "triton", "eager", "reference"}: see ``fsd_kernels._backend``. Each op
+is a folder that holds the plain formula (``reference``), the restructured torch operations (``eager``) and
+the fused kernels (``triton``); an implementation is imported when it is first asked for, so that importing
+this package needs torch alone.
+"""
+
+from fsd_kernels.gram import GramBasis, frozen_gram, gram
+from fsd_kernels.intra_cka import IntraCKA, intra_cka
+
+from fsd_kernels.kmeans import assign, update
+from fsd_kernels.structure import InterStructure, inter_structure, structure
+
+__all__ = [
+    "GramBasis",
+    "InterStructure",
+    "IntraCKA",
+    "assign",
+    "frozen_gram",
+    "gram",
+    "inter_structure",
+    "intra_cka",
+    "structure",
+    "update",
+]

@@ -1,0 +1,43 @@
+"""Argument checks shared by the ops. Every error names the argument, what it was and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_features(name: str, features: Tensor, ndim: int, layout: str) -> None:
+    """Check that ``features`` is a floating tensor of ``ndim`` axes, described to the user by ``layout``."""
+    if not isinstance(features, Tensor):
+        raise TypeError(f"{name}: expected a tensor {layout}, got {type(features).__name__}")
+    if features.ndim != ndim:
+        raise ValueError(f"{name}: expected {layout}, got shape {list(features.shape)}")
+    if features.dtype not in FEATURE_DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FEATURE_DTYPES)
+        raise TypeError(f"{name}: expected one of {names}, got {features.dtype}")
+
+
+def check_mask(mask: Tensor | None, batch: int, rows: int, device: torch.device) -> Tensor | None:
+    """Return an attention mask ``[B, S]`` as booleans (True = keep), or None."""
+    if mask is None:
+        return None
+    if tuple(mask.shape) != (batch, rows):
+        raise ValueError(
+            f"mask: expected [B, S] = [{batch}, {rows}] like the features, got {list(mask.shape)}"
+        )
+    if mask.device != device:
+        raise ValueError(f"mask: on {mask.device}, but the features are on {device}")
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def check_same_device(tensors: Sequence[tuple[str, Tensor]]) -> torch.device:
+    """Check that all named tensors are on one device and return it."""
+    first_name, first = tensors[0]
+    for name, tensor in tensors[1:]:
+        if tensor.device != first.device:
+            raise ValueError(f"{name}: on {tensor.device}, but {first_name} is on {first.device}")
+    return first.device

@@ -1,0 +1,166 @@
+"""``gram``: the one small matrix from which every between-sample structure is read.
+
+    Z = [m_1 - mu_m, ..., m_K - mu_m, mu_m,  h_1 - mu_h, ..., h_B - mu_h, mu_h],   Gamma = Z Z^T
+
+with m the K rows of a memory, h the flattened features of B samples and mu their means over rows. Rows are
+centred before they are rounded or multiplied, so a large offset common to all samples does not drown the
+differences between them; the two mean rows keep what centring removes, so every raw inner product, norm
+and distance is still a sum of entries of Gamma. The diagonal blocks are the centred Gram matrices of CKA.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fsd_kernels._backend import implementation, resolve_backend
+from fsd_kernels._checks import check_features, check_mask, check_same_device
+
+
+class GramBasis(NamedTuple):
+    """A constant memory together with its own block of Gamma, which then is never computed again."""
+
+    memory: Tensor
+    """[K, F]."""
+    gram: Tensor
+    """[K + 1, K + 1], float32 (float64 for a float64 memory)."""
+
+
+@torch.library.custom_op("fsd_kernels::gram_forward", mutates_args=())
+def _forward(
+    features: Tensor, memory: Tensor | None, memory_gram: Tensor | None, mask: Tensor | None, backend: str
+) -> Tensor:
+    with torch.autocast(features.device.type, enabled=False):
+        return implementation("gram", backend).forward(features, memory, memory_gram, mask)
+
+
+@_forward.register_fake
+def _(
+    features: Tensor, memory: Tensor | None, memory_gram: Tensor | None, mask: Tensor | None, backend: str
+) -> Tensor:
+    total = features.shape[0] + 1 + (0 if memory is None else memory.shape[0] + 1)
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    return features.new_empty((total, total), dtype=dtype)
+
+
+@torch.library.custom_op("fsd_kernels::gram_backward", mutates_args=())
+def _backward(
+    features: Tensor,
+    memory: Tensor | None,
+    mask: Tensor | None,
+    d_gram: Tensor,
+    need_features: bool,
+    need_memory: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(features.device.type, enabled=False):
+        return implementation("gram", backend).backward(
+            features, memory, mask, d_gram, (need_features, need_memory)
+        )
+
+
+@_backward.register_fake
+def _(
+    features: Tensor,
+    memory: Tensor | None,
+    mask: Tensor | None,
+    d_gram: Tensor,
+    need_features: bool,
+    need_memory: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    nothing = features.new_empty(0)
+    d_memory = torch.empty_like(memory) if memory is not None and need_memory else torch.empty_like(nothing)
+    return torch.empty_like(features) if need_features else nothing, d_memory
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, memory, _, mask, backend = inputs
+    ctx.backend, ctx.present = backend, (memory is not None, mask is not None)
+    ctx.save_for_backward(features, *(tensor for tensor in (memory, mask) if tensor is not None))
+
+
+def _autograd(ctx: Any, d_gram: Tensor) -> tuple[Tensor | None, ...]:
+    features, *rest = ctx.saved_tensors
+    memory = rest.pop(0) if ctx.present[0] else None
+    mask = rest.pop(0) if ctx.present[1] else None
+    needs = (ctx.needs_input_grad[0], ctx.present[0] and ctx.needs_input_grad[1])
+    d_features, d_memory = _backward(features, memory, mask, d_gram, *needs, ctx.backend)
+    return d_features if needs[0] else None, d_memory if needs[1] else None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def gram(
+    features: Tensor,
+    memory: Tensor | GramBasis | None = None,
+    mask: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Gamma = Z Z^T of stacked memory and features, each block centred and followed by its mean.
+
+    Args:
+        features: [B, S, D] or [B, F], differentiable. [B, S, D] is flattened to F = S * D.
+        memory: [K, F'], F' >= F, differentiable; features narrower than it end in zeros. A ``GramBasis`` (see
+            ``frozen_gram``) is a constant memory whose own block is copied instead of computed. None: no memory.
+        mask: [B, S], 1 = keep; needs [B, S, D] features. Dropped positions count as zeros, whatever they hold.
+        backend: "auto", "triton", "eager" or "reference".
+
+    Returns:
+        [N, N] float32 (float64 for float64 features) with N = (K + 1) + (B + 1), or B + 1 without a memory.
+
+    Raises:
+        TypeError: An argument is not a floating tensor.
+        ValueError: Shapes or devices do not fit.
+    """
+    flat, kept = flatten_features(features, mask)
+    basis = memory if isinstance(memory, GramBasis) else None
+    rows = basis.memory if basis is not None else memory
+    known = basis.gram if basis is not None else None
+    if rows is not None:
+        assert isinstance(rows, Tensor)
+        check_features("memory", rows, 2, "[K, F]")
+        check_same_device([("features", features), ("memory", rows)])
+        if rows.shape[1] < flat.shape[1] or rows.shape[0] < 1:
+            raise ValueError(
+                f"memory: expected [K, F] with K >= 1 and F >= {flat.shape[1]} like the features, "
+                f"got {list(rows.shape)}"
+            )
+        if basis is not None:
+            rows = rows.detach()
+    if known is not None and known.shape != (rows.shape[0] + 1, rows.shape[0] + 1):  # type: ignore[union-attr]
+        raise ValueError(f"memory.gram: expected [K + 1, K + 1], got {list(known.shape)}")
+    chosen = resolve_backend(backend, features.device, "gram")
+    if chosen == "reference":
+        return implementation("gram", "reference").forward(flat, rows, kept)
+    return _forward(flat, rows, known, kept, chosen)
+
+
+def flatten_features(features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Check features [B, S, D] or [B, F] with mask [B, S]; return them as [B, F] with a boolean mask."""
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        check_features("features", features, 3, "[B, S, D] or [B, F]")
+        batch, rows, _ = features.shape
+        return features.flatten(1), check_mask(mask, batch, rows, features.device)
+    check_features("features", features, 2, "[B, S, D] or [B, F]")
+    if mask is not None:
+        raise ValueError("mask: needs features [B, S, D], got [B, F]: where tokens begin is not known")
+    return features, None
+
+
+def frozen_gram(memory: Tensor, *, backend: str | None = None) -> GramBasis:
+    """Compute, once, what ``gram`` needs of a memory [K, F] that never changes.
+
+    Raises:
+        TypeError: ``memory`` is not a floating tensor.
+        ValueError: ``memory`` is not [K, F] with K >= 1.
+    """
+    check_features("memory", memory, 2, "[K, F]")
+    if memory.shape[0] < 1:
+        raise ValueError(f"memory: expected [K, F] with K >= 1, got {list(memory.shape)}")
+    memory = memory.detach()
+    return GramBasis(memory, gram(memory, backend=backend))

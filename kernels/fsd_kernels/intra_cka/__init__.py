@@ -1,0 +1,145 @@
+"""``intra_cka``: linear CKA between the tokens of student and teacher, sample by sample [paper, eq. 6].
+
+``intra_cka(student, teacher, mask)`` returns 1 - CKA and -log CKA for every layer pair and sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fsd_kernels._backend import implementation, resolve_backend
+from fsd_kernels._checks import check_features, check_mask, check_same_device
+
+
+class IntraCKA(NamedTuple):
+    """What ``intra_cka`` returns, [P, B] each: P layer pairs, B samples."""
+
+    distance: Tensor
+    """1 - CKA, in [0, 1]."""
+    neg_log: Tensor
+    """-log CKA, in [0, -log 1e-8]."""
+
+
+@torch.library.custom_op("fsd_kernels::intra_cka_forward", mutates_args=())
+def _forward(
+    students: Sequence[Tensor], teachers: Sequence[Tensor], mask: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(students[0].device.type, enabled=False):
+        return implementation("intra_cka", backend).forward(students, teachers, mask)
+
+
+@_forward.register_fake
+def _(
+    students: Sequence[Tensor], teachers: Sequence[Tensor], mask: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, rows = students[0].shape[:2]
+    dtype = torch.float64 if students[0].dtype == torch.float64 else torch.float32
+    values = students[0].new_empty((len(students), batch), dtype=dtype)
+    gradient = students[0].new_empty((len(students), batch, rows, rows), dtype=dtype)
+    return values, torch.empty_like(values), gradient
+
+
+@torch.library.custom_op("fsd_kernels::intra_cka_backward", mutates_args=())
+def _backward(
+    students: Sequence[Tensor], mask: Tensor | None, gradient: Tensor, coefficient: Tensor, backend: str
+) -> list[Tensor]:
+    with torch.autocast(students[0].device.type, enabled=False):
+        return implementation("intra_cka", backend).backward(students, mask, gradient, coefficient)
+
+
+@_backward.register_fake
+def _(
+    students: Sequence[Tensor], mask: Tensor | None, gradient: Tensor, coefficient: Tensor, backend: str
+) -> list[Tensor]:
+    return [torch.empty_like(student, memory_format=torch.contiguous_format) for student in students]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    students, teachers, mask, backend = inputs
+    _, neg_log, gradient = output
+    ctx.mark_non_differentiable(gradient)
+    ctx.set_materialize_grads(False)
+    ctx.backend, ctx.masked, ctx.teachers = backend, mask is not None, len(teachers)
+    ctx.save_for_backward(neg_log, gradient, *([mask] if mask is not None else []), *students)
+
+
+def _autograd(ctx: Any, d_distance: Tensor | None, d_neg_log: Tensor | None, _: None) -> tuple[Any, ...]:
+    neg_log, gradient, *rest = ctx.saved_tensors
+    mask, students = (rest[0], rest[1:]) if ctx.masked else (None, rest)
+    # d distance = -d CKA and d(-log CKA) = -d CKA / CKA. Where -log CKA sits on its floor it is constant.
+    coefficient = torch.zeros_like(neg_log)
+    if d_distance is not None:
+        coefficient = coefficient - d_distance
+    if d_neg_log is not None:
+        floored = neg_log >= _FLOORED
+        coefficient = coefficient - torch.where(floored, 0.0, d_neg_log * torch.exp(neg_log))
+    return _backward(students, mask, gradient, coefficient, ctx.backend), [None] * ctx.teachers, None, None
+
+
+# -log(1e-8), less the rounding of a float32 logarithm.
+_FLOORED = 18.42068
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _as_list(name: str, features: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    layers = [features] if isinstance(features, Tensor) else list(features)
+    if not layers:
+        raise ValueError(f"{name}: expected at least one layer, got an empty sequence")
+    for i, layer in enumerate(layers):
+        check_features(f"{name}[{i}]" if len(layers) > 1 else name, layer, 3, "[B, S, D]")
+    return layers
+
+
+def intra_cka(
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    mask: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> IntraCKA:
+    """Linear CKA between the tokens of student and teacher, for every layer pair and sample.
+
+    CKA = <K_c, L_c> / (|K_c| |L_c|) with K_c, L_c the centred S x S Gram matrices of the teacher's and the
+    student's token features [paper, eq. 4-6]. A sample without structure on either side (fewer than two
+    kept rows, or rows that are equal up to rounding) has distance 0, -log CKA 0 and gradient 0.
+
+    Args:
+        student: [B, S, D_s], or P such tensors (layers), all with the same B, S, dtype and device. Differentiable.
+        teacher: [B, S, D_t], or as many. A constant: no gradient flows into it.
+        mask: [B, S], 1 = keep. Dropped rows touch neither value nor gradient, whatever they hold.
+        backend: "auto", "triton", "eager" or "reference".
+
+    Returns:
+        ``IntraCKA(distance, neg_log)``: 1 - CKA and -log CKA, [P, B], float32 (float64 for float64 input).
+
+    Raises:
+        TypeError: An argument is not a floating tensor.
+        ValueError: Shapes, the number of layers, dtypes within one side, or devices do not fit.
+    """
+    students, teachers = _as_list("student", student), _as_list("teacher", teacher)
+    if len(students) != len(teachers):
+        raise ValueError(f"teacher: expected {len(students)} layers like the student, got {len(teachers)}")
+    batch, rows = students[0].shape[:2]
+    for name, layers in (("student", students), ("teacher", teachers)):
+        for i, layer in enumerate(layers):
+            if layer.shape[:2] != (batch, rows):
+                raise ValueError(
+                    f"{name}[{i}]: expected [{batch}, {rows}, D] like student[0], got {list(layer.shape)}"
+                )
+            if layer.dtype != layers[0].dtype:
+                raise TypeError(f"{name}[{i}]: expected {layers[0].dtype} like {name}[0], got {layer.dtype}")
+    device = check_same_device([("student", students[0]), *(("student", s) for s in students[1:])])
+    check_same_device([("student", students[0]), *(("teacher", t) for t in teachers)])
+    kept = check_mask(mask, batch, rows, device)
+    teachers = [layer.detach() for layer in teachers]
+    chosen = resolve_backend(backend, device, "intra_cka")
+    if chosen == "reference":
+        distance, neg_log = implementation("intra_cka", "reference").forward(students, teachers, kept)
+        return IntraCKA(distance, neg_log)
+    distance, neg_log, _ = _forward(students, teachers, kept, chosen)
+    return IntraCKA(distance, neg_log)

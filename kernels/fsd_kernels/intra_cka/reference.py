@@ -1,0 +1,69 @@
+"""Intra-feature CKA, written as the formula reads; any dtype, float64 for truth.
+
+For one sample with W tokens, X [W, D_t] of the teacher and Y [W, D_s] of the student:
+
+    K = X X^T,  L = Y Y^T,  C = I - 1 1^T / W,  K_c = C K C,  L_c = C L C
+    HSIC(K, L) = tr(K_c L_c) / (W - 1)^2
+    CKA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))
+
+Gradients come from autograd. Rows that the mask drops are cut out before anything is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# CKA of linear kernels is >= 0, and 0 where two structures share nothing: -log keeps a floor under it.
+CKA_FLOOR = 1e-8
+
+
+def centering_matrix(rows: int, like: Tensor) -> Tensor:
+    """C = I - 1 1^T / n."""
+    identity = torch.eye(rows, dtype=like.dtype, device=like.device)
+    return identity - torch.ones_like(identity) / rows
+
+
+def hsic(gram_x: Tensor, gram_y: Tensor) -> Tensor:
+    """HSIC(K, L) = tr(C K C C L C) / (n - 1)^2 of two Gram matrices [n, n]."""
+    rows = gram_x.shape[0]
+    centering = centering_matrix(rows, gram_x)
+    centred_x = centering @ gram_x @ centering
+    centred_y = centering @ gram_y @ centering
+    return torch.trace(centred_x @ centred_y) / (rows - 1) ** 2
+
+
+def has_structure(features: Tensor) -> bool:
+    """Whether rows differ at all: at least two, and not constant up to rounding."""
+    rows = features.shape[0]
+    if rows < 2 or features.shape[1] == 0:
+        return False
+    mean = features.mean(dim=0, keepdim=True)
+    energy = (features - mean).square().sum()
+    rounding = (8 * torch.finfo(features.dtype).eps) ** 2 * rows * mean.square().sum()
+    return bool(energy > rounding)
+
+
+def sample_cka(student: Tensor, teacher: Tensor) -> Tensor:
+    """CKA of the kept rows of one sample, student [n, D_s] and teacher [n, D_t]; 1 without structure."""
+    if not (has_structure(student) and has_structure(teacher)):
+        return torch.ones((), dtype=student.dtype, device=student.device)
+    gram_s, gram_t = student @ student.T, teacher @ teacher.T
+    return hsic(gram_t, gram_s) / torch.sqrt(hsic(gram_t, gram_t) * hsic(gram_s, gram_s))
+
+
+def forward(
+    students: Sequence[Tensor], teachers: Sequence[Tensor], mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return (1 - CKA, -log CKA), each [P, B], for P layer pairs of [B, S, D] features."""
+    pairs = []
+    for student, teacher in zip(students, teachers, strict=True):
+        values = []
+        for i in range(student.shape[0]):
+            kept = slice(None) if mask is None else mask[i]
+            values.append(sample_cka(student[i][kept], teacher[i][kept].to(student.dtype)))
+        pairs.append(torch.stack(values) if values else student.new_zeros(0))
+    cka = torch.stack(pairs)
+    return 1 - cka, -torch.log(cka.clamp(min=CKA_FLOOR))

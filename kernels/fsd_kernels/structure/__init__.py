@@ -1,0 +1,158 @@
+"""``structure``: every between-sample loss, read off two small Gamma matrices; ``inter_structure``: from features.
+
+L_L compares the samples of a batch with each other; F_MM the centroids of two memories with each other; F^E
+and F^C each sample with each centroid. All four are sums over entries of Gamma (``fsd_kernels.gram``), so
+the features are read once forward and once backward, whichever of the four are used.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fsd_kernels._backend import implementation, resolve_backend
+from fsd_kernels._checks import check_features, check_same_device
+from fsd_kernels.gram import GramBasis, flatten_features, gram
+
+
+class InterStructure(NamedTuple):
+    """The between-sample structures; scalars, float32 (float64 for float64 features)."""
+
+    local: Tensor
+    """L_L = -log CKA of the batch's samples."""
+    memory_cka: Tensor
+    """F_MM = -log CKA of the two memories."""
+    distance: Tensor
+    """F^E = mean (d_T - d_S)^2 over samples and centroids, d the Euclidean distance."""
+    cosine: Tensor
+    """F^C = the same with the cosine similarity."""
+
+
+@torch.library.custom_op("fsd_kernels::structure_forward", mutates_args=())
+def _forward(student: Tensor, teacher: Tensor, num_centroid: int, backend: str) -> tuple[Tensor, Tensor]:
+    return implementation("structure", backend).forward(student, teacher, num_centroid)
+
+
+@_forward.register_fake
+def _(student: Tensor, teacher: Tensor, num_centroid: int, backend: str) -> tuple[Tensor, Tensor]:
+    return student.new_empty(4), student.new_empty((4, *student.shape))
+
+
+@torch.library.custom_op("fsd_kernels::structure_backward", mutates_args=())
+def _backward(gradients: Tensor, d_values: Tensor, backend: str) -> Tensor:
+    with torch.autocast(gradients.device.type, enabled=False):
+        return implementation("structure", backend).backward(gradients, d_values)
+
+
+@_backward.register_fake
+def _(gradients: Tensor, d_values: Tensor, backend: str) -> Tensor:
+    return gradients.new_empty(gradients.shape[1:])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.backend = inputs[3]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _autograd(ctx: Any, d_values: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+    (gradients,) = ctx.saved_tensors
+    return _backward(gradients, d_values, ctx.backend), None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def structure(
+    student: Tensor, teacher: Tensor, num_centroid: int = 0, *, backend: str | None = None
+) -> InterStructure:
+    """L_L, F_MM, F^E and F^C of two Gamma matrices as ``gram`` returns them [paper, eq. 7-10].
+
+    Where a block has no structure (fewer than two rows, or rows equal up to rounding) its -log CKA is 0 with
+    gradient 0. A Euclidean distance of 0 passes no gradient; the cosine with the zero vector is 0 and passes none.
+
+    Args:
+        student: [N, N], float32 or float64, symmetric, N = (num_centroid + 1) + (B + 1), or B + 1 without
+            centroids. Differentiable.
+        teacher: [N, N], a constant.
+        num_centroid: K, the rows of the memories that the matrices were made with; 0: no memory.
+        backend: "auto", "triton", "eager" or "reference".
+
+    Returns:
+        ``InterStructure``; without centroids its last three are 0.
+
+    Raises:
+        TypeError: A matrix is not a floating tensor.
+        ValueError: Shapes or devices do not fit.
+    """
+    check_features("student", student, 2, "[N, N]")
+    least = num_centroid + 2 if num_centroid else 1
+    if student.shape[0] != student.shape[1] or student.shape[0] < least:
+        raise ValueError(f"student: expected [N, N] with N >= {least}, got {list(student.shape)}")
+    if teacher.shape != student.shape or teacher.dtype != student.dtype:
+        raise ValueError(
+            f"teacher: expected {list(student.shape)} {student.dtype} like the student, "
+            f"got {list(teacher.shape)} {teacher.dtype}"
+        )
+    check_same_device([("student", student), ("teacher", teacher)])
+    teacher = teacher.detach()
+    chosen = resolve_backend(backend, student.device, "structure")
+    if chosen == "reference":
+        return InterStructure(*implementation("structure", chosen).forward(student, teacher, num_centroid))
+    return InterStructure(*_forward(student, teacher, num_centroid, chosen)[0].unbind())
+
+
+def inter_structure(
+    student: Tensor,
+    teacher: Tensor,
+    student_memory: Tensor | None = None,
+    teacher_memory: Tensor | GramBasis | None = None,
+    mask: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> InterStructure:
+    """L_L, F_MM, F^E and F^C of the features of a batch [paper, eq. 7-10].
+
+    Args:
+        student: [B, S, D_s] (or [B, F_s]), differentiable.
+        teacher: [B, S, D_t] (or [B, F_t]), a constant.
+        student_memory: [K, F] with F >= S * D_s, differentiable; features narrower than it end in zeros.
+        teacher_memory: [K, F] with F >= S * D_t, a constant; a ``GramBasis`` saves its own block.
+        mask: [B, S], 1 = keep. Dropped positions count as zeros, whatever they hold.
+        backend: "auto", "triton", "eager" or "reference" (the paper's formulas on the features themselves).
+
+    Returns:
+        ``InterStructure``; without memories its last three are 0.
+
+    Raises:
+        TypeError: An argument is not a floating tensor.
+        ValueError: Shapes or devices do not fit, or only one memory is given.
+    """
+    if (student_memory is None) != (teacher_memory is None):
+        raise ValueError("student_memory, teacher_memory: expected both or neither")
+    if student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            f"teacher: expected {student.shape[0]} samples like the student, got {teacher.shape[0]}"
+        )
+    chosen = resolve_backend(backend, student.device, "structure")
+    teacher = teacher.detach()
+    if chosen == "reference":
+        own, kept = flatten_features(student, mask)
+        given, _ = flatten_features(teacher, mask)
+        rows = teacher_memory.memory if isinstance(teacher_memory, GramBasis) else teacher_memory
+        reference = implementation("structure", chosen)
+        return InterStructure(*reference.inter_structure(own, given, student_memory, rows, kept))
+    num_centroid = 0
+    if student_memory is not None and teacher_memory is not None:
+        num_centroid = student_memory.shape[0]
+        rows = teacher_memory.memory if isinstance(teacher_memory, GramBasis) else teacher_memory
+        if rows.shape[0] != num_centroid:
+            raise ValueError(
+                f"teacher_memory: expected {num_centroid} centroids like student_memory, got {len(rows)}"
+            )
+    with torch.no_grad():
+        gamma_t = gram(teacher, teacher_memory, mask, backend=chosen)
+    gamma_s = gram(student, student_memory, mask, backend=chosen)
+    return structure(gamma_s, gamma_t.to(gamma_s.dtype), num_centroid, backend=chosen)

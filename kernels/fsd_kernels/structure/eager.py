@@ -1,0 +1,135 @@
+"""The between-sample structures read off two small Gamma matrices, with their gradients, by torch operations.
+
+Gamma = Z Z^T of Z = [centred memory, its mean mu_m, centred features, their mean mu_h] (``fsd_kernels.gram``).
+
+L_L and F_MM, from a diagonal block with A = K_c / |K_c|, B = L_c / |L_c| (teacher, student):
+
+    delta = 1 - CKA = 1/2 |A - B|^2,   loss = -log1p(-delta),   G = d CKA / d L_c = ((A - B) + delta B) / |L_c|
+
+F^E and F^C, with q_ij = |h_i - m_j|^2, u_i = |h_i|^2, v_j = |m_j|^2 summed from entries of Gamma, a = sqrt(u),
+b = sqrt(v), r = a - b = (u - v) / (a + b):
+
+    1 - cos_ij = (q_ij - r^2) / (2 a b)                  no difference of two numbers near 1
+    d(1 - cos)/dq = 1 / (2 a b),  d/du = -(r / b + 1 - cos) / (2 u),  d/dv = (r / a - (1 - cos)) / (2 v)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CKA_FLOOR = 1e-8
+
+
+def _neg_log_cka(student: Tensor, teacher: Tensor, block: slice, mean: int) -> tuple[Tensor, Tensor]:
+    """-log CKA of one diagonal block and its gradient with respect to the student's block."""
+    rows = block.stop - block.start
+    units, norms, exists = [], [], torch.ones((), dtype=torch.bool, device=student.device)
+    for gamma in (student, teacher):
+        centred = gamma[block, block]
+        energy = centred.diagonal().sum()
+        rounding = (8 * torch.finfo(gamma.dtype).eps) ** 2 * rows * gamma[mean, mean]
+        here = (energy > rounding) & (rows > 1)
+        # Dividing by the trace first keeps fourth powers of the features out of overflow and underflow.
+        centred = centred * torch.where(here, 1 / energy, 0.0)
+        norm = centred.square().sum().sqrt()
+        units.append(centred * torch.where(here, 1 / norm, 0.0))
+        norms.append(norm * energy)
+        exists = exists & here
+    difference = units[1] - units[0]
+    delta = 0.5 * difference.square().sum()
+    cka = (units[1] * units[0]).sum()
+    near = delta < 0.5
+    value = torch.where(
+        near, -torch.log1p(-torch.where(near, delta, 0.0)), -torch.log(cka.clamp(min=CKA_FLOOR))
+    )
+    scale = torch.where(exists & (cka > CKA_FLOOR), -1 / (cka.clamp(min=CKA_FLOOR) * norms[0]), 0.0)
+    return torch.where(exists, value, 0.0), (difference + delta * units[0]) * scale
+
+
+class _Distances:
+    """Euclidean and cosine distances between samples and centroids, [B, K], of one side's Gamma."""
+
+    def __init__(self, gamma: Tensor, num_centroid: int) -> None:
+        k, m = num_centroid, slice(0, num_centroid)
+        h = slice(k + 1, gamma.shape[0] - 1)
+        squares = gamma.diagonal()
+        to_m, to_h = gamma[k], gamma[-1]
+        # q = |(h_c + mu_h) - (m_c + mu_m)|^2, with the difference of the means expanded.
+        shift_h = to_h[h] - to_m[h]
+        shift_m = to_h[m] - to_m[m]
+        shift = to_h[-1] - 2 * to_h[k] + to_m[k]
+        q = (squares[h] + 2 * shift_h + shift)[:, None] + (squares[m] - 2 * shift_m) - 2 * gamma[h, m]
+        u = (squares[h] + 2 * to_h[h] + to_h[-1]).clamp(min=0)[:, None]
+        v = (squares[m] + 2 * to_m[m] + to_m[k]).clamp(min=0)[None]
+        self.u_minus_v = (
+            (squares[h] + 2 * to_h[h])[:, None] - (squares[m] + 2 * to_m[m]) + (to_h[-1] - to_m[k])
+        )
+        self.square = q.clamp(min=0)
+        self.euclidean = self.square.sqrt()
+        self.a, self.b = u.sqrt(), v.sqrt()
+        self.defined = (self.a > 0) & (self.b > 0)
+        self.r = torch.where(self.defined, self.u_minus_v / (self.a + self.b), 0.0)
+        self.double_ab = torch.where(self.defined, 2 * self.a * self.b, 1.0)
+        # cos = 0 with the zero vector, so its distance is 1.
+        self.cosine = torch.where(self.defined, (self.square - self.r.square()) / self.double_ab, 1.0)
+
+
+def _scatter(d_q: Tensor, d_u: Tensor, d_v: Tensor, num_centroid: int) -> Tensor:
+    """Gradient with respect to Gamma of a function of q [B, K], u [B] and v [K], symmetric."""
+    batch, k = d_q.shape
+    total = batch + num_centroid + 2
+    m, h = slice(0, k), slice(k + 1, total - 1)
+    half = d_q.new_zeros((total, total))  # the result is half + half^T
+    rows, columns, whole = d_q.sum(dim=1), d_q.sum(dim=0), d_q.sum()
+    diagonal = half.diagonal()
+    diagonal[h] = 0.5 * (rows + d_u)
+    diagonal[m] = 0.5 * (columns + d_v)
+    half[h, m] = -d_q
+    half[-1, h] = rows + d_u
+    half[k, h] = -rows
+    half[-1, m] = -columns
+    half[k, m] = columns + d_v
+    half[-1, -1] = 0.5 * (whole + d_u.sum())
+    half[k, k] = 0.5 * (whole + d_v.sum())
+    half[-1, k] = -whole
+    return half + half.T
+
+
+def forward(student: Tensor, teacher: Tensor, num_centroid: int) -> tuple[Tensor, Tensor]:
+    """Return [L_L, F_MM, F^E, F^C] and their gradients [4, N, N] with respect to the student's Gamma."""
+    values = student.new_zeros(4)
+    gradients = student.new_zeros((4, *student.shape))
+    head = num_centroid + 1 if num_centroid else 0
+    batch = student.shape[0] - head - 1
+    samples = slice(head, head + batch)
+    if batch > 1:
+        values[0], gradients[0, samples, samples] = _neg_log_cka(student, teacher, samples, head + batch)
+    if not num_centroid:
+        return values, gradients
+    centroids = slice(0, num_centroid)
+    values[1], gradients[1, centroids, centroids] = _neg_log_cka(student, teacher, centroids, num_centroid)
+    if batch == 0:
+        return values, gradients
+    own, given = _Distances(student, num_centroid), _Distances(teacher, num_centroid)
+    pairs = batch * num_centroid
+
+    error = own.euclidean - given.euclidean
+    values[2] = error.square().mean()
+    d_square = torch.where(own.euclidean > 0, error / (own.euclidean * pairs), 0.0)
+    none_h, none_m = student.new_zeros(batch), student.new_zeros(num_centroid)
+    gradients[2] = _scatter(d_square, none_h, none_m, num_centroid)
+
+    error = own.cosine - given.cosine
+    values[3] = error.square().mean()
+    d_cosine = torch.where(own.defined, 2 * error / pairs, 0.0)
+    a, b = torch.where(own.defined, own.a, 1.0), torch.where(own.defined, own.b, 1.0)
+    d_u = (-d_cosine * (own.r / b + own.cosine) / (2 * a.square())).sum(dim=1)
+    d_v = (d_cosine * (own.r / a - own.cosine) / (2 * b.square())).sum(dim=0)
+    gradients[3] = _scatter(d_cosine / own.double_ab, d_u, d_v, num_centroid)
+    return values, gradients
+
+
+def backward(gradients: Tensor, d_values: Tensor) -> Tensor:
+    """Return dGamma [N, N] of the student: the four gradients weighted by the upstream gradient [4]."""
+    return torch.tensordot(d_values.to(gradients.dtype), gradients, dims=1)

@@ -1,0 +1,143 @@
+"""The between-sample structures, written as the paper's formulas read; any dtype, float64 for truth.
+
+With h the flattened features of B samples [B, F], m the K centroids of a memory [K, F], T teacher, S student:
+
+    L_L  = -log CKA(h_T, h_S)                                  local inter-feature, rows are samples
+    F_MM = -log CKA(m_T, m_S)                                  rows are centroids
+    F^E  = mean_ij (d(h_T_i, m_T_j) - d(h_S_i, m_S_j))^2       d: Euclidean distance
+    F^C  = the same with d: cosine similarity
+
+Gradients come from autograd. ``structure`` states the same four on Gamma matrices (see ``fsd_kernels.gram``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CKA_FLOOR = 1e-8
+
+
+def hsic(gram_x: Tensor, gram_y: Tensor) -> Tensor:
+    """HSIC(K, L) = tr(C K C C L C) / (n - 1)^2 of two Gram matrices [n, n], C = I - 1 1^T / n."""
+    rows = gram_x.shape[0]
+    identity = torch.eye(rows, dtype=gram_x.dtype, device=gram_x.device)
+    centering = identity - torch.ones_like(identity) / rows
+    return torch.trace(centering @ gram_x @ centering @ gram_y) / (rows - 1) ** 2
+
+
+def has_structure(rows: Tensor) -> bool:
+    """Whether rows [n, F] differ at all: at least two, and not constant up to rounding."""
+    if rows.shape[0] < 2 or rows.shape[1] == 0:
+        return False
+    mean = rows.mean(dim=0, keepdim=True)
+    energy = (rows - mean).square().sum()
+    return bool(energy > (8 * torch.finfo(rows.dtype).eps) ** 2 * rows.shape[0] * mean.square().sum())
+
+
+def neg_log_cka(student: Tensor, teacher: Tensor) -> Tensor:
+    """-log CKA of [n, F_S] and [n, F_T]; 0 where one of them has no structure."""
+    if not (has_structure(student) and has_structure(teacher)):
+        return student.new_zeros(())
+    gram_s, gram_t = student @ student.T, teacher @ teacher.T
+    cka = hsic(gram_t, gram_s) / torch.sqrt(hsic(gram_t, gram_t) * hsic(gram_s, gram_s))
+    return -torch.log(cka.clamp(min=CKA_FLOOR))
+
+
+def cosine_similarity(rows: Tensor, others: Tensor) -> Tensor:
+    """cos(x_i, y_j), [n, m]; 0 where one of the two is the zero vector."""
+    lengths = torch.linalg.vector_norm(rows, dim=1)[:, None] * torch.linalg.vector_norm(others, dim=1)
+    defined = lengths > 0
+    return torch.where(defined, (rows @ others.T) / torch.where(defined, lengths, 1.0), 0.0)
+
+
+def euclidean_distance(rows: Tensor, others: Tensor) -> Tensor:
+    """|x_i - y_j|, [n, m]."""
+    return torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def inter_structure(
+    student: Tensor,
+    teacher: Tensor,
+    student_memory: Tensor | None,
+    teacher_memory: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """Return [L_L, F_MM, F^E, F^C] of features [B, F]; without memories the last three are 0."""
+    if mask is not None:
+        student = student.masked_fill(~mask.repeat_interleave(student.shape[1] // mask.shape[1], dim=1), 0.0)
+        teacher = teacher.masked_fill(~mask.repeat_interleave(teacher.shape[1] // mask.shape[1], dim=1), 0.0)
+    teacher = teacher.to(student.dtype)
+    local = neg_log_cka(student, teacher)
+    if student_memory is None or teacher_memory is None:
+        return torch.stack([local, *torch.zeros_like(local).expand(3)])
+    student_memory, teacher_memory = student_memory.to(student.dtype), teacher_memory.to(student.dtype)
+    student = torch.nn.functional.pad(student, (0, student_memory.shape[1] - student.shape[1]))
+    teacher = torch.nn.functional.pad(teacher, (0, teacher_memory.shape[1] - teacher.shape[1]))
+    memory_cka = neg_log_cka(student_memory, teacher_memory)
+    if student.shape[0] == 0:
+        return torch.stack([local, memory_cka, *torch.zeros_like(local).expand(2)])
+    distance = (
+        euclidean_distance(teacher, teacher_memory) - euclidean_distance(student, student_memory)
+    ).square()
+    cosine = (
+        cosine_similarity(teacher, teacher_memory) - cosine_similarity(student, student_memory)
+    ).square()
+    return torch.stack([local, memory_cka, distance.mean(), cosine.mean()])
+
+
+def forward(student: Tensor, teacher: Tensor, num_centroid: int) -> Tensor:
+    """Return [L_L, F_MM, F^E, F^C] read off two Gamma matrices [N, N] in their own dtype."""
+    head = num_centroid + 1 if num_centroid else 0
+    batch = student.shape[0] - head - 1
+    samples = slice(head, head + batch)
+    local = _neg_log_cka_of_centred(student, teacher, samples, head + batch)
+    if not num_centroid:
+        return torch.stack([local, *torch.zeros_like(local).expand(3)])
+    memory_cka = _neg_log_cka_of_centred(student, teacher, slice(0, num_centroid), num_centroid)
+    if batch == 0:
+        return torch.stack([local, memory_cka, *torch.zeros_like(local).expand(2)])
+    raw_s, raw_t = _raw_products(student, num_centroid), _raw_products(teacher, num_centroid)
+    distance, cosine = [], []
+    for raw in (raw_s, raw_t):
+        squares = raw.diagonal()
+        product = raw[num_centroid:, :num_centroid]
+        both = squares[num_centroid:, None] + squares[None, :num_centroid] - 2 * product
+        positive = both > 0
+        distance.append(torch.where(positive, torch.where(positive, both, 1.0).sqrt(), 0.0))
+        lengths = (squares[num_centroid:, None] * squares[None, :num_centroid]).clamp(min=0)
+        defined = lengths > 0
+        cosine.append(torch.where(defined, product / torch.where(defined, lengths, 1.0).sqrt(), 0.0))
+    return torch.stack(
+        [
+            local,
+            memory_cka,
+            (distance[1] - distance[0]).square().mean(),
+            (cosine[1] - cosine[0]).square().mean(),
+        ]
+    )
+
+
+def _raw_products(gamma: Tensor, num_centroid: int) -> Tensor:
+    """<m_i, m_j>, <h_i, m_j>, <h_i, h_j> as one [K + B, K + B] matrix: the centred rows plus their means."""
+    total = gamma.shape[0]
+    samples = total - num_centroid - 2
+    lift = gamma.new_zeros((num_centroid + samples, total))
+    lift[:num_centroid, :num_centroid] = torch.eye(num_centroid, dtype=gamma.dtype)
+    lift[:num_centroid, num_centroid] = 1
+    lift[num_centroid:, num_centroid + 1 : -1] = torch.eye(samples, dtype=gamma.dtype)
+    lift[num_centroid:, -1] = 1
+    return lift @ gamma @ lift.T
+
+
+def _neg_log_cka_of_centred(student: Tensor, teacher: Tensor, block: slice, mean: int) -> Tensor:
+    """-log CKA of one diagonal block of two Gamma matrices: <K_c, L_c> / (|K_c| |L_c|)."""
+    rows = block.stop - block.start
+    for gamma in (student, teacher):
+        energy = gamma[block, block].diagonal().sum()
+        rounding = (8 * torch.finfo(gamma.dtype).eps) ** 2 * rows * gamma[mean, mean]
+        if rows < 2 or not bool(energy > rounding):
+            return student.new_zeros(())
+    centred_s, centred_t = student[block, block], teacher[block, block]
+    cka = (centred_t * centred_s).sum() / torch.sqrt(centred_t.square().sum() * centred_s.square().sum())
+    return -torch.log(cka.clamp(min=CKA_FLOOR))
