@@ -1,0 +1,78 @@
+"""The metrics of GLUE, computed offline with scikit-learn and SciPy.
+
+With predictions p and labels y over N samples:
+
+- accuracy: mean of [p = y]; f1: harmonic mean of precision and recall of class 1
+- matthews_correlation: correlation of p and y as 0/1 variables
+- pearson, spearmanr: correlation of p and y, and of their ranks
+- combined_score: the mean of a task's metrics, where it has more than one
+
+Classes are predicted as the argmax of the logits `[N, C]`; a regression's score is its one logit.
+"""
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from fsd_fast.data.tasks import Task
+
+_Array = npt.NDArray[np.float64]
+
+
+def _correlation(name: str, predictions: _Array, labels: _Array) -> float:
+    # The correlation with a constant is 0/0. A model that predicts one value for everything explains nothing,
+    # so it is scored 0 and a run that collapsed can still be compared, logged and saved as JSON.
+    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+        return 0.0
+    correlation = pearsonr if name == "pearson" else spearmanr
+    return float(correlation(predictions, labels).statistic)
+
+
+def compute_metrics(task: Task, predictions: npt.ArrayLike, labels: npt.ArrayLike) -> dict[str, float]:
+    """Score predictions.
+
+    Args:
+        task: Says which metrics to compute.
+        predictions: Logits `[N, C]`; for a regression scores `[N, 1]` or `[N]`.
+        labels: Class numbers `[N]`, or scores `[N]` for a regression.
+
+    Returns:
+        The task's metrics by name, and `combined_score`, their mean, if there is more than one. All are
+        finite: a correlation where predictions or labels are constant is 0, and so are F1 and Matthews
+        correlation where one class alone occurs and they would be 0/0.
+
+    Raises:
+        ValueError: If the shapes do not fit, there are no samples, a prediction or a label is NaN or
+            infinite, or a label is not a class of the task.
+    """
+    scores = np.asarray(predictions, dtype=np.float64)
+    truth = np.asarray(labels, dtype=np.float64)
+    if task.is_regression and scores.ndim == 2 and scores.shape[1] == 1:
+        scores = scores[:, 0]
+    if truth.ndim != 1 or truth.size == 0:
+        raise ValueError(f"labels has the shape {list(truth.shape)}; expected [N] with at least one sample")
+    expected = (truth.size,) if task.is_regression else (truth.size, task.num_labels)
+    if scores.shape != expected:
+        raise ValueError(f"predictions has the shape {list(scores.shape)}; expected {list(expected)}")
+    for name, values in (("predictions", scores), ("labels", truth)):
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"{name} of task {task.name!r} hold NaN or infinite values; expected finite ones"
+            )
+
+    if task.is_regression:
+        result = {name: _correlation(name, scores, truth) for name in task.metrics}
+    else:
+        if not np.isin(truth, np.arange(task.num_labels)).all():
+            raise ValueError(f"labels of task {task.name!r} are not all in 0..{task.num_labels - 1}")
+        predicted, classes = scores.argmax(axis=1), truth.astype(np.int64)
+        compute = {
+            "accuracy": lambda: accuracy_score(classes, predicted),
+            "f1": lambda: f1_score(classes, predicted, zero_division=0.0),
+            "matthews_correlation": lambda: matthews_corrcoef(classes, predicted),
+        }
+        result = {name: float(compute[name]()) for name in task.metrics}
+    if len(result) > 1:
+        result["combined_score"] = float(np.mean(list(result.values())))
+    return result

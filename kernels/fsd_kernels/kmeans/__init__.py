@@ -1,0 +1,149 @@
+"""k-means over wide points: ``assign`` each to its nearest centroid, ``update`` the clusters' sums.
+
+    l_i = argmin_k ||x_i - c_k||^2,    s_k = sum of x_i over l_i = k,    n_k = number of i with l_i = k
+
+Shapes: points x ``[N, F]``, centroids c ``[K, F]``, labels l ``[N]``, sums s ``[K, F]``, counts n ``[K]``. Points
+may be narrower than the centroids: their missing columns are zero and are never materialised, which is what a
+batch padded only to its own longest sample needs. No gradients: clustering is not trained through.
+
+Registered with ``torch.library`` as ``fsd_kernels::kmeans_assign`` and ``fsd_kernels::kmeans_update_``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fsd_kernels._backend import implementation, resolve_backend
+from fsd_kernels._checks import check_features, check_same_device
+
+__all__ = ["assign", "update", "update_"]
+
+
+@torch.library.custom_op("fsd_kernels::kmeans_assign", mutates_args=())
+def _assign_op(points: Tensor, centroids: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    chosen = resolve_backend(backend, points.device, "kmeans")
+    labels, squared_distance = implementation("kmeans", chosen).assign(points, centroids)
+    return labels, squared_distance
+
+
+@_assign_op.register_fake
+def _assign_fake(points: Tensor, centroids: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(torch.promote_types(points.dtype, centroids.dtype), torch.float32)
+    rows = points.shape[0]
+    return points.new_empty(rows, dtype=torch.int64), points.new_empty(rows, dtype=dtype)
+
+
+@torch.library.custom_op("fsd_kernels::kmeans_update_", mutates_args=("sums", "counts"))
+def _update_op(sums: Tensor, counts: Tensor, points: Tensor, labels: Tensor, backend: str) -> None:
+    # On a GPU reading the extremes would wait for the device; counting the labels fails there instead.
+    if labels.numel() and labels.device.type == "cpu":
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= sums.shape[0]:
+            raise ValueError(f"labels: expected values in [0, {sums.shape[0]}), got {low} to {high}")
+    chosen = resolve_backend(backend, points.device, "kmeans")
+    implementation("kmeans", chosen).update_(sums, counts, points, labels)
+
+
+@_update_op.register_fake
+def _update_fake(sums: Tensor, counts: Tensor, points: Tensor, labels: Tensor, backend: str) -> None:
+    return None
+
+
+def assign(points: Tensor, centroids: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Nearest centroid of every point, and the squared distance to it.
+
+        l_i = argmin_k ||x_i - c_k||^2,    d_i = ||x_i - c_{l_i}||^2
+
+    Args:
+        points: x ``[N, F_p]``, F_p <= F; float16, bfloat16, float32 or float64, computed in at least float32.
+        centroids: c ``[K, F]`` with K >= 1.
+        backend: See ``fsd_kernels._backend``.
+
+    Returns:
+        ``labels`` int64 ``[N]``, the lowest index on ties, and ``squared_distance`` ``[N]``, float64 if
+        either input is and float32 otherwise. Its rounding error is that of ||x - m||^2, m the mean centroid.
+
+    Raises:
+        TypeError: Not tensors of a floating dtype.
+        ValueError: Shapes that do not fit, no centroid, or two devices.
+        RuntimeError: ``backend="triton"`` where it cannot run.
+    """
+    check_features("points", points, 2, "[N, F]")
+    check_features("centroids", centroids, 2, "[K, F]")
+    check_same_device([("points", points), ("centroids", centroids)])
+    if centroids.shape[0] == 0:
+        raise ValueError("centroids: expected at least one row [K, F], got none")
+    if points.shape[1] > centroids.shape[1]:
+        raise ValueError(
+            f"points: {points.shape[1]} features, but the centroids have only {centroids.shape[1]}: "
+            f"expected at most as many"
+        )
+    labels, squared_distance = _assign_op(points.detach(), centroids.detach(), backend or "auto")
+    return labels, squared_distance
+
+
+def update(
+    points: Tensor, labels: Tensor, num_clusters: int, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum and number of the points of every cluster.
+
+        s_k = sum of x_i over l_i = k,    n_k = number of i with l_i = k
+
+    The same bits on every call: each output has one owner, which adds its points in a fixed order.
+
+    Args:
+        points: x ``[N, F]``; float16, bfloat16, float32 or float64.
+        labels: l int64 ``[N]``, values in [0, num_clusters).
+        num_clusters: K >= 1.
+        backend: See ``fsd_kernels._backend``.
+
+    Returns:
+        ``sums`` ``[K, F]``, float64 for float64 points and float32 otherwise, and ``counts`` int64 ``[K]``.
+
+    Raises:
+        TypeError: Dtypes that do not fit.
+        ValueError: Shapes that do not fit, a label out of range, or two devices.
+        RuntimeError: ``backend="triton"`` where it cannot run.
+    """
+    check_features("points", points, 2, "[N, F]")
+    if num_clusters < 1:
+        raise ValueError(f"num_clusters: expected at least 1, got {num_clusters}")
+    dtype = torch.promote_types(points.dtype, torch.float32)
+    sums = torch.zeros(num_clusters, points.shape[1], dtype=dtype, device=points.device)
+    counts = torch.zeros(num_clusters, dtype=torch.int64, device=points.device)
+    update_(sums, counts, points, labels, backend=backend)
+    return sums, counts
+
+
+def update_(
+    sums: Tensor, counts: Tensor, points: Tensor, labels: Tensor, *, backend: str | None = None
+) -> None:
+    """Add a batch of points to running sums and counts: ``update`` over a stream, in place.
+
+    Args:
+        sums: ``[K, F]`` float32 or float64, changed in place; float64 keeps sums over a long stream exact.
+        counts: int64 ``[K]``, changed in place.
+        points: x ``[N, F_p]``, F_p <= F.
+        labels: l int64 ``[N]``, values in [0, K).
+        backend: See ``fsd_kernels._backend``.
+
+    Raises:
+        TypeError: Dtypes that do not fit.
+        ValueError: Shapes that do not fit, a label out of range, or two devices.
+        RuntimeError: ``backend="triton"`` where it cannot run.
+    """
+    check_features("points", points, 2, "[N, F]")
+    check_features("sums", sums, 2, "[K, F]")
+    if sums.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"sums: expected float32 or float64, got {sums.dtype}")
+    if counts.dtype != torch.int64 or labels.dtype != torch.int64:
+        raise TypeError(f"counts and labels: expected int64, got {counts.dtype} and {labels.dtype}")
+    if counts.shape != sums.shape[:1]:
+        raise ValueError(f"counts: expected [K] = [{sums.shape[0]}], got {list(counts.shape)}")
+    if labels.shape != points.shape[:1]:
+        raise ValueError(f"labels: expected [N] = [{points.shape[0]}], got {list(labels.shape)}")
+    if points.shape[1] > sums.shape[1]:
+        raise ValueError(f"points: {points.shape[1]} features, but sums has only {sums.shape[1]}")
+    check_same_device([("points", points), ("labels", labels), ("sums", sums), ("counts", counts)])
+    _update_op(sums, counts, points.detach(), labels, backend or "auto")
