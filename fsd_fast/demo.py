@@ -1,0 +1,179 @@
+"""The demo: fine-tune a teacher, build its memory, train three students, and compare them.
+
+All runs read the built-in ``reviews`` task and start from the built-in 6-layer backbone. The three students have
+the same 3 layers, the same first weights, data order, epochs and learning rate; they differ in the loss alone:
+hard labels only, L_VKD, and FSD_ILG. The settings are fixed here, before any dev row is scored.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from fsd_fast.training.arguments import DemoArguments
+from fsd_fast.training.export import write_json
+
+TASK = ["--task_name", "reviews", "--max_seq_length", "64", "--pad_features", "exclude"]
+TASK += ["--max_train_samples", "4000"]
+TRAINING = [
+    "--train_sampling_strategy",
+    "group_by_length",
+    "--save_strategy",
+    "no",
+    "--disable_tqdm",
+    "false",
+]
+TRAINING += [
+    "--per_device_train_batch_size",
+    "32",
+    "--logging_steps",
+    "10",
+    "--seed",
+    "42",
+    "--use_cpu",
+    "true",
+]
+TEACHER = [*TASK, *TRAINING, "--num_train_epochs", "1", "--learning_rate", "5e-5"]
+STUDENT = [*TASK, *TRAINING, "--num_train_epochs", "2", "--learning_rate", "5e-5"]
+SCORE = "eval_accuracy"
+
+
+def stages(folder: Path) -> dict[str, tuple[str, list[str]]]:
+    """Stage name -> (command, its flags), in the order in which they run."""
+    teacher, memory = str(folder / "teacher"), str(folder / "memory")
+    distilled = [*STUDENT, "--teacher_model_name_or_path", teacher, "--model_name_or_path", "minilm"]
+    distilled += ["--student_layers", "3"]
+
+    def out(name: str) -> list[str]:
+        return ["--output_dir", str(folder / name), "--overwrite_output_dir", "true"]
+
+    return {
+        "teacher": ("teacher", [*TEACHER, *out("teacher")]),
+        "memory": (
+            "memory",
+            [*TASK, "--teacher_model_name_or_path", teacher, "--use_cpu", "true", *out("memory")],
+        ),
+        "no teacher": ("teacher", [*STUDENT, "--num_layers", "3", *out("no_teacher")]),
+        "vkd": ("distill", [*distilled, "--method", "vkd", *out("vkd")]),
+        "fsd_ilg": (
+            "distill",
+            [*distilled, "--method", "fsd_ilg", "--memory_path", memory, *out("fsd_ilg")],
+        ),
+    }
+
+
+def _run_stage(name: str, command: str, flags: list[str], folder: Path, anew: bool) -> dict[str, float]:
+    """Run a stage, or return what it gave when it ran with the same flags before."""
+    from fsd_fast.cli import run
+
+    record = folder / "stages" / f"{name.replace(' ', '_')}.json"
+    if record.is_file() and not anew:
+        known = json.loads(record.read_text(encoding="utf-8"))
+        if known["flags"] == flags:
+            print(f"== {name}: finished before, kept", flush=True)
+            return known["figures"]
+    record.unlink(missing_ok=True)
+    print(f"== {name}: fsd-fast {command} {' '.join(flags)}", flush=True)
+    start = time.perf_counter()
+    figures = run(command, flags)
+    figures = {**figures, "seconds": time.perf_counter() - start}
+    write_json(record, {"flags": flags, "figures": figures})
+    return figures
+
+
+def _row(name: str, figures: dict[str, float], folder: Path) -> dict[str, Any]:
+    settings = json.loads(
+        (folder / name.replace(" ", "_") / "fsd_arguments.json").read_text(encoding="utf-8")
+    )
+    layers = settings.get("student_layers") or settings.get("num_layers") or 6
+    return {
+        "method": name,
+        "layers": layers,
+        "parameters": settings["parameters"],
+        "dev_accuracy": figures[SCORE],
+        "seconds": figures["seconds"],
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    lines = [f"{'method':<12} {'layers':>6} {'parameters':>12} {'dev accuracy':>13} {'seconds':>8}"]
+    for row in rows:
+        lines.append(
+            f"{row['method']:<12} {row['layers']:>6} {row['parameters']:>12,} {row['dev_accuracy']:>13.4f} "
+            f"{row['seconds']:>8.1f}"
+        )
+    return "\n".join(lines)
+
+
+def draw_curves(histories: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """Draw the dev accuracy of every student and the loss components of the last one over the training steps.
+
+    Args:
+        histories: Student name -> Trainer's ``log_history``.
+        path: The PNG to write.
+    """
+    matplotlib.use("Agg")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, history in histories.items():
+        points = [(entry["step"], entry[SCORE]) for entry in history if SCORE in entry]
+        left.plot(*zip(*points, strict=True), marker="o", label=name)
+    left.set(xlabel="training step", ylabel="dev accuracy", title="Students on the dev split")
+    left.legend()
+    name, history = list(histories.items())[-1]
+    for component in (
+        "loss_hard",
+        "loss_soft",
+        "loss_intra",
+        "loss_local",
+        "global_memory_cka",
+        "global_cosine",
+    ):
+        points = [(entry["step"], entry[component]) for entry in history if component in entry]
+        if points:
+            right.plot(*zip(*points, strict=True), label=component)
+    right.set(
+        xlabel="training step", ylabel="loss component", yscale="log", title=f"Loss components of {name}"
+    )
+    right.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def demo(arguments: DemoArguments) -> Callable[[], dict[str, float]]:
+    """Return the work: run every stage, print the table, write results.json and curves.png."""
+    folder = Path(arguments.output_dir)
+
+    def work() -> dict[str, float]:
+        start = time.perf_counter()
+        figures = {
+            name: _run_stage(name, command, flags, folder, arguments.overwrite_output_dir)
+            for name, (command, flags) in stages(folder).items()
+        }
+        rows = [_row(name, values, folder) for name, values in figures.items() if SCORE in values]
+        write_json(
+            folder / "results.json",
+            {
+                "rows": rows,
+                "memory_seconds": figures["memory"]["seconds"],
+                "task": "reviews",
+                "flags": STUDENT,
+            },
+        )
+        histories = {}
+        for name in ("no teacher", "vkd", "fsd_ilg"):
+            state = json.loads(
+                (folder / name.replace(" ", "_") / "trainer_state.json").read_text(encoding="utf-8")
+            )
+            histories[name] = state["log_history"]
+        draw_curves(histories, folder / "curves.png")
+        print(f"\n{_table(rows)}\n\nmemory: {figures['memory']['seconds']:.1f} s")
+        print(f"written: {folder / 'results.json'}, {folder / 'curves.png'}", flush=True)
+        return {"demo_seconds": time.perf_counter() - start}
+
+    return work

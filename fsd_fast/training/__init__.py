@@ -1,0 +1,1 @@
+"""Training: arguments, the Trainer, export, and the commands that use them."""
