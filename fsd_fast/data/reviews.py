@@ -21,7 +21,7 @@ from fsd_fast.data.tasks import get_task
 
 
 def text_hash(text: str) -> int:
-    """h of a sentence, 64 bits.
+    """The number h of a sentence, 64 bits.
 
     Args:
         text: The sentence. White space and letter case make no difference.

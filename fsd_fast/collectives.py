@@ -1,0 +1,95 @@
+"""Reductions over the processes of ``torch.distributed``; with one process each of them is the identity.
+
+Every process must make the same calls in the same order. ``agree`` keeps it that way when one of them fails:
+an error in one process becomes an error in all, instead of a collective that waits for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Collectives:
+    """The processes that share a computation.
+
+    Args:
+        together: False for a computation that this process does alone although others exist.
+    """
+
+    def __init__(self, together: bool = True) -> None:
+        joined = together and dist.is_available() and dist.is_initialized()
+        self.world_size: int = dist.get_world_size() if joined else 1
+        self.rank: int = dist.get_rank() if joined else 0
+
+    def _staged(self, tensor: Tensor) -> Tensor:
+        """Return ``tensor`` contiguous and on a device that the process group's backend can reach."""
+        on_gpu = "nccl" in dist.get_backend()
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        return tensor.to(device).contiguous()
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace ``tensor`` by its sum over the processes."""
+        if self.world_size > 1:
+            staged = self._staged(tensor)
+            dist.all_reduce(staged)
+            tensor.copy_(staged)
+        return tensor
+
+    def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """Replace ``tensor`` by the one of process ``source``."""
+        if self.world_size > 1:
+            staged = self._staged(tensor)
+            dist.broadcast(staged, source)
+            tensor.copy_(staged)
+        return tensor
+
+    def gather_sizes(self, size: int) -> list[int]:
+        """Return ``size`` of every process, in the order of their ranks."""
+        sizes = torch.zeros(self.world_size, dtype=torch.int64)
+        sizes[self.rank] = size
+        return [int(value) for value in self.sum_(sizes)]
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Concatenate ``[n_r, ...]`` over the processes, in the order of their ranks; ``n_r`` may differ."""
+        return rows if self.world_size == 1 else torch.cat(list(self._shards(rows)))
+
+    def gather_rows_to_first(self, rows: Tensor) -> Tensor | None:
+        """Like ``gather_rows``, for the first process only: None on the others, which hold a shard at a time."""
+        if self.world_size == 1:
+            return rows
+        shards = [shard for shard in self._shards(rows) if self.rank == 0]
+        return torch.cat(shards) if shards else None
+
+    def _shards(self, rows: Tensor) -> Iterator[Tensor]:
+        for source, size in enumerate(self.gather_sizes(rows.shape[0])):
+            shard = rows.clone() if source == self.rank else rows.new_empty(size, *rows.shape[1:])
+            yield self.broadcast_(shard, source)
+
+    def agree(self, stage: Callable[[], T]) -> T:
+        """Run ``stage``, which makes no collective call, and raise in every process if it raised in one.
+
+        Raises:
+            Exception: What ``stage`` raised here.
+            RuntimeError: It raised in another process.
+        """
+        error: Exception | None = None
+        result: T | None = None
+        try:
+            result = stage()
+        except Exception as caught:
+            error = caught
+        failed = [rank for rank, flag in enumerate(self.gather_sizes(int(error is not None))) if flag]
+        if error is not None:
+            raise error
+        if failed:
+            raise RuntimeError(
+                f"stopped because process {failed[0]} of {self.world_size} failed; see its error"
+            )
+        return result  # type: ignore[return-value]

@@ -1,0 +1,417 @@
+"""Memories of the global inter-feature structure: K centroids of flattened features, M ``[K, S*D]``.
+
+    teacher memory   k-means centroids of the teacher's features over the training set, built once
+    student memory   a trainable matrix, random at first; not part of the student that is deployed
+
+(Paper, section on the global inter-feature structure.) A teacher memory on disk is ``memory.safetensors``
+(the centroids) and ``memory.json`` (whose features they are, and how they were made). The JSON is written
+last and holds the sha256 of the other file, so a half-written pair is never loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fsd_fast.collectives import Collectives
+from fsd_fast.two_pass import StreamClustering, cluster_stream
+
+CENTROIDS_FILE = "memory.safetensors"
+METADATA_FILE = "memory.json"
+PAD_POLICIES = ("include", "exclude")
+_FORMAT = 1
+
+
+@dataclass
+class FeatureBatch:
+    """Hidden states of one encoder layer for a batch of samples.
+
+    Attributes:
+        features: ``[b, S_b, D]``, floating.
+        attention_mask: ``[b, S_b]``, 1 = token, 0 = padding; None: no padding.
+        index: int64 ``[b]``: the samples' numbers in the data set, each occurring once over all processes.
+    """
+
+    features: Tensor
+    attention_mask: Tensor | None
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class MemoryIdentity:
+    """Whose features a memory was made of. A run that uses it must agree in every field.
+
+    Attributes:
+        task_name: The task whose training set was clustered.
+        teacher: The teacher's name or path.
+        teacher_fingerprint: sha256 of its parameters, see ``model_fingerprint``.
+        layer: Index of the hidden states, 0 = embeddings.
+        max_seq_length: S.
+        hidden_size: D.
+        num_centroid: K.
+        pad_features: "include" (all S positions count, the paper) or "exclude" (padding is zero).
+    """
+
+    task_name: str
+    teacher: str
+    teacher_fingerprint: str
+    layer: int
+    max_seq_length: int
+    hidden_size: int
+    num_centroid: int
+    pad_features: str
+
+    def __post_init__(self) -> None:
+        if self.pad_features not in PAD_POLICIES:
+            raise ValueError(
+                f"pad_features: expected one of {', '.join(PAD_POLICIES)}, got {self.pad_features!r}"
+            )
+        for name in ("max_seq_length", "hidden_size", "num_centroid"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+    @property
+    def features(self) -> int:
+        """F = S*D, the length of a flattened feature vector."""
+        return self.max_seq_length * self.hidden_size
+
+    def check(self, expected: MemoryIdentity, where: str) -> None:
+        """Raise ValueError that lists every field in which this differs from ``expected``.
+
+        The teacher's name alone makes no difference: a folder may have been moved, and the fingerprint tells.
+        """
+        different = [
+            item.name
+            for item in dataclasses.fields(self)
+            if getattr(self, item.name) != getattr(expected, item.name)
+        ]
+        differences = [
+            f"{name} is {getattr(self, name)!r}, expected {getattr(expected, name)!r}" for name in different
+        ]
+        if set(different) - {"teacher"}:
+            raise ValueError(f"{where} was built for another run: " + "; ".join(differences))
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """sha256 over names, shapes, dtypes and bytes of a model's parameters, sorted by name."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        values = parameter.detach().cpu().contiguous()
+        digest.update(f"{name} {list(values.shape)} {values.dtype}\n".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def flatten_features(batch: FeatureBatch, identity: MemoryIdentity) -> Tensor:
+    """Flattened features ``[b, S_b*D]`` of a batch, padding treated as ``identity.pad_features`` says.
+
+    Under "include" every one of the S positions counts and S_b must be S. Under "exclude" padding positions
+    are zero, and a batch may be shorter than S: what is missing is zero too.
+
+    Raises:
+        ValueError: Shapes that do not fit.
+    """
+    features, mask = batch.features, batch.attention_mask
+    if features.ndim != 3 or features.shape[2] != identity.hidden_size:
+        raise ValueError(
+            f"features: expected [b, S, D] with D = {identity.hidden_size}, got {list(features.shape)}"
+        )
+    length = features.shape[1]
+    if length > identity.max_seq_length or (
+        identity.pad_features == "include" and length != identity.max_seq_length
+    ):
+        raise ValueError(
+            f"features: {length} positions, expected "
+            f"{'exactly' if identity.pad_features == 'include' else 'at most'} max_seq_length = "
+            f"{identity.max_seq_length} with pad_features = {identity.pad_features!r}"
+        )
+    if identity.pad_features == "exclude" and mask is not None:
+        if mask.shape != features.shape[:2]:
+            raise ValueError(
+                f"attention_mask: expected [b, S] = {list(features.shape[:2])}, got {list(mask.shape)}"
+            )
+        # Not a product: a masked position may hold NaN.
+        features = features.masked_fill(mask.to(features.device)[:, :, None] == 0, 0)
+    return features.flatten(1)
+
+
+@dataclass
+class TeacherMemory:
+    """The teacher's centroids and where they come from.
+
+    Attributes:
+        centroids: ``[K, S*D]`` float32.
+        identity: Whose features they are the centroids of.
+        seed: Of the clustering.
+        num_samples: N.
+        inertia: Sum of squared distances of the N samples to their centroids.
+        cluster_sizes: K numbers that add up to N.
+        empty_clusters: How often a cluster was found empty and was reseeded.
+        settings: The arguments of the clustering.
+        seconds: Wall-clock time of each stage.
+        versions: Of the libraries that made it.
+    """
+
+    centroids: Tensor
+    identity: MemoryIdentity
+    seed: int
+    num_samples: int
+    inertia: float
+    cluster_sizes: list[int]
+    empty_clusters: int
+    settings: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def build(
+        cls,
+        batches: Callable[[], Iterable[FeatureBatch]],
+        identity: MemoryIdentity,
+        *,
+        seed: int,
+        refine: int = 0,
+        sketch_width: int = 2048,
+        restarts: int = 4,
+        backend: str | None = None,
+        progress: bool = True,
+        num_samples: int | None = None,
+    ) -> TeacherMemory:
+        """Cluster the teacher's features, read twice, and ``refine`` + 1 times more if that is not 0.
+
+        Under ``torch.distributed`` each process passes the batches of its own samples, and all get the same
+        memory.
+
+        Args:
+            batches: Starts a reading: the same samples in the same order every time.
+            identity: Whose features these are; gives S, D, K and the padding policy.
+            seed: Of the sketch and of k-means.
+            refine: Epochs of exact Lloyd after the two passes.
+            sketch_width: Length of the random image in which k-means runs.
+            restarts: Runs of k-means there; the best one is kept.
+            backend: Of the k-means kernels, see ``fsd_kernels``.
+            progress: Show progress bars (on the first process).
+            num_samples: Samples of this process: the length of the progress bar, and checked if given.
+
+        Raises:
+            ValueError: Fewer samples than centroids; a NaN or infinite feature (the sample is named);
+                features that do not fit ``identity``; a sample that occurs twice; readings that differ.
+        """
+        show = progress and Collectives().rank == 0
+        stage = ["features"]
+
+        def points() -> Iterator[tuple[Tensor, Tensor]]:
+            done = 0
+            with tqdm(total=num_samples, desc=f"memory: {stage[0]}", unit="sample", disable=not show) as bar:
+                for batch in batches():
+                    yield flatten_features(batch, identity), batch.index
+                    done += batch.index.shape[0]
+                    bar.update(batch.index.shape[0])
+            if num_samples is not None and done != num_samples:
+                raise ValueError(f"num_samples: expected {num_samples} samples, the batches held {done}")
+
+        def announce(name: str) -> None:
+            stage[0] = name.replace("_", " ")
+
+        found = cluster_stream(
+            points,
+            identity.num_centroid,
+            seed=seed,
+            features=identity.features,
+            sketch_width=sketch_width,
+            restarts=restarts,
+            refine=refine,
+            backend=backend,
+            progress=announce,
+        )
+        settings = {"sketch_width": sketch_width, "restarts": restarts, "refine": refine}
+        return cls._from_clustering(found, identity, seed, settings)
+
+    @classmethod
+    def _from_clustering(
+        cls, found: StreamClustering, identity: MemoryIdentity, seed: int, settings: dict[str, int]
+    ) -> TeacherMemory:
+        return cls(
+            centroids=found.centroids.cpu(),
+            identity=identity,
+            seed=seed,
+            num_samples=found.num_samples,
+            inertia=found.inertia,
+            cluster_sizes=found.counts.tolist(),
+            empty_clusters=found.empty_clusters + sum(epoch.empty_clusters for epoch in found.refine_stats),
+            settings=settings,
+            seconds={name: round(value, 3) for name, value in found.seconds.items()},
+            versions={
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "safetensors": safetensors.__version__,
+            },
+        )
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write ``memory.safetensors``, then ``memory.json``, each under its name only when it is complete.
+
+        Raises:
+            OSError: The folder cannot be written; what it held before is left as it was or is refused by
+                ``from_pretrained``.
+        """
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        values = save_safetensors({"centroids": self.centroids.contiguous()})
+        metadata: dict[str, Any] = {"format": _FORMAT, "sha256": hashlib.sha256(values).hexdigest()}
+        metadata |= {
+            item.name: getattr(self, item.name)
+            for item in dataclasses.fields(self)
+            if item.name != "centroids"
+        }
+        metadata["identity"] = dataclasses.asdict(self.identity)
+        _write(folder / CENTROIDS_FILE, values)
+        _write(folder / METADATA_FILE, json.dumps(metadata, indent=2).encode() + b"\n")
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | os.PathLike[str], expected: MemoryIdentity | None = None
+    ) -> TeacherMemory:
+        """Read a memory and check it.
+
+        Args:
+            directory: Where ``save_pretrained`` wrote it.
+            expected: What the run needs; None: any.
+
+        Raises:
+            FileNotFoundError: One of the two files is missing.
+            ValueError: The files are damaged or do not belong together, or the memory was built for another
+                run: every field that differs is listed with both values.
+        """
+        folder = Path(directory)
+        for name in (CENTROIDS_FILE, METADATA_FILE):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"{folder / name}: not found; a memory is {CENTROIDS_FILE} and {METADATA_FILE}"
+                )
+        metadata, identity = _read_metadata(folder / METADATA_FILE)
+        if expected is not None:
+            identity.check(expected, str(folder))
+        values = (folder / CENTROIDS_FILE).read_bytes()
+        if hashlib.sha256(values).hexdigest() != metadata["sha256"]:
+            raise ValueError(
+                f"{folder / CENTROIDS_FILE}: its sha256 is not the one in {METADATA_FILE}: the file is damaged, or "
+                f"writing the memory was interrupted"
+            )
+        centroids = load_safetensors(values).get("centroids")
+        shape = [identity.num_centroid, identity.features]
+        if centroids is None or list(centroids.shape) != shape or centroids.dtype != torch.float32:
+            found = "nothing" if centroids is None else f"{centroids.dtype} {list(centroids.shape)}"
+            raise ValueError(f"{folder / CENTROIDS_FILE}: expected centroids float32 {shape}, got {found}")
+        if not bool(centroids.isfinite().all()):
+            raise ValueError(f"{folder / CENTROIDS_FILE}: centroids hold NaN or infinite numbers")
+        fields = {
+            item.name: metadata[item.name]
+            for item in dataclasses.fields(cls)
+            if item.name not in ("centroids", "identity")
+        }
+        return cls(centroids=centroids, identity=identity, **fields)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file so that it is either there in full or as it was before."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _read_metadata(path: Path) -> tuple[dict[str, Any], MemoryIdentity]:
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT:
+        raise ValueError(f"{path}: expected a memory of format {_FORMAT}")
+    needed = {item.name for item in dataclasses.fields(TeacherMemory)} - {"centroids"} | {"sha256"}
+    missing = needed - metadata.keys()
+    if missing:
+        raise ValueError(f"{path}: fields are missing: {', '.join(sorted(missing))}")
+    try:
+        identity = MemoryIdentity(**metadata["identity"])
+    except TypeError as error:
+        raise ValueError(f"{path}: the field 'identity' is not one of a memory ({error})") from error
+    sizes = metadata["cluster_sizes"]
+    if len(sizes) != identity.num_centroid or sum(sizes) != metadata["num_samples"]:
+        raise ValueError(
+            f"{path}: expected {identity.num_centroid} cluster sizes that add up to {metadata['num_samples']}, "
+            f"got {len(sizes)} that add up to {sum(sizes)}"
+        )
+    if not math.isfinite(metadata["inertia"]):
+        raise ValueError(f"{path}: inertia is {metadata['inertia']}, expected a finite number")
+    return metadata, identity
+
+
+class StudentMemory(nn.Module):
+    """The student's memory: a parameter ``centroids`` ``[K, S*D]``, trained by the global inter-feature loss.
+
+    Args:
+        num_centroid: K.
+        max_seq_length: S.
+        hidden_size: D of the student.
+        init: "normal" (the paper: independent numbers from N(0, ``std``^2)) or "teacher" (a copy of the
+            teacher's centroids).
+        teacher_memory: Needed for "teacher".
+        std: Of "normal". 1 is the standard normal.
+        generator: Of "normal", on the CPU; None: one seeded with 0.
+
+    Raises:
+        ValueError: An unknown ``init``; "teacher" without a memory or with one of another shape.
+    """
+
+    def __init__(
+        self,
+        num_centroid: int,
+        max_seq_length: int,
+        hidden_size: int,
+        init: str = "normal",
+        *,
+        teacher_memory: TeacherMemory | None = None,
+        std: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        shape = (num_centroid, max_seq_length * hidden_size)
+        if init == "normal":
+            generator = generator if generator is not None else torch.Generator().manual_seed(0)
+            centroids = torch.randn(shape, generator=generator) * std
+        elif init == "teacher":
+            if teacher_memory is None:
+                raise ValueError("teacher_memory: init = 'teacher' needs the teacher's memory, got None")
+            if teacher_memory.centroids.shape != shape:
+                raise ValueError(
+                    f"teacher_memory: its centroids are {list(teacher_memory.centroids.shape)}; init = 'teacher' "
+                    f"needs [K, S*D] = {list(shape)}, a student as wide as its teacher: use init = 'normal'"
+                )
+            centroids = teacher_memory.centroids.clone()
+        else:
+            raise ValueError(f"init: expected 'normal' or 'teacher', got {init!r}")
+        self.centroids = nn.Parameter(centroids)

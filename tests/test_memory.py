@@ -1,0 +1,366 @@
+"""TeacherMemory and StudentMemory: what is clustered, what is written, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fsd_fast import memory
+from fsd_fast.memory import (
+    FeatureBatch,
+    MemoryIdentity,
+    StudentMemory,
+    TeacherMemory,
+    flatten_features,
+    model_fingerprint,
+)
+
+S, D, K, N = 12, 16, 5, 70
+
+
+def identity(**changes: object) -> MemoryIdentity:
+    fields = {
+        "task_name": "rte",
+        "teacher": "runs/teacher",
+        "teacher_fingerprint": "ab" * 32,
+        "layer": 5,
+        "max_seq_length": S,
+        "hidden_size": D,
+        "num_centroid": K,
+        "pad_features": "include",
+    }
+    return MemoryIdentity(**(fields | changes))  # type: ignore[arg-type]
+
+
+def samples() -> tuple[Tensor, Tensor]:
+    """Features in five loose groups ``[N, S, D]`` and their masks ``[N, S]``."""
+    generator = torch.Generator().manual_seed(0)
+    group = torch.randint(K, (N,), generator=generator)
+    features = 3 * torch.randn(K, S, D, generator=generator)[group] + torch.randn(
+        N, S, D, generator=generator
+    )
+    lengths = torch.randint(3, S + 1, (N,), generator=generator)
+    return features, (torch.arange(S)[None] < lengths[:, None]).long()
+
+
+def batches(
+    features: Tensor, mask: Tensor | None, *, trim: bool = False
+) -> Callable[[], Iterator[FeatureBatch]]:
+    """Ragged batches of 16; with ``trim`` padded only to their own longest sample."""
+
+    def read() -> Iterator[FeatureBatch]:
+        for index in torch.arange(features.shape[0]).split(16):
+            length = int(mask[index].sum(1).max()) if trim and mask is not None else features.shape[1]
+            own = None if mask is None else mask[index, :length]
+            yield FeatureBatch(features[index, :length], own, index)
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def built() -> TeacherMemory:
+    features, mask = samples()
+    return TeacherMemory.build(batches(features, mask), identity(), seed=3, progress=False, num_samples=N)
+
+
+# --- building -------------------------------------------------------------------------------------------------
+
+
+def test_build_finds_the_groups(built: TeacherMemory) -> None:
+    features, _ = samples()
+    flat = features.flatten(1).double()
+    assert built.centroids.shape == (K, S * D)
+    assert built.centroids.dtype == torch.float32
+    labels = torch.cdist(flat, built.centroids.double()).argmin(1)
+    assert labels.bincount(minlength=K).tolist() == built.cluster_sizes
+    assert sum(built.cluster_sizes) == built.num_samples == N
+    assert built.inertia == pytest.approx(
+        float((flat - built.centroids.double()[labels]).square().sum()), rel=1e-6
+    )
+    # Groups of unit noise: S*D per sample, less what the K means take up.
+    assert built.inertia == pytest.approx((N - K) * S * D, rel=0.05)
+    assert set(built.seconds) == {"pass_1", "sketch_clustering", "pass_2"}
+    assert built.settings == {"sketch_width": 2048, "restarts": 4, "refine": 0}
+
+
+def test_build_is_repeatable() -> None:
+    features, mask = samples()
+    runs = [
+        TeacherMemory.build(batches(features, mask), identity(), seed=1, sketch_width=64, progress=False)
+        for _ in range(2)
+    ]
+    assert torch.equal(runs[0].centroids, runs[1].centroids)
+
+
+def test_excluded_padding_never_counts() -> None:
+    features, mask = samples()
+    excluded = identity(pad_features="exclude")
+    expected = TeacherMemory.build(
+        batches(features * mask[:, :, None], None), excluded, seed=0, progress=False
+    )
+    dirty = features.masked_fill(mask[:, :, None] == 0, float("nan"))
+    for trim in (False, True):
+        found = TeacherMemory.build(batches(dirty, mask, trim=trim), excluded, seed=0, progress=False)
+        torch.testing.assert_close(found.centroids, expected.centroids)
+        assert found.cluster_sizes == expected.cluster_sizes
+        assert found.inertia == pytest.approx(expected.inertia, rel=1e-6)
+    included = TeacherMemory.build(batches(features, mask), identity(), seed=0, progress=False)
+    assert not torch.allclose(included.centroids, expected.centroids)
+
+
+def test_refine_lowers_the_inertia_of_a_coarse_sketch() -> None:
+    features, mask = samples()
+    coarse, refined = (
+        TeacherMemory.build(
+            batches(features, mask),
+            identity(),
+            seed=0,
+            sketch_width=2,
+            restarts=1,
+            refine=refine,
+            progress=False,
+        )
+        for refine in (0, 3)
+    )
+    assert refined.inertia < 0.95 * coarse.inertia
+    assert "refine" in refined.seconds
+
+
+def test_progress_counts_samples(capsys: pytest.CaptureFixture[str]) -> None:
+    features, mask = samples()
+    TeacherMemory.build(batches(features, mask), identity(), seed=0, num_samples=N)
+    shown = capsys.readouterr().err
+    assert "memory: pass 1" in shown
+    assert "memory: pass 2" in shown
+    assert f"{N}/{N}" in shown
+
+
+def test_bad_features_are_refused() -> None:
+    features, mask = samples()
+    poisoned = features.clone()
+    poisoned[37, 2, 3] = float("inf")
+
+    def build(of: Callable[[], Iterator[FeatureBatch]], run: MemoryIdentity, **more: int) -> None:
+        TeacherMemory.build(of, run, seed=0, progress=False, **more)  # type: ignore[arg-type]
+
+    with pytest.raises(ValueError, match="sample 37 has a NaN or infinite feature"):
+        build(batches(poisoned, mask), identity())
+    with pytest.raises(ValueError, match="70 samples are fewer than the 71 clusters"):
+        build(batches(features, mask), identity(num_centroid=71))
+    with pytest.raises(ValueError, match="num_samples: expected 69 samples, the batches held 70"):
+        build(batches(features, mask), identity(), num_samples=69)
+    with pytest.raises(ValueError, match="12 positions, expected exactly max_seq_length = 20"):
+        build(batches(features, mask), identity(max_seq_length=20))
+    with pytest.raises(ValueError, match="12 positions, expected at most max_seq_length = 8"):
+        build(batches(features, mask), identity(max_seq_length=8, pad_features="exclude"))
+    with pytest.raises(ValueError, match=r"D = 8, got \[16, 12, 16\]"):
+        build(batches(features, mask), identity(hidden_size=8))
+    with pytest.raises(ValueError, match=r"attention_mask: expected \[b, S\] = \[2, 12\], got \[2, 11\]"):
+        flatten_features(
+            FeatureBatch(features[:2], mask[:2, :11], torch.arange(2)), identity(pad_features="exclude")
+        )
+
+
+def test_identity_is_checked() -> None:
+    with pytest.raises(ValueError, match="pad_features: expected one of include, exclude, got 'drop'"):
+        identity(pad_features="drop")
+    with pytest.raises(ValueError, match="num_centroid: expected at least 1, got 0"):
+        identity(num_centroid=0)
+
+
+# --- files ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_comes_back(built: TeacherMemory, tmp_path: Path) -> None:
+    built.save_pretrained(tmp_path / "new" / "memory")
+    loaded = TeacherMemory.from_pretrained(tmp_path / "new" / "memory", identity())
+    assert torch.equal(loaded.centroids, built.centroids)
+    for item in dataclasses.fields(TeacherMemory):
+        if item.name != "centroids":
+            assert getattr(loaded, item.name) == getattr(built, item.name)
+    assert sorted(path.name for path in (tmp_path / "new" / "memory").iterdir()) == [
+        "memory.json",
+        "memory.safetensors",
+    ]
+
+
+def test_a_memory_of_another_run_is_refused_field_by_field(built: TeacherMemory, tmp_path: Path) -> None:
+    built.save_pretrained(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        TeacherMemory.from_pretrained(tmp_path, identity(layer=6, pad_features="exclude"))
+    message = str(caught.value)
+    assert "layer is 5, expected 6" in message
+    assert "pad_features is 'include', expected 'exclude'" in message
+    assert "task_name" not in message
+    for item in dataclasses.fields(MemoryIdentity):
+        other = {"str": "exclude", "int": 99}[str(item.type)]
+        with pytest.raises(ValueError, match=f"{item.name} is .*, expected {other!r}"):
+            TeacherMemory.from_pretrained(tmp_path, identity(**{item.name: other}))
+
+
+@pytest.mark.parametrize("name", ["memory.json", "memory.safetensors"])
+def test_a_missing_file_is_named(built: TeacherMemory, tmp_path: Path, name: str) -> None:
+    built.save_pretrained(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        TeacherMemory.from_pretrained(tmp_path)
+
+
+def test_damaged_files_are_refused(built: TeacherMemory, tmp_path: Path) -> None:
+    values, metadata = tmp_path / "memory.safetensors", tmp_path / "memory.json"
+
+    def refused(message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            TeacherMemory.from_pretrained(tmp_path)
+
+    built.save_pretrained(tmp_path)
+    content = bytearray(values.read_bytes())
+    content[-1] ^= 1
+    values.write_bytes(content)
+    refused("memory.safetensors: its sha256 is not the one")
+    values.write_bytes(content[:100])
+    refused("memory.safetensors: its sha256 is not the one")
+
+    built.save_pretrained(tmp_path)
+    text = metadata.read_text()
+    metadata.write_text(text[: len(text) // 2])
+    refused("memory.json: not a JSON file")
+    metadata.write_text("{}")
+    refused("memory.json: expected a memory of format 1")
+    record = json.loads(text)
+    del record["inertia"]
+    metadata.write_text(json.dumps(record))
+    refused("fields are missing: inertia")
+    record = json.loads(text)
+    record["cluster_sizes"][0] += 1
+    metadata.write_text(json.dumps(record))
+    refused("cluster sizes that add up to 70, got 5 that add up to 71")
+    record = json.loads(text)
+    record["identity"]["owner"] = "x"
+    metadata.write_text(json.dumps(record))
+    refused("the field 'identity' is not one of a memory")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda centroids: centroids[:, :-1].contiguous(),
+            r"expected centroids float32 \[5, 192\], got .*\[5, 191\]",
+        ),
+        (lambda centroids: centroids.double(), "got torch.float64"),
+        (lambda centroids: centroids / 0, "NaN or infinite"),
+    ],
+)
+def test_centroids_are_checked_beyond_the_hash(
+    built: TeacherMemory, tmp_path: Path, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    dataclasses.replace(built, centroids=change(built.centroids)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        TeacherMemory.from_pretrained(tmp_path)
+
+
+def test_a_file_without_centroids_is_refused(built: TeacherMemory, tmp_path: Path) -> None:
+    built.save_pretrained(tmp_path)
+    values, metadata = tmp_path / "memory.safetensors", tmp_path / "memory.json"
+    save_file({"other": torch.ones(2)}, values)
+    record = json.loads(metadata.read_text())
+    record["sha256"] = memory.hashlib.sha256(values.read_bytes()).hexdigest()
+    metadata.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="got nothing"):
+        TeacherMemory.from_pretrained(tmp_path)
+
+
+def test_an_interrupted_save_leaves_no_pair_that_loads(
+    built: TeacherMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built.save_pretrained(tmp_path)
+    other = dataclasses.replace(built, centroids=built.centroids + 1)
+    replace, calls = memory.os.replace, []
+
+    def fail_at(call: int) -> Callable[[str, Path], None]:
+        def replacing(source: str, target: Path) -> None:
+            calls.append(target)
+            if len(calls) == call:
+                raise OSError("disk full")
+            replace(source, target)
+
+        return replacing
+
+    monkeypatch.setattr(memory.os, "replace", fail_at(1))
+    with pytest.raises(OSError, match="disk full"):
+        other.save_pretrained(tmp_path)
+    # Nothing has happened yet: the old memory is whole.
+    assert torch.equal(TeacherMemory.from_pretrained(tmp_path).centroids, built.centroids)
+    calls.clear()
+    monkeypatch.setattr(memory.os, "replace", fail_at(2))
+    with pytest.raises(OSError, match="disk full"):
+        other.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="interrupted"):
+        TeacherMemory.from_pretrained(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2  # no temporary file stays behind
+
+
+# --- fingerprint and student memory -----------------------------------------------------------------------------
+
+
+def test_fingerprint_changes_with_any_parameter_only() -> None:
+    def model() -> nn.Module:
+        net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+        for parameter in net.parameters():
+            nn.init.constant_(parameter, 0.5)
+        return net
+
+    first = model_fingerprint(model())
+    assert len(first) == 64
+    assert model_fingerprint(model().eval()) == first
+    for name, _ in model().named_parameters():
+        changed = model()
+        parameter = changed.get_parameter(name)
+        with torch.no_grad():
+            parameter.view(-1)[-1] += 1e-6
+        assert model_fingerprint(changed) != first
+    assert model_fingerprint(model().bfloat16()) != first
+    assert model_fingerprint(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(4))) != first
+
+
+def test_student_memory_starts_normal() -> None:
+    before = torch.random.get_rng_state()
+    student = StudentMemory(40, 8, 24)
+    assert isinstance(student.centroids, nn.Parameter)
+    assert student.centroids.shape == (40, 8 * 24)
+    assert list(student.state_dict()) == ["centroids"]
+    values = student.centroids.detach()
+    assert abs(float(values.mean())) < 0.05
+    assert abs(float(values.std()) - 1) < 0.05
+    assert float(StudentMemory(40, 8, 24, std=0.02).centroids.detach().std()) == pytest.approx(0.02, rel=0.05)
+    assert torch.equal(student.centroids, StudentMemory(40, 8, 24).centroids)
+    other = StudentMemory(40, 8, 24, generator=torch.Generator().manual_seed(1))
+    assert not torch.equal(student.centroids, other.centroids)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_student_memory_starts_from_the_teacher(built: TeacherMemory) -> None:
+    student = StudentMemory(K, S, D, "teacher", teacher_memory=built)
+    assert torch.equal(student.centroids, built.centroids)
+    with torch.no_grad():
+        student.centroids += 1
+    assert not torch.equal(student.centroids, built.centroids)  # a copy
+    with pytest.raises(ValueError, match=r"\[5, 192\]; init = 'teacher' needs \[K, S\*D\] = \[5, 96\]"):
+        StudentMemory(K, S, D // 2, "teacher", teacher_memory=built)
+    with pytest.raises(ValueError, match="needs the teacher's memory, got None"):
+        StudentMemory(K, S, D, "teacher")
+    with pytest.raises(ValueError, match="init: expected 'normal' or 'teacher', got 'zeros'"):
+        StudentMemory(K, S, D, "zeros")
+
+
+def test_files_hold_plain_tensors_only(built: TeacherMemory, tmp_path: Path) -> None:
+    built.save_pretrained(tmp_path)
+    assert list(load_file(tmp_path / "memory.safetensors")) == ["centroids"]
