@@ -53,6 +53,8 @@ def _as_layers(name: str, features: Features) -> list[Tensor]:
     if not layers:
         raise ValueError(f"{name}: expected [B, S, D] features or a sequence of them, got an empty sequence")
     for layer in layers:
+        if not isinstance(layer, Tensor):
+            raise TypeError(f"{name}: expected tensors [B, S, D], got {type(layer).__name__}")
         if layer.ndim != 3:
             raise ValueError(f"{name}: expected features [B, S, D], got shape {list(layer.shape)}")
     return layers
@@ -136,7 +138,12 @@ class IntraFeatureLoss(_StructureLoss):
         cka = intra_cka(students, teachers, self._mask(attention_mask), backend=self.backend)
         if self.reduction == "mean_log":
             return cka.neg_log.mean()
-        return -torch.log1p(1e-8 - cka.distance.mean(dim=1)).mean()
+        distance = cka.distance.mean(dim=1)
+        # Near CKA = 1 the logarithm of 1 - distance would round; near CKA = 0, 1e-8 - 1 would, to -1.
+        near = distance < 0.5
+        log1p = torch.log1p(1e-8 - torch.where(near, distance, 0.0))
+        log = torch.log(torch.where(near, 1.0, 1 - distance) + 1e-8)
+        return -torch.where(near, log1p, log).mean()
 
 
 class LocalInterFeatureLoss(_StructureLoss):
@@ -214,7 +221,10 @@ class GlobalInterFeatureLoss(_StructureLoss):
     def _basis(self, memory: Tensor, student: Tensor) -> GramBasis:
         """The teacher memory with its own block of Gamma, computed once for as long as it stays unchanged."""
         known = self._known
-        if known is not None and known[0]() is memory and known[1] == memory._version:
+        if torch.compiler.is_compiling():
+            # A compiled graph cannot see whether the memory changed since, so it computes the block every time.
+            basis = frozen_gram(memory, backend=self.backend)
+        elif known is not None and known[0]() is memory and known[1] == memory._version:
             basis = known[2]
         else:
             basis = frozen_gram(memory, backend=self.backend)
@@ -500,7 +510,7 @@ class FeatureStructureLoss(nn.Module):
                 if shared is not None and own is student_penultimate and given is teacher_penultimate:
                     terms.append(shared)
                 elif own.shape[0] == 1:
-                    terms.append(own.float().sum() * 0)
+                    terms.append(torch.zeros_like(loss))
                 else:
                     terms.append(self.local(own, given, attention_mask))
             local = torch.stack(terms).mean()

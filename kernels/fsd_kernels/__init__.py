@@ -8,7 +8,6 @@ this package needs torch alone.
 
 from fsd_kernels.gram import GramBasis, frozen_gram, gram
 from fsd_kernels.intra_cka import IntraCKA, intra_cka
-
 from fsd_kernels.kmeans import assign, update
 from fsd_kernels.structure import InterStructure, inter_structure, structure
 

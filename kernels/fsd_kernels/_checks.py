@@ -25,6 +25,8 @@ def check_mask(mask: Tensor | None, batch: int, rows: int, device: torch.device)
     """Return an attention mask ``[B, S]`` as booleans (True = keep), or None."""
     if mask is None:
         return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a tensor [B, S], got {type(mask).__name__}")
     if tuple(mask.shape) != (batch, rows):
         raise ValueError(
             f"mask: expected [B, S] = [{batch}, {rows}] like the features, got {list(mask.shape)}"

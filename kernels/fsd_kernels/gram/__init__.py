@@ -1,11 +1,13 @@
 """``gram``: the one small matrix from which every between-sample structure is read.
 
-    Z = [m_1 - mu_m, ..., m_K - mu_m, mu_m,  h_1 - mu_h, ..., h_B - mu_h, mu_h],   Gamma = Z Z^T
+    Z = [m_1 - mu_m, ..., m_K - mu_m, mu_m,  h_1 - mu_h, ..., h_B - mu_h, mu_h - mu_m],   Gamma = Z Z^T
 
-with m the K rows of a memory, h the flattened features of B samples and mu their means over rows. Rows are
-centred before they are rounded or multiplied, so a large offset common to all samples does not drown the
-differences between them; the two mean rows keep what centring removes, so every raw inner product, norm
-and distance is still a sum of entries of Gamma. The diagonal blocks are the centred Gram matrices of CKA.
+with m the K rows of a memory, h the flattened features of B samples and mu their means over rows; without a
+memory Z = [h_1 - mu_h, ..., h_B - mu_h, mu_h]. Rows are centred before they are rounded or multiplied, so a large
+offset common to all samples does not drown the differences between them; the mean rows keep what centring
+removes, so every raw inner product, norm and distance is still a sum of entries of Gamma. That the last row is the
+difference of the means, and not mu_h, keeps distances exact where features and memory share the offset. The
+diagonal blocks are the centred Gram matrices of CKA.
 """
 
 from __future__ import annotations
@@ -101,7 +103,7 @@ def gram(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Gamma = Z Z^T of stacked memory and features, each block centred and followed by its mean.
+    """Gamma = Z Z^T of stacked memory and features, each block centred and followed by a row for its mean.
 
     Args:
         features: [B, S, D] or [B, F], differentiable. [B, S, D] is flattened to F = S * D.
@@ -118,11 +120,9 @@ def gram(
         ValueError: Shapes or devices do not fit.
     """
     flat, kept = flatten_features(features, mask)
-    basis = memory if isinstance(memory, GramBasis) else None
-    rows = basis.memory if basis is not None else memory
-    known = basis.gram if basis is not None else None
+    rows = memory.memory.detach() if isinstance(memory, GramBasis) else memory
+    known = memory.gram if isinstance(memory, GramBasis) else None
     if rows is not None:
-        assert isinstance(rows, Tensor)
         check_features("memory", rows, 2, "[K, F]")
         check_same_device([("features", features), ("memory", rows)])
         if rows.shape[1] < flat.shape[1] or rows.shape[0] < 1:
@@ -130,13 +130,12 @@ def gram(
                 f"memory: expected [K, F] with K >= 1 and F >= {flat.shape[1]} like the features, "
                 f"got {list(rows.shape)}"
             )
-        if basis is not None:
-            rows = rows.detach()
-    if known is not None and known.shape != (rows.shape[0] + 1, rows.shape[0] + 1):  # type: ignore[union-attr]
-        raise ValueError(f"memory.gram: expected [K + 1, K + 1], got {list(known.shape)}")
+        if known is not None and known.shape != (rows.shape[0] + 1, rows.shape[0] + 1):
+            raise ValueError(f"memory.gram: expected [K + 1, K + 1], got {list(known.shape)}")
     chosen = resolve_backend(backend, features.device, "gram")
     if chosen == "reference":
-        return implementation("gram", "reference").forward(flat, rows, kept)
+        with torch.autocast(features.device.type, enabled=False):
+            return implementation("gram", "reference").forward(flat, rows, kept)
     return _forward(flat, rows, known, kept, chosen)
 
 

@@ -1,10 +1,10 @@
 """The Gram matrix of stacked rows and their means, written as the formula reads; any dtype.
 
-    Z = [m_1 - mu_m, ..., m_K - mu_m, mu_m,  h_1 - mu_h, ..., h_B - mu_h, mu_h]
+    Z = [m_1 - mu_m, ..., m_K - mu_m, mu_m,  h_1 - mu_h, ..., h_B - mu_h, mu_h - mu_m]
     Gamma = Z Z^T
 
-with m the memory's rows, h the features' rows, mu their means over rows. Without a memory, Z holds the
-features' rows and mu_h alone. Gradients come from autograd.
+with m the memory's rows, h the features' rows, mu their means over rows. Without a memory,
+Z = [h_1 - mu_h, ..., h_B - mu_h, mu_h]. Gradients come from autograd.
 """
 
 from __future__ import annotations
@@ -30,5 +30,6 @@ def forward(features: Tensor, memory: Tensor | None, mask: Tensor | None) -> Ten
         stacked = centred_block(features)
     else:
         features = torch.nn.functional.pad(features, (0, memory.shape[1] - features.shape[1]))
-        stacked = torch.cat([centred_block(memory.to(features.dtype)), centred_block(features)])
+        first, second = centred_block(memory.to(features.dtype)), centred_block(features)
+        stacked = torch.cat([first, second[:-1], second[-1:] - first[-1:]])
     return stacked @ stacked.T

@@ -139,7 +139,8 @@ def intra_cka(
     teachers = [layer.detach() for layer in teachers]
     chosen = resolve_backend(backend, device, "intra_cka")
     if chosen == "reference":
-        distance, neg_log = implementation("intra_cka", "reference").forward(students, teachers, kept)
+        with torch.autocast(device.type, enabled=False):
+            distance, neg_log = implementation("intra_cka", "reference").forward(students, teachers, kept)
         return IntraCKA(distance, neg_log)
     distance, neg_log, _ = _forward(students, teachers, kept, chosen)
     return IntraCKA(distance, neg_log)

@@ -88,6 +88,7 @@ def structure(
         ValueError: Shapes or devices do not fit.
     """
     check_features("student", student, 2, "[N, N]")
+    check_features("teacher", teacher, 2, "[N, N]")
     least = num_centroid + 2 if num_centroid else 1
     if student.shape[0] != student.shape[1] or student.shape[0] < least:
         raise ValueError(f"student: expected [N, N] with N >= {least}, got {list(student.shape)}")
@@ -100,8 +101,18 @@ def structure(
     teacher = teacher.detach()
     chosen = resolve_backend(backend, student.device, "structure")
     if chosen == "reference":
-        return InterStructure(*implementation("structure", chosen).forward(student, teacher, num_centroid))
+        with torch.autocast(student.device.type, enabled=False):
+            return InterStructure(
+                *implementation("structure", chosen).forward(student, teacher, num_centroid)
+            )
     return InterStructure(*_forward(student, teacher, num_centroid, chosen)[0].unbind())
+
+
+def _flat(name: str, features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """As ``flatten_features``, with errors that name the student's or the teacher's features."""
+    ndim = 2 if isinstance(features, Tensor) and features.ndim == 2 else 3
+    check_features(name, features, ndim, "[B, S, D] or [B, F]")
+    return flatten_features(features, mask)
 
 
 def inter_structure(
@@ -130,28 +141,33 @@ def inter_structure(
         TypeError: An argument is not a floating tensor.
         ValueError: Shapes or devices do not fit, or only one memory is given.
     """
+    own, kept = _flat("student", student, mask)
+    given, _ = _flat("teacher", teacher, mask)
+    if own.shape[0] != given.shape[0]:
+        raise ValueError(f"teacher: expected {own.shape[0]} samples like the student, got {given.shape[0]}")
     if (student_memory is None) != (teacher_memory is None):
         raise ValueError("student_memory, teacher_memory: expected both or neither")
-    if student.shape[0] != teacher.shape[0]:
-        raise ValueError(
-            f"teacher: expected {student.shape[0]} samples like the student, got {teacher.shape[0]}"
-        )
-    chosen = resolve_backend(backend, student.device, "structure")
-    teacher = teacher.detach()
-    if chosen == "reference":
-        own, kept = flatten_features(student, mask)
-        given, _ = flatten_features(teacher, mask)
-        rows = teacher_memory.memory if isinstance(teacher_memory, GramBasis) else teacher_memory
-        reference = implementation("structure", chosen)
-        return InterStructure(*reference.inter_structure(own, given, student_memory, rows, kept))
+    rows = teacher_memory.memory if isinstance(teacher_memory, GramBasis) else teacher_memory
     num_centroid = 0
-    if student_memory is not None and teacher_memory is not None:
+    if student_memory is not None and rows is not None:
+        for name, memory, flat in (("student_memory", student_memory, own), ("teacher_memory", rows, given)):
+            check_features(name, memory, 2, "[K, F]")
+            if memory.shape[0] < 1 or memory.shape[1] < flat.shape[1]:
+                raise ValueError(
+                    f"{name}: expected [K, F] with K >= 1 and F >= {flat.shape[1]} like the features, "
+                    f"got {list(memory.shape)}"
+                )
         num_centroid = student_memory.shape[0]
-        rows = teacher_memory.memory if isinstance(teacher_memory, GramBasis) else teacher_memory
         if rows.shape[0] != num_centroid:
             raise ValueError(
-                f"teacher_memory: expected {num_centroid} centroids like student_memory, got {len(rows)}"
+                f"teacher_memory: expected {num_centroid} centroids like student_memory, got {rows.shape[0]}"
             )
+    chosen = resolve_backend(backend, student.device, "structure")
+    if chosen == "reference":
+        reference = implementation("structure", chosen)
+        rows = None if rows is None else rows.detach()
+        with torch.autocast(student.device.type, enabled=False):
+            return InterStructure(*reference.inter_structure(own, given.detach(), student_memory, rows, kept))
     with torch.no_grad():
         gamma_t = gram(teacher, teacher_memory, mask, backend=chosen)
     gamma_s = gram(student, student_memory, mask, backend=chosen)

@@ -1,6 +1,6 @@
 """The between-sample structures read off two small Gamma matrices, with their gradients, by torch operations.
 
-Gamma = Z Z^T of Z = [centred memory, its mean mu_m, centred features, their mean mu_h] (``fsd_kernels.gram``).
+Gamma = Z Z^T of Z = [centred memory, its mean mu_m, centred features, mu_h - mu_m] (``fsd_kernels.gram``).
 
 L_L and F_MM, from a diagonal block with A = K_c / |K_c|, B = L_c / |L_c| (teacher, student):
 
@@ -21,14 +21,24 @@ from torch import Tensor
 CKA_FLOOR = 1e-8
 
 
-def _neg_log_cka(student: Tensor, teacher: Tensor, block: slice, mean: int) -> tuple[Tensor, Tensor]:
+def _mean_energies(gamma: Tensor, num_centroid: int) -> tuple[Tensor, Tensor]:
+    """Return (|mu_h|^2, |mu_m|^2)."""
+    k = num_centroid
+    if not k:
+        return gamma[-1, -1], gamma[-1, -1]
+    return gamma[-1, -1] + 2 * gamma[-1, k] + gamma[k, k], gamma[k, k]
+
+
+def _neg_log_cka(
+    student: Tensor, teacher: Tensor, block: slice, mean_energies: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
     """-log CKA of one diagonal block and its gradient with respect to the student's block."""
     rows = block.stop - block.start
     units, norms, exists = [], [], torch.ones((), dtype=torch.bool, device=student.device)
-    for gamma in (student, teacher):
+    for gamma, mean_energy in zip((student, teacher), mean_energies, strict=True):
         centred = gamma[block, block]
         energy = centred.diagonal().sum()
-        rounding = (8 * torch.finfo(gamma.dtype).eps) ** 2 * rows * gamma[mean, mean]
+        rounding = (8 * torch.finfo(gamma.dtype).eps) ** 2 * rows * mean_energy
         here = (energy > rounding) & (rows > 1)
         # Dividing by the trace first keeps fourth powers of the features out of overflow and underflow.
         centred = centred * torch.where(here, 1 / energy, 0.0)
@@ -54,17 +64,14 @@ class _Distances:
         k, m = num_centroid, slice(0, num_centroid)
         h = slice(k + 1, gamma.shape[0] - 1)
         squares = gamma.diagonal()
-        to_m, to_h = gamma[k], gamma[-1]
-        # q = |(h_c + mu_h) - (m_c + mu_m)|^2, with the difference of the means expanded.
-        shift_h = to_h[h] - to_m[h]
-        shift_m = to_h[m] - to_m[m]
-        shift = to_h[-1] - 2 * to_h[k] + to_m[k]
-        q = (squares[h] + 2 * shift_h + shift)[:, None] + (squares[m] - 2 * shift_m) - 2 * gamma[h, m]
-        u = (squares[h] + 2 * to_h[h] + to_h[-1]).clamp(min=0)[:, None]
-        v = (squares[m] + 2 * to_m[m] + to_m[k]).clamp(min=0)[None]
-        self.u_minus_v = (
-            (squares[h] + 2 * to_h[h])[:, None] - (squares[m] + 2 * to_m[m]) + (to_h[-1] - to_m[k])
-        )
+        # h_i = h_c + delta + mu_m and m_j = m_c + mu_m, with delta = mu_h - mu_m: in q mu_m does not occur.
+        to_m, to_d = gamma[k], gamma[-1]
+        q = (squares[h] + 2 * to_d[h] + to_d[-1])[:, None] + (squares[m] - 2 * to_d[m]) - 2 * gamma[h, m]
+        from_mean_h = squares[h] + 2 * (to_d[h] + to_m[h]) + to_d[-1] + 2 * to_d[k]
+        from_mean_m = squares[m] + 2 * to_m[m]
+        u = (from_mean_h + to_m[k]).clamp(min=0)[:, None]
+        v = (from_mean_m + to_m[k]).clamp(min=0)[None]
+        self.u_minus_v = from_mean_h[:, None] - from_mean_m
         self.square = q.clamp(min=0)
         self.euclidean = self.square.sqrt()
         self.a, self.b = u.sqrt(), v.sqrt()
@@ -87,12 +94,12 @@ def _scatter(d_q: Tensor, d_u: Tensor, d_v: Tensor, num_centroid: int) -> Tensor
     diagonal[m] = 0.5 * (columns + d_v)
     half[h, m] = -d_q
     half[-1, h] = rows + d_u
-    half[k, h] = -rows
+    half[k, h] = d_u
     half[-1, m] = -columns
-    half[k, m] = columns + d_v
+    half[k, m] = d_v
     half[-1, -1] = 0.5 * (whole + d_u.sum())
-    half[k, k] = 0.5 * (whole + d_v.sum())
-    half[-1, k] = -whole
+    half[-1, k] = d_u.sum()
+    half[k, k] = 0.5 * (d_u.sum() + d_v.sum())
     return half + half.T
 
 
@@ -103,12 +110,19 @@ def forward(student: Tensor, teacher: Tensor, num_centroid: int) -> tuple[Tensor
     head = num_centroid + 1 if num_centroid else 0
     batch = student.shape[0] - head - 1
     samples = slice(head, head + batch)
+    (mean_h, mean_m), (mean_h_t, mean_m_t) = (
+        _mean_energies(side, num_centroid) for side in (student, teacher)
+    )
     if batch > 1:
-        values[0], gradients[0, samples, samples] = _neg_log_cka(student, teacher, samples, head + batch)
+        values[0], gradients[0, samples, samples] = _neg_log_cka(
+            student, teacher, samples, (mean_h, mean_h_t)
+        )
     if not num_centroid:
         return values, gradients
     centroids = slice(0, num_centroid)
-    values[1], gradients[1, centroids, centroids] = _neg_log_cka(student, teacher, centroids, num_centroid)
+    values[1], gradients[1, centroids, centroids] = _neg_log_cka(
+        student, teacher, centroids, (mean_m, mean_m_t)
+    )
     if batch == 0:
         return values, gradients
     own, given = _Distances(student, num_centroid), _Distances(teacher, num_centroid)

@@ -91,7 +91,7 @@ def forward(student: Tensor, teacher: Tensor, num_centroid: int) -> Tensor:
     head = num_centroid + 1 if num_centroid else 0
     batch = student.shape[0] - head - 1
     samples = slice(head, head + batch)
-    local = _neg_log_cka_of_centred(student, teacher, samples, head + batch)
+    local = _neg_log_cka_of_centred(student, teacher, samples, num_centroid)
     if not num_centroid:
         return torch.stack([local, *torch.zeros_like(local).expand(3)])
     memory_cka = _neg_log_cka_of_centred(student, teacher, slice(0, num_centroid), num_centroid)
@@ -119,24 +119,36 @@ def forward(student: Tensor, teacher: Tensor, num_centroid: int) -> Tensor:
 
 
 def _raw_products(gamma: Tensor, num_centroid: int) -> Tensor:
-    """<m_i, m_j>, <h_i, m_j>, <h_i, h_j> as one [K + B, K + B] matrix: the centred rows plus their means."""
+    """<m_i, m_j>, <h_i, m_j>, <h_i, h_j> as one [K + B, K + B] matrix: the centred rows plus their means.
+
+    m_i = (m_i - mu_m) + mu_m and h_i = (h_i - mu_h) + (mu_h - mu_m) + mu_m.
+    """
     total = gamma.shape[0]
     samples = total - num_centroid - 2
     lift = gamma.new_zeros((num_centroid + samples, total))
     lift[:num_centroid, :num_centroid] = torch.eye(num_centroid, dtype=gamma.dtype)
     lift[:num_centroid, num_centroid] = 1
     lift[num_centroid:, num_centroid + 1 : -1] = torch.eye(samples, dtype=gamma.dtype)
+    lift[num_centroid:, num_centroid] = 1
     lift[num_centroid:, -1] = 1
     return lift @ gamma @ lift.T
 
 
-def _neg_log_cka_of_centred(student: Tensor, teacher: Tensor, block: slice, mean: int) -> Tensor:
+def _mean_energy(gamma: Tensor, block: slice, num_centroid: int) -> Tensor:
+    """|mu|^2 of the block's rows; mu_h = (mu_h - mu_m) + mu_m."""
+    k = num_centroid
+    if block.start == 0:
+        return gamma[block.stop, block.stop]
+    return gamma[-1, -1] + 2 * gamma[-1, k] + gamma[k, k]
+
+
+def _neg_log_cka_of_centred(student: Tensor, teacher: Tensor, block: slice, num_centroid: int) -> Tensor:
     """-log CKA of one diagonal block of two Gamma matrices: <K_c, L_c> / (|K_c| |L_c|)."""
     rows = block.stop - block.start
     for gamma in (student, teacher):
         energy = gamma[block, block].diagonal().sum()
-        rounding = (8 * torch.finfo(gamma.dtype).eps) ** 2 * rows * gamma[mean, mean]
-        if rows < 2 or not bool(energy > rounding):
+        mean_energy = _mean_energy(gamma, block, num_centroid)
+        if rows < 2 or not bool(energy > (8 * torch.finfo(gamma.dtype).eps) ** 2 * rows * mean_energy):
             return student.new_zeros(())
     centred_s, centred_t = student[block, block], teacher[block, block]
     cka = (centred_t * centred_s).sum() / torch.sqrt(centred_t.square().sum() * centred_s.square().sum())
