@@ -20,7 +20,7 @@ from fsd_fast.training.arguments import DemoArguments
 from fsd_fast.training.export import write_json
 
 TASK = ["--task_name", "reviews", "--max_seq_length", "64", "--pad_features", "exclude"]
-TASK += ["--max_train_samples", "4000"]
+TASK += ["--max_train_samples", "2400"]
 TRAINING = [
     "--train_sampling_strategy",
     "group_by_length",
@@ -101,12 +101,13 @@ def _row(name: str, figures: dict[str, float], folder: Path) -> dict[str, Any]:
     }
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"{'method':<12} {'layers':>6} {'parameters':>12} {'dev accuracy':>13} {'seconds':>8}"]
+def results_table(rows: list[dict[str, Any]]) -> str:
+    """Return the demo's table as Markdown, from the rows of results.json."""
+    lines = ["| method | layers | parameters | dev accuracy | seconds |", "|---|---|---|---|---|"]
     for row in rows:
         lines.append(
-            f"{row['method']:<12} {row['layers']:>6} {row['parameters']:>12,} {row['dev_accuracy']:>13.4f} "
-            f"{row['seconds']:>8.1f}"
+            f"| {row['method']} | {row['layers']} | {row['parameters']:,} | {row['dev_accuracy']:.4f} | "
+            f"{row['seconds']:.1f} |"
         )
     return "\n".join(lines)
 
@@ -172,7 +173,7 @@ def demo(arguments: DemoArguments) -> Callable[[], dict[str, float]]:
             )
             histories[name] = state["log_history"]
         draw_curves(histories, folder / "curves.png")
-        print(f"\n{_table(rows)}\n\nmemory: {figures['memory']['seconds']:.1f} s")
+        print(f"\n{results_table(rows)}\n\nmemory: {figures['memory']['seconds']:.1f} s")
         print(f"written: {folder / 'results.json'}, {folder / 'curves.png'}", flush=True)
         return {"demo_seconds": time.perf_counter() - start}
 

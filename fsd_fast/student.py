@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -63,8 +64,9 @@ def load_classifier(
     if labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
+    # Trained weights are float32, whatever precision they were saved in.
     model = AutoModelForSequenceClassification.from_pretrained(
-        name_or_path, config=config, ignore_mismatched_sizes=True
+        name_or_path, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
     )
     if num_layers is None or num_layers == depth:
         return model

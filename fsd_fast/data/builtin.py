@@ -316,7 +316,16 @@ def resolve_model(name_or_path: str) -> str:
             reached as "./minilm".
 
     Raises:
-        FileNotFoundError: If the backbone is asked for and has not been fetched.
+        FileNotFoundError: If the backbone is asked for and has not been fetched, or if what can only be a path
+            is no folder.
         ValueError: If the backbone is asked for and a file of it is damaged.
     """
-    return str(backbone_path()) if name_or_path == BACKBONE_NAME else name_or_path
+    if name_or_path == BACKBONE_NAME:
+        return str(backbone_path())
+    # A name on the Hub is NAME or OWNER/NAME. Anything else would be looked for there in vain, and for long.
+    path = Path(name_or_path)
+    if (path.is_absolute() or name_or_path.startswith(".") or len(path.parts) > 2) and not path.is_dir():
+        raise FileNotFoundError(
+            f"{name_or_path}: no such folder; expected a saved model, or a name on the Hub"
+        )
+    return name_or_path

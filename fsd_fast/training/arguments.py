@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -61,10 +61,10 @@ class MemoryArguments:
     num_centroid: int | None = _help("Centroids K. Default: 300 for MNLI and QQP, 100 for the others.", None)
     per_device_batch_size: int = _help("Samples of one teacher pass.", 32)
     memory_refine: int = _help("Exact Lloyd epochs after the two passes; each runs the teacher once more.", 0)
+    plot: bool = _help("Draw cluster sizes and a t-SNE of the memory into memory_plot.png.", False)
     seed: int = _help("Seed of the sketch and of the first centroids.", 42)
     use_cpu: bool = _help("Use the CPU even where there is a GPU.", False)
     overwrite_output_dir: bool = _help("Replace a memory that is already there.", False)
-    local_rank: int = _help("Set by the launcher.", -1)
 
 
 @dataclass
@@ -133,6 +133,7 @@ def _default_report() -> list[str]:
 class RunArguments(TrainingArguments):
     """Every flag of transformers' ``TrainingArguments``, with the paper's defaults."""
 
+    output_dir: str = _help("Folder of the run: checkpoints, logs, results and the trained model.")
     per_device_train_batch_size: int = _help("Samples of one training step on each device.", 32)
     per_device_eval_batch_size: int = _help("Samples of one evaluation step on each device.", 64)
     learning_rate: float = _help("Initial learning rate of AdamW; it falls linearly to 0.", 2e-5)
@@ -213,9 +214,9 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Any, ...]:
     listed = list(arguments) if values is None else [f"--{name}" for name in values]
     if any(entry.split("=")[0] == "--deepspeed" for entry in listed):
         check_deepspeed(True, command)
-    parser = HfArgumentParser(classes, prog=f"fsd-fast {command}")  # type: ignore[arg-type]
+    parser = _Parser(classes, prog=f"fsd-fast {command}")  # type: ignore[arg-type]
     if values is None:
-        _check_folder_first(parser, classes, list(arguments))
+        _check_flags_first(parser, classes, list(arguments), command)
         return tuple(parser.parse_args_into_dataclasses(list(arguments)))
     known = {f.name for cls in classes for f in dataclasses.fields(cls) if f.init}
     unknown = sorted(set(values) - known)
@@ -232,12 +233,26 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected JSON, got line {error.lineno}: {error.msg}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object of flags, got {type(values).__name__}")
+    resume = values.get("resume_from_checkpoint")
+    if isinstance(resume, bool):  # what JSON makes of "--resume_from_checkpoint true"
+        values["resume_from_checkpoint"] = "last" if resume else None
     return values
 
 
-def _check_folder_first(parser: HfArgumentParser, classes: tuple[type, ...], arguments: list[str]) -> None:
-    if any(issubclass(cls, TrainingArguments) for cls in classes) and not {"-h", "--help"} & set(arguments):
-        namespace, _ = parser.parse_known_args(arguments)
+class _Parser(HfArgumentParser):
+    """Raises where argparse would print every flag there is, the error below them, and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def _check_flags_first(
+    parser: HfArgumentParser, classes: tuple[type, ...], arguments: list[str], command: str
+) -> None:
+    namespace, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise ValueError(f"unknown arguments {' '.join(unknown)}; see fsd-fast {command} --help")
+    if any(issubclass(cls, TrainingArguments) for cls in classes):
         _check_run_folder(vars(namespace))
 
 

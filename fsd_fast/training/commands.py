@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,7 @@ from transformers import (
     set_seed,
 )
 
+from fsd_fast.clustering_state import discard_state
 from fsd_fast.data import (
     LENGTH_COLUMN,
     PadCollator,
@@ -43,7 +46,15 @@ from fsd_fast.data import (
 )
 from fsd_fast.layers import parse_layer_pairs
 from fsd_fast.losses import METHODS, FeatureStructureLoss
-from fsd_fast.memory import FeatureBatch, MemoryIdentity, StudentMemory, TeacherMemory, model_fingerprint
+from fsd_fast.memory import (
+    STATE_FOLDER,
+    FeatureBatch,
+    MemoryIdentity,
+    StudentMemory,
+    TeacherMemory,
+    model_fingerprint,
+)
+from fsd_fast.memory_plot import PLOT_FILE, plot_memory, sample_numbers
 from fsd_fast.metrics import compute_metrics
 from fsd_fast.student import DistillationModel, export_state, load_classifier, parameter_count
 from fsd_fast.teacher import Teacher
@@ -142,7 +153,7 @@ def _finish(
     """
     folder = Path(str(trainer.args.output_dir))
     result = trainer.train(resume_from_checkpoint=resume)
-    metrics = trainer.evaluate()
+    metrics = _final_metrics(trainer)
     train_metrics = {**result.metrics, "train_samples": len(data.train)}
     weights = state()
     scores = {name: value for name, value in metrics.items() if _is_score(name)}
@@ -156,6 +167,18 @@ def _finish(
     trainer.save_state()
     trainer.accelerator.wait_for_everyone()
     return {**train_metrics, **metrics}
+
+
+def _final_metrics(trainer: Trainer) -> dict[str, float]:
+    """Evaluate the trained model, unless the loop has just done so after its last step."""
+    last = [
+        entry
+        for entry in trainer.state.log_history
+        if entry["step"] == trainer.state.global_step and any(name.startswith("eval_") for name in entry)
+    ]
+    if not last or trainer.args.load_best_model_at_end:
+        return trainer.evaluate()
+    return {name: value for entry in last for name, value in entry.items() if name != "step"}
 
 
 def _is_score(name: str) -> bool:
@@ -210,11 +233,11 @@ def teacher(data_arguments: DataArguments, arguments: TeacherArguments, run: Run
     return functools.partial(_finish, trainer, resume, state, model, data, tokenizer, title, settings)
 
 
-def _check_teacher(teacher_model: Teacher, task: Task) -> None:
+def _check_outputs(teacher_model: Teacher, task: Task, argument: str = "teacher_model_name_or_path") -> None:
     logits = teacher_model.model.config.num_labels
     if logits != task.num_labels:
         raise ValueError(
-            f"teacher_model_name_or_path: {teacher_model.name} has {logits} outputs; task {task.name!r} needs "
+            f"{argument}: {teacher_model.name} has {logits} outputs; task {task.name!r} needs "
             f"{task.num_labels}; fine-tune it with the 'teacher' command"
         )
 
@@ -231,7 +254,7 @@ def memory_identity(
         layer=teacher_model.num_layers - 1,
         max_seq_length=data_arguments.max_seq_length,
         hidden_size=teacher_model.hidden_size,
-        num_centroid=num_centroid or task.default_num_centroid,
+        num_centroid=task.default_num_centroid if num_centroid is None else num_centroid,
         pad_features=data_arguments.pad_features,
     )
 
@@ -252,12 +275,13 @@ def _feature_batches(
     samples: np.ndarray[Any, np.dtype[np.int64]],
     batch_size: int,
     device: torch.device,
+    first: int = 0,
 ) -> Iterator[FeatureBatch]:
-    """Run the teacher over the given training samples."""
+    """Run the teacher over the given training samples, from batch number ``first`` on."""
+    start = first * batch_size
     loader: DataLoader[Any] = DataLoader(
-        data.train.select(samples), batch_size=batch_size, collate_fn=data.collator
+        data.train.select(samples[start:]), batch_size=batch_size, collate_fn=data.collator
     )
-    start = 0
     for batch in loader:
         inputs = {name: value.to(device) for name, value in batch.items()}
         features = teacher_model.penultimate(inputs)
@@ -266,16 +290,26 @@ def _feature_batches(
         yield FeatureBatch(features, inputs.get("attention_mask"), index)
 
 
+def _tokens_digest(samples: Dataset) -> str:
+    """sha256 over the tokens of all samples in their order."""
+    digest = hashlib.sha256()
+    for rows in samples.select_columns("input_ids").iter(batch_size=1000):
+        digest.update(repr([list(row) for row in rows["input_ids"]]).encode())
+    return digest.hexdigest()
+
+
 def memory(data_arguments: DataArguments, arguments: MemoryArguments) -> Work:
     """Build the teacher memory."""
     folder = Path(arguments.output_dir)
-    check_output_dir(str(folder), None, arguments.overwrite_output_dir)
+    # An unfinished build is continued where it was killed.
+    if not (folder / STATE_FOLDER).is_dir():
+        check_output_dir(str(folder), None, arguments.overwrite_output_dir)
     if arguments.per_device_batch_size < 1:
         raise ValueError(f"per_device_batch_size: expected at least 1, got {arguments.per_device_batch_size}")
     task = get_task(data_arguments.task_name)
     path = resolve_model(arguments.teacher_model_name_or_path)
     teacher_model = Teacher.from_pretrained(path)
-    _check_teacher(teacher_model, task)
+    _check_outputs(teacher_model, task)
     data = load_data(data_arguments, AutoTokenizer.from_pretrained(path))
     identity = memory_identity(teacher_model, data_arguments, arguments.num_centroid)
     if len(data.train) < identity.num_centroid:
@@ -286,19 +320,34 @@ def memory(data_arguments: DataArguments, arguments: MemoryArguments) -> Work:
     teacher_model.to(state.device)
     samples = _share(data)
 
+    batch_size = arguments.per_device_batch_size
+    layout = {
+        "samples": hashlib.sha256(samples.tobytes()).hexdigest(),
+        "tokens": _tokens_digest(data.train),
+        "batch_size": batch_size,
+        "device": state.device.type,
+    }
+
+    def features_of(chosen: np.ndarray[Any, np.dtype[np.int64]], first: int = 0) -> Iterator[FeatureBatch]:
+        return _feature_batches(teacher_model, data, chosen, batch_size, state.device, first)
+
     def work() -> dict[str, float]:
+        if arguments.overwrite_output_dir:
+            discard_state(folder / STATE_FOLDER)
         built = TeacherMemory.build(
-            lambda: _feature_batches(
-                teacher_model, data, samples, arguments.per_device_batch_size, state.device
-            ),
+            functools.partial(features_of, samples),
             identity,
             seed=arguments.seed,
             refine=arguments.memory_refine,
             num_samples=len(samples),
+            state_dir=folder / STATE_FOLDER,
+            layout=layout,
         )
         if state.is_main_process:
             built.save_pretrained(folder)
-        state.wait_for_everyone()
+            if arguments.plot:
+                plot_memory(built, features_of(sample_numbers(len(data.train))), folder / PLOT_FILE)
+        discard_state(folder / STATE_FOLDER)
         return {"memory_inertia": built.inertia, "memory_samples": float(len(data.train))}
 
     return work
@@ -336,17 +385,25 @@ def distill(
         pad_features=data_arguments.pad_features,
         backend=arguments.backend,
     )
+    if run.n_gpu > 1:
+        # Trainer would cut the batch, and with it the memory, into one part for each GPU.
+        raise ValueError(
+            f"distill trains on one GPU in each process and sees {run.n_gpu}; start a process for each with "
+            f"deepspeed --num_gpus {run.n_gpu} train_ds.py distill ..., or choose one with CUDA_VISIBLE_DEVICES=0"
+        )
     if loss.uses_local and run.per_device_train_batch_size < 2:
         raise ValueError(
             f"per_device_train_batch_size: method {arguments.method!r} compares the samples of a batch and needs "
             f"at least 2, got {run.per_device_train_batch_size}"
         )
     teacher_layers = int(AutoConfig.from_pretrained(teacher_path).num_hidden_layers)
-    student_layers = arguments.student_layers or max(1, teacher_layers // 2)
+    student_layers = (
+        max(1, teacher_layers // 2) if arguments.student_layers is None else arguments.student_layers
+    )
     layer_pairs = parse_layer_pairs(arguments.layer_pairs, teacher_layers, student_layers)
     with _whole_weights():
         teacher_model = Teacher.from_pretrained(teacher_path)
-        _check_teacher(teacher_model, task)
+        _check_outputs(teacher_model, task)
         student = load_classifier(source, task.labels, student_layers)
     teacher_memory, student_memory = _memories(
         data_arguments, arguments, loss, teacher_model, student, run.seed
@@ -420,11 +477,12 @@ def evaluate(data_arguments: DataArguments, arguments: EvaluationArguments) -> W
     task = get_task(data_arguments.task_name)
     path = resolve_model(arguments.model_name_or_path)
     saved = Teacher.from_pretrained(path)
-    _check_teacher(saved, task)
+    _check_outputs(saved, task, "model_name_or_path")
     tokenizer = AutoTokenizer.from_pretrained(path)
     data = load_data(data_arguments, tokenizer)
     run = TrainingArguments(
-        output_dir=arguments.output_dir or path,
+        # Trainer makes this folder; where nothing is written it must not be one named like a model on the Hub.
+        output_dir=arguments.output_dir or tempfile.gettempdir(),
         per_device_eval_batch_size=arguments.per_device_eval_batch_size,
         use_cpu=arguments.use_cpu,
         report_to=[],
@@ -448,10 +506,12 @@ def evaluate(data_arguments: DataArguments, arguments: EvaluationArguments) -> W
 
 
 def fetch() -> Work:
-    """Get the built-in data and backbone, unless they are there."""
+    """Get the built-in data and backbone, unless they are there.
 
-    def work() -> dict[str, float]:
+    All of it happens here and no work is left: without a network it is refused like any missing input.
+    """
+    try:
         builtin.fetch()
-        return {}
-
-    return work
+    except RuntimeError as error:
+        raise ConnectionError(str(error)) from error
+    return dict

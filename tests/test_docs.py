@@ -1,0 +1,68 @@
+"""The README names every flag, and its figures are those of the files it cites."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+
+from fsd_fast.cli import COMMANDS
+from fsd_fast.demo import results_table
+from fsd_fast.losses import METHODS
+from fsd_fast.training.arguments import ARGUMENTS, RunArguments
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def own_flags(command: str) -> set[str]:
+    """The command's flags that are not simply TrainingArguments'."""
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    changed = set(RunArguments.__annotations__)
+    names = {field.name for cls in ARGUMENTS[command] for field in dataclasses.fields(cls) if field.init}
+    return (names - inherited) | (names & changed)
+
+
+@pytest.mark.parametrize("command", sorted(ARGUMENTS))
+def test_readme_names_every_flag(command: str) -> None:
+    missing = {name for name in own_flags(command) if f"`--{name}`" not in README}
+    assert not missing, f"README does not explain {sorted(missing)} of {command}"
+
+
+def test_readme_names_every_command_and_method() -> None:
+    for name in (*COMMANDS, *METHODS):
+        assert re.search(rf"\b{name}\b", README), name
+
+
+def test_readme_names_no_flag_that_does_not_exist() -> None:
+    known = {
+        field.name for classes in ARGUMENTS.values() for cls in classes for field in dataclasses.fields(cls)
+    }
+    launcher = {"help", "num_gpus", "num_accelerators", "check", "device", "json", "batch"}
+    named = set(re.findall(r"(?<![\w-])--([a-z_]+)", README))
+    assert named <= known | launcher, sorted(named - known - launcher)
+
+
+def test_demo_table_is_the_one_of_its_file() -> None:
+    results = json.loads((ROOT / "docs" / "results" / "demo.json").read_text(encoding="utf-8"))
+    assert results_table(results["rows"]) in README
+
+
+def test_texts_stay_within_the_project() -> None:
+    """No path of a build machine and no address of a package host in any text file of the project."""
+    for path in ROOT.rglob("*"):
+        parts = path.relative_to(ROOT).parts
+        if parts[0] in (".git", ".venv", ".cache", "runs", "build") or path.suffix not in (
+            ".py",
+            ".md",
+            ".json",
+            ".sh",
+        ):
+            continue
+        if path == Path(__file__).resolve() or "egg-info" in path.as_posix():
+            continue
+        text = path.read_text(encoding="utf-8")
+        for word in ("/work/", "/root/", "pypi.org", "pythonhosted"):
+            assert word not in text, f"{path} holds {word}"

@@ -1,0 +1,168 @@
+"""The commands under the deepspeed launcher: two processes on the CPU, ZeRO 2 and ZeRO 3."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fsd_fast.cli import run
+from tests.tiny import (
+    CENTROIDS,
+    HIDDEN,
+    ROOT,
+    SEQUENCE,
+    history,
+    load_cleanly,
+    losses,
+    memory_flags,
+    save_backbone,
+    tiny,
+)
+
+__all__ = ["tiny"]
+
+BIN = Path(sys.executable).parent
+pytestmark = [
+    pytest.mark.launcher,
+    # One after the other: they share ports, cores and the folder that the C++ extension is built in.
+    pytest.mark.xdist_group("launcher"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed builds its CPU communication with g++"),
+]
+
+
+def launch(arguments, port):
+    """Start train_ds.py in two processes as the README says, on the CPU, and return what it printed."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment |= {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",  # ninja, next to this Python
+    }
+    command = [
+        *(str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(port)),
+        *("train_ds.py", *arguments),
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, _ = process.communicate()
+        pytest.fail(f"no end after 300 s:\n{out[-6000:]}")
+    assert process.returncode == 0, out[-6000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def steady(tiny, tmp_path_factory):
+    """The pre-trained model without dropout, so that a sum does not depend on who computes which part of it."""
+    return save_backbone(tmp_path_factory.mktemp("steady"), dropout=0.0)
+
+
+def distillation(tiny, steady, folder, batch, *more):
+    flags = tiny.distillation(folder, "fsd_ilg", steps=4, batch=batch)
+    return ["distill", *flags, "--model_name_or_path", str(steady), *more]
+
+
+CHECKPOINTS = ["--save_strategy", "steps", "--save_steps", "2", "--save_total_limit", "2"]
+
+
+@pytest.fixture(scope="module")
+def zero2(tiny, steady, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zero2") / "run"
+    return folder, launch(distillation(tiny, steady, folder, 4, "--deepspeed", "ds_config.json"), 29610)
+
+
+@pytest.fixture(scope="module")
+def zero3(tiny, steady, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zero3") / "run"
+    flags = distillation(tiny, steady, folder, 4, "--deepspeed", "ds_config_zero3.json", *CHECKPOINTS)
+    return folder, launch(flags, 29620)
+
+
+def close(one, other, tolerance):
+    assert one.keys() == other.keys()
+    for name in one:
+        # Softmax does not see what all keys share: this gradient is 0 but for rounding, which Adam blows up.
+        if name.endswith("key.bias"):
+            continue
+        torch.testing.assert_close(one[name], other[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_zero_2_and_zero_3_train_alike(zero2, zero3):
+    (two, printed), (three, _) = zero2, zero3
+    assert len(losses(two)) == 4
+    assert losses(two) == pytest.approx(losses(three), rel=1e-5)
+    close(load_file(two / "model.safetensors"), load_file(three / "model.safetensors"), 1e-4)
+    assert json.loads((two / "fsd_arguments.json").read_text())["world_size"] == 2
+    # One process speaks for both.
+    assert sum("eval_accuracy = " in line for line in printed.splitlines()) == 1
+
+
+def test_two_processes_are_one_batch_of_twice_the_size(tiny, steady, zero2, tmp_path):
+    command, *flags = distillation(tiny, steady, tmp_path / "run", 8)
+    run(command, flags)
+    (one, *_), (two, *_) = history(tmp_path / "run"), history(zero2[0])
+    # L_L compares the samples of one process with each other: it alone sees where the batch is cut.
+    assert two["loss_local"] != pytest.approx(one["loss_local"], rel=1e-3)
+    for name in (
+        "loss_hard",
+        "loss_soft",
+        "loss_intra",
+        "global_memory_cka",
+        "global_distance",
+        "global_cosine",
+    ):
+        assert two[name] == pytest.approx(one[name], rel=1e-4), name
+
+
+def test_the_exported_students_are_plain_models(zero2, zero3):
+    folders = [zero2[0], zero3[0]]
+    for folder, found in zip(folders, load_cleanly(*folders), strict=True):
+        assert (found["class"], found["layers"]) == ("BertForSequenceClassification", 2)
+        assert found["id2label"] == {"0": "entailment", "1": "not_entailment"}
+        weights = load_file(folder / "model.safetensors")
+        assert not any("memory" in name for name in weights)
+        assert all(value.numel() > 0 and bool(value.isfinite().all()) for value in weights.values())
+        assert (folder / "README.md").is_file()
+        results = json.loads((folder / "all_results.json").read_text())
+        assert {"eval_accuracy", "train_loss"} <= results.keys()
+
+
+def test_resuming_from_a_zero_3_checkpoint(tiny, steady, zero3, tmp_path):
+    full, _ = zero3
+    folder = tmp_path / "run"
+    shutil.copytree(full / "checkpoint-2", folder / "checkpoint-2")
+    flags = distillation(tiny, steady, folder, 4, "--deepspeed", "ds_config_zero3.json", *CHECKPOINTS)
+    launch([*flags, "--resume_from_checkpoint", "last"], 29630)
+    assert losses(folder) == pytest.approx(losses(full), rel=1e-5)
+    close(load_file(folder / "model.safetensors"), load_file(full / "model.safetensors"), 1e-5)
+
+
+def test_a_memory_does_not_depend_on_the_number_of_processes(tiny, tmp_path):
+    launch(["memory", *memory_flags(tiny, tmp_path / "memory")], 29640)
+    one = load_file(tiny.memory_exclude / "memory.safetensors")["centroids"]
+    two = load_file(tmp_path / "memory" / "memory.safetensors")["centroids"]
+    assert one.shape == (CENTROIDS, SEQUENCE * HIDDEN)
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
+    first = json.loads((tiny.memory_exclude / "memory.json").read_text())
+    second = json.loads((tmp_path / "memory" / "memory.json").read_text())
+    assert second["num_samples"] == first["num_samples"] == 24
+    assert second["cluster_sizes"] == first["cluster_sizes"]
+    assert second["identity"] == first["identity"]
+    assert second["inertia"] == pytest.approx(first["inertia"], rel=1e-5)
