@@ -272,7 +272,8 @@ class MiniBatchKMeans:
         centroids, stream = self._fitted(points)
         labels = [torch.empty(0, dtype=torch.int64, device=centroids.device)]
         labels += [
-            assign(batch.points.to(centroids.device), centroids, backend=self.backend)[0] for batch in stream
+            assign(batch.points.to(centroids.device), centroids, backend=self.backend)[0]
+            for batch in stream.read()
         ]
         return torch.cat(labels)
 
@@ -287,7 +288,7 @@ class MiniBatchKMeans:
         distances = [torch.empty(0, self.n_clusters, device=centroids.device)]
         distances += [
             torch.cdist(batch.points.to(centroids), centroids, compute_mode="donot_use_mm_for_euclid_dist")
-            for batch in stream
+            for batch in stream.read()
         ]
         return torch.cat(distances)
 
@@ -304,7 +305,7 @@ class MiniBatchKMeans:
         if hasattr(self, "cluster_centers_"):
             known = self.cluster_centers_.shape[1]
         stream = PointStream(points, batch_size=max(1, points.shape[0]), features=known)
-        batches = [batch.points for batch in stream]
+        batches = [batch.points for batch in stream.read()]
         if not batches:
             raise ValueError("points: the batch is empty")
         return batches[0]

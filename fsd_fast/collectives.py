@@ -6,8 +6,9 @@ an error in one process becomes an error in all, instead of a collective that wa
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,16 @@ class Collectives:
             dist.broadcast(staged, source)
             tensor.copy_(staged)
         return tensor
+
+    def broadcast_json(self, value: Any) -> Any:
+        """Return the first process's value, made of what JSON can hold."""
+        if self.world_size == 1:
+            return value
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        [length, *_] = self.gather_sizes(text.shape[0])
+        if self.rank:
+            text = torch.empty(length, dtype=torch.uint8)
+        return json.loads(bytes(self.broadcast_(text).tolist()))
 
     def gather_sizes(self, size: int) -> list[int]:
         """Return ``size`` of every process, in the order of their ranks."""

@@ -39,8 +39,8 @@ TRAINING += [
     "--use_cpu",
     "true",
 ]
-TEACHER = [*TASK, *TRAINING, "--num_train_epochs", "1", "--learning_rate", "5e-5"]
-STUDENT = [*TASK, *TRAINING, "--num_train_epochs", "2", "--learning_rate", "5e-5"]
+TEACHER = [*TASK, *TRAINING, "--num_train_epochs", "1", "--learning_rate", "1e-4"]
+STUDENT = [*TASK, *TRAINING, "--num_train_epochs", "2", "--learning_rate", "1e-4"]
 SCORE = "eval_accuracy"
 
 
@@ -68,8 +68,10 @@ def stages(folder: Path) -> dict[str, tuple[str, list[str]]]:
     }
 
 
-def _run_stage(name: str, command: str, flags: list[str], folder: Path, anew: bool) -> dict[str, float]:
-    """Run a stage, or return what it gave when it ran with the same flags before."""
+def _run_stage(
+    name: str, command: str, flags: list[str], folder: Path, anew: bool
+) -> tuple[dict[str, float], bool]:
+    """Return a stage's figures, and whether it ran or had run before with the same flags."""
     from fsd_fast.cli import run
 
     record = folder / "stages" / f"{name.replace(' ', '_')}.json"
@@ -77,14 +79,14 @@ def _run_stage(name: str, command: str, flags: list[str], folder: Path, anew: bo
         known = json.loads(record.read_text(encoding="utf-8"))
         if known["flags"] == flags:
             print(f"== {name}: finished before, kept", flush=True)
-            return known["figures"]
+            return known["figures"], False
     record.unlink(missing_ok=True)
     print(f"== {name}: fsd-fast {command} {' '.join(flags)}", flush=True)
     start = time.perf_counter()
     figures = run(command, flags)
     figures = {**figures, "seconds": time.perf_counter() - start}
     write_json(record, {"flags": flags, "figures": figures})
-    return figures
+    return figures, True
 
 
 def _row(name: str, figures: dict[str, float], folder: Path) -> dict[str, Any]:
@@ -152,10 +154,10 @@ def demo(arguments: DemoArguments) -> Callable[[], dict[str, float]]:
 
     def work() -> dict[str, float]:
         start = time.perf_counter()
-        figures = {
-            name: _run_stage(name, command, flags, folder, arguments.overwrite_output_dir)
-            for name, (command, flags) in stages(folder).items()
-        }
+        figures, anew = {}, arguments.overwrite_output_dir
+        for name, (command, flags) in stages(folder).items():
+            # A stage reads what earlier ones wrote: after one that ran, all run.
+            figures[name], anew = _run_stage(name, command, flags, folder, anew)
         rows = [_row(name, values, folder) for name, values in figures.items() if SCORE in values]
         write_json(
             folder / "results.json",

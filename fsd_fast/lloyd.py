@@ -12,14 +12,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fsd_fast.clustering_state import NOT_SAVED, ClusteringState
 from fsd_fast.collectives import Collectives
 from fsd_fast.sketch import CountSketch
 from fsd_fast.stream import PointStream
 from fsd_kernels.kmeans import assign, update_
+
+_COLUMNS = ("sketches", "numbers", "norms")
 
 
 @dataclass
@@ -62,7 +66,11 @@ class LloydResult:
 
 
 def survey(
-    stream: PointStream, sketch: Callable[[int], CountSketch], n_clusters: int, collectives: Collectives
+    stream: PointStream,
+    sketch: Callable[[int], CountSketch],
+    n_clusters: int,
+    collectives: Collectives,
+    state: ClusteringState = NOT_SAVED,
 ) -> Survey:
     """Read the points once: check them, number them, and keep a sketch of each.
 
@@ -71,28 +79,45 @@ def survey(
         sketch: Gives the sketch of points with F features.
         n_clusters: K.
         collectives: The processes.
+        state: Where the reading is saved, as stage "pass_1".
 
     Raises:
         ValueError: Fewer points than clusters, or a number that two points share.
     """
 
     def read() -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor | None, bool]:
+        saved = state.load("pass_1")
         mapping: CountSketch | None = None
-        sketches, numbers, norms = [], [], []
-        numbered = False
-        total: Tensor | None = None
-        for batch in stream:
-            if mapping is None or total is None:
+        sketches, numbers, norms = columns = tuple(
+            [part[name] for part in saved.parts if name in part] for name in _COLUMNS
+        )
+        facts: dict[str, Any] = {"numbered": False, "device": "cpu"} | saved.facts
+        total: Tensor | None = saved.parts[-1]["total"].to(facts["device"]) if sketches else None
+        fresh = len(sketches)
+
+        def kept() -> dict[str, Tensor]:
+            nonlocal fresh
+            new = {
+                name: torch.cat(parts[fresh:])
+                for name, parts in zip(_COLUMNS, columns, strict=True)
+                if parts[fresh:]
+            }
+            fresh = len(sketches)
+            return new if total is None else new | {"total": total}
+
+        for batch in state.reading(stream, "pass_1", kept, facts=facts, append=True):
+            if mapping is None:
                 mapping = sketch(stream.features or batch.points.shape[1])
+                facts |= {"numbered": batch.index is not None, "device": batch.points.device.type}
+            if total is None:
                 total = torch.zeros(mapping.features, dtype=torch.float64, device=batch.points.device)
             rows, width = batch.points.shape
             sketches.append(mapping(batch.points).cpu())
             norms.append(torch.linalg.vector_norm(batch.points, dim=1, dtype=torch.float32).cpu())
             total[:width] += batch.points.sum(dim=0, dtype=torch.float32)
-            numbered = batch.index is not None
             own = torch.arange(batch.offset, batch.offset + rows)
             numbers.append(own if batch.index is None else batch.index)
-        return sketches, numbers, norms, total, numbered
+        return sketches, numbers, norms, total, facts["numbered"]
 
     sketches, numbers, norms, total, numbered = collectives.agree(read)
     count = sum(part.shape[0] for part in sketches)
@@ -106,7 +131,7 @@ def survey(
         own = torch.cat(numbers)
         if not numbered:
             own += sum(sizes[: collectives.rank])
-        return torch.cat(sketches), own, torch.cat(norms), total
+        return _joined(sketches), own, torch.cat(norms), total
 
     own_sketches, own, own_norms, own_total = collectives.agree(complete)
     everyone = collectives.gather_rows(own)
@@ -121,18 +146,37 @@ def survey(
     return Survey(own_sketches, own, own_norms, mean, sum(sizes))
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Concatenate ``parts`` and empty the list as it goes: the sketches are never in memory twice."""
+    rows = sum(part.shape[0] for part in parts)
+    joined = torch.empty(rows, *parts[0].shape[1:], dtype=parts[0].dtype)
+    stop = rows
+    while parts:
+        part = parts.pop()
+        joined[stop - part.shape[0] : stop] = part
+        stop -= part.shape[0]
+    return joined
+
+
 def fetch_rows(
-    stream: PointStream, wanted: Tensor, numbers: Tensor, like: Tensor, collectives: Collectives
+    stream: PointStream,
+    wanted: Tensor,
+    numbers: Tensor,
+    like: Tensor,
+    collectives: Collectives,
+    state: ClusteringState = NOT_SAVED,
+    stage: str = "fetch",
 ) -> Tensor:
     """Read the points once more and return those with the numbers ``wanted`` ``[m]``, as ``[m, F]`` float32.
 
     ``numbers`` ``[n]`` are those of this process's points in the order of the stream; ``like`` gives F and
-    the device.
+    the device; ``stage`` is the reading's name in ``state``.
     """
 
     def read() -> Tensor:
         rows = torch.zeros(wanted.shape[0], like.shape[-1], dtype=torch.float32, device=like.device)
-        for batch in stream:
+        rows = state.load(stage).last("rows", rows)
+        for batch in state.reading(stream, stage, lambda: {"rows": rows}):
             here = numbers[batch.offset : batch.offset + batch.points.shape[0]]
             slots, places = (wanted[:, None] == here[None]).nonzero(as_tuple=True)
             if slots.numel():
@@ -155,17 +199,31 @@ class _Epoch:
         backend: str | None,
         *,
         accumulate: bool,
+        state: ClusteringState,
+        stage: str,
     ) -> None:
-        self.counts = torch.zeros(centroids.shape[0], dtype=torch.int64, device=centroids.device)
-        self.sums = torch.zeros(
-            centroids.shape if accumulate else (centroids.shape[0], 0),
-            dtype=torch.float64,
-            device=centroids.device,
+        saved = state.load(stage)
+        device = centroids.device
+        self.counts = saved.last("counts", torch.zeros(centroids.shape[0], dtype=torch.int64, device=device))
+        self.sums = saved.last(
+            "sums",
+            torch.zeros(
+                centroids.shape if accumulate else (centroids.shape[0], 0), dtype=torch.float64, device=device
+            ),
         )
-        labels, distances = [torch.empty(0, dtype=torch.int64)], [torch.empty(0)]
+        labels = [saved.last("labels", torch.empty(0, dtype=torch.int64))]
+        distances = [saved.last("distances", torch.empty(0))]
+
+        def kept() -> dict[str, Tensor]:
+            return {
+                "counts": self.counts,
+                "sums": self.sums,
+                "labels": torch.cat(labels),
+                "distances": torch.cat(distances),
+            }
 
         def read() -> None:
-            for batch in stream:
+            for batch in state.reading(stream, stage, kept):
                 points = batch.points.to(centroids.device)
                 nearest, squared = assign(points, centroids, backend=backend)
                 update_(
@@ -183,7 +241,13 @@ class _Epoch:
 
 
 def _reseed(
-    epoch: _Epoch, centroids: Tensor, stream: PointStream, numbers: Tensor, collectives: Collectives
+    epoch: _Epoch,
+    centroids: Tensor,
+    stream: PointStream,
+    numbers: Tensor,
+    collectives: Collectives,
+    state: ClusteringState,
+    stage: str,
 ) -> int:
     """Move empty clusters to the farthest points, which leave their own; return how many moved."""
     empty = (epoch.counts == 0).nonzero().flatten().tolist()
@@ -197,7 +261,7 @@ def _reseed(
     # Farthest first, of equally far ones the lower number: the same choice for any number of processes.
     ranked = sorted(candidates.tolist(), key=lambda row: (-row[0], row[1]))[: len(empty)]
     wanted = torch.tensor([int(row[1]) for row in ranked], dtype=torch.int64)
-    points = fetch_rows(stream, wanted, numbers, centroids, collectives).double()
+    points = fetch_rows(stream, wanted, numbers, centroids, collectives, state, stage).double()
     moved = 0
     for cluster, point, (_, _, label) in zip(empty, points, ranked, strict=False):
         donor = int(label)
@@ -222,6 +286,7 @@ def lloyd(
     max_no_improvement: int | None,
     backend: str | None,
     progress: Callable[[IterationStats], None] | None = None,
+    state: ClusteringState = NOT_SAVED,
 ) -> LloydResult:
     """Alternate assignment and update until the centroids stay where they are.
 
@@ -235,6 +300,7 @@ def lloyd(
         max_no_improvement: Stop after this many epochs in a row without a new lowest inertia; None: never.
         backend: Of the k-means kernels.
         progress: Called with the figures of each epoch.
+        state: Where the readings are saved, as stages "refine_1", "refine_1_far" and so on.
 
     Returns:
         Labels, counts and inertia are those of the centroids returned: unless these stayed where they were,
@@ -245,9 +311,10 @@ def lloyd(
     epoch: _Epoch | None = None
     for iteration in range(1, max_iter + 1):
         started = time.perf_counter()
-        epoch = _Epoch(stream, centroids, collectives, backend, accumulate=True)
+        stage = f"refine_{iteration}"
+        epoch = _Epoch(stream, centroids, collectives, backend, accumulate=True, state=state, stage=stage)
         empty = int((epoch.counts == 0).sum())
-        reseeded = _reseed(epoch, centroids, stream, numbers, collectives)
+        reseeded = _reseed(epoch, centroids, stream, numbers, collectives, state, f"{stage}_far")
         filled = (epoch.counts > 0)[:, None]
         means = epoch.sums.div_(epoch.counts.clamp(min=1)[:, None]).float()
         updated = torch.where(filled, means, centroids)
@@ -265,5 +332,7 @@ def lloyd(
         if settled or small or (max_no_improvement is not None and stale >= max_no_improvement):
             break
     if epoch is None or not settled:
-        epoch = _Epoch(stream, centroids, collectives, backend, accumulate=False)
+        epoch = _Epoch(
+            stream, centroids, collectives, backend, accumulate=False, state=state, stage="refine_labels"
+        )
     return LloydResult(centroids, epoch.counts, epoch.labels, epoch.inertia, len(stats), stats)

@@ -10,14 +10,14 @@ last and holds the sha256 of the other file, so a half-written pair is never loa
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
 import platform
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,15 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from fsd_fast.clustering_state import ClusteringState
 from fsd_fast.collectives import Collectives
+from fsd_fast.files import write_atomically
+from fsd_fast.lloyd import IterationStats
 from fsd_fast.two_pass import StreamClustering, cluster_stream
 
 CENTROIDS_FILE = "memory.safetensors"
 METADATA_FILE = "memory.json"
+STATE_FOLDER = ".state"
 PAD_POLICIES = ("include", "exclude")
 _FORMAT = 1
 
@@ -151,6 +155,69 @@ def flatten_features(batch: FeatureBatch, identity: MemoryIdentity) -> Tensor:
     return features.flatten(1)
 
 
+class _Bars:
+    """Progress with an ETA: samples of a reading, and restarts of k-means in the sketch."""
+
+    def __init__(self, samples: int | None, restarts: int, *, disable: bool) -> None:
+        self._samples, self._restarts, self._disable = samples, restarts, disable
+        self._name = "features"
+        self._bar: tqdm[Any] | None = None
+
+    def begin(self, stage: str) -> None:
+        self.close()
+        self._name = stage.replace("_", " ")
+
+    def reading(self, samples: int) -> None:
+        """A reading begins, or goes on after so many samples."""
+        self._open(self._samples, "sample", samples)
+
+    def samples(self, number: int) -> None:
+        if self._bar is not None:
+            self._bar.update(number)
+
+    def epoch(self, restart: int, stats: IterationStats) -> None:
+        """An epoch of k-means in the sketch is done, in the restart of that number."""
+        if self._bar is None:
+            self._open(self._restarts, "restart", restart)
+        if self._bar is not None:
+            self._bar.update(restart - self._bar.n)
+            self._bar.set_postfix(epoch=stats.iteration, inertia=f"{stats.inertia:.6g}", refresh=False)
+            self._bar.refresh()
+
+    def _open(self, total: int | None, unit: str, initial: int) -> None:
+        self.close()
+        self._bar = tqdm(
+            total=total, desc=f"memory: {self._name}", unit=unit, initial=initial, disable=self._disable
+        )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class _Points:
+    """The flattened features of batches as a stream that can start in the middle."""
+
+    def __init__(
+        self,
+        batches: Callable[[int], Iterable[FeatureBatch]],
+        identity: MemoryIdentity,
+        samples: int | None,
+        bars: _Bars,
+    ) -> None:
+        self._batches, self._identity, self._samples, self._bars = batches, identity, samples, bars
+
+    def read_from(self, batches: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        self._bars.reading(rows)
+        for batch in self._batches(batches):
+            yield flatten_features(batch, self._identity), batch.index
+            rows += batch.index.shape[0]
+            self._bars.samples(batch.index.shape[0])
+        if self._samples is not None and rows != self._samples:
+            raise ValueError(f"num_samples: expected {self._samples} samples, the batches held {rows}")
+
+
 @dataclass
 class TeacherMemory:
     """The teacher's centroids and where they come from.
@@ -162,9 +229,11 @@ class TeacherMemory:
         num_samples: N.
         inertia: Sum of squared distances of the N samples to their centroids.
         cluster_sizes: K numbers that add up to N.
-        empty_clusters: How often a cluster was found empty and was reseeded.
+        empty_clusters: How often an epoch found a cluster empty, which was then reseeded.
+        iteration_stats: The figures of each epoch: of the restart that was kept (stage "sketch", inertia in the
+            sketch), then of the exact ones (stage "refine").
         settings: The arguments of the clustering.
-        seconds: Wall-clock time of each stage.
+        seconds: Wall-clock time of each stage, earlier runs of a continued build included.
         versions: Of the libraries that made it.
     """
 
@@ -175,6 +244,7 @@ class TeacherMemory:
     inertia: float
     cluster_sizes: list[int]
     empty_clusters: int
+    iteration_stats: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -182,7 +252,7 @@ class TeacherMemory:
     @classmethod
     def build(
         cls,
-        batches: Callable[[], Iterable[FeatureBatch]],
+        batches: Callable[[int], Iterable[FeatureBatch]],
         identity: MemoryIdentity,
         *,
         seed: int,
@@ -192,6 +262,9 @@ class TeacherMemory:
         backend: str | None = None,
         progress: bool = True,
         num_samples: int | None = None,
+        state_dir: str | os.PathLike[str] | None = None,
+        layout: Mapping[str, Any] | None = None,
+        save_every: int = 200,
     ) -> TeacherMemory:
         """Cluster the teacher's features, read twice, and ``refine`` + 1 times more if that is not 0.
 
@@ -199,7 +272,8 @@ class TeacherMemory:
         memory.
 
         Args:
-            batches: Starts a reading: the same samples in the same order every time.
+            batches: Starts a reading at the batch of the number given: the same samples in the same order
+                every time.
             identity: Whose features these are; gives S, D, K and the padding policy.
             seed: Of the sketch and of k-means.
             refine: Epochs of exact Lloyd after the two passes.
@@ -208,45 +282,51 @@ class TeacherMemory:
             backend: Of the k-means kernels, see ``fsd_kernels``.
             progress: Show progress bars (on the first process).
             num_samples: Samples of this process: the length of the progress bar, and checked if given.
+            state_dir: Where the build is saved as it goes: one that was killed, started again with the same
+                arguments, continues there and gives the same memory bit for bit. None: nowhere. It is not
+                removed, see ``discard_state``.
+            layout: Whatever else the numbers depend on (JSON values): which samples this process has, in which
+                batches. A state with another layout is refused.
+            save_every: Batches between two savings.
 
         Raises:
             ValueError: Fewer samples than centroids; a NaN or infinite feature (the sample is named);
-                features that do not fit ``identity``; a sample that occurs twice; readings that differ.
+                features that do not fit ``identity``; a sample that occurs twice; readings that differ; a
+                state of another build.
         """
-        show = progress and Collectives().rank == 0
-        stage = ["features"]
-
-        def points() -> Iterator[tuple[Tensor, Tensor]]:
-            done = 0
-            with tqdm(total=num_samples, desc=f"memory: {stage[0]}", unit="sample", disable=not show) as bar:
-                for batch in batches():
-                    yield flatten_features(batch, identity), batch.index
-                    done += batch.index.shape[0]
-                    bar.update(batch.index.shape[0])
-            if num_samples is not None and done != num_samples:
-                raise ValueError(f"num_samples: expected {num_samples} samples, the batches held {done}")
-
-        def announce(name: str) -> None:
-            stage[0] = name.replace("_", " ")
-
-        found = cluster_stream(
-            points,
-            identity.num_centroid,
-            seed=seed,
-            features=identity.features,
-            sketch_width=sketch_width,
-            restarts=restarts,
-            refine=refine,
-            backend=backend,
-            progress=announce,
-        )
         settings = {"sketch_width": sketch_width, "restarts": restarts, "refine": refine}
+        collectives = Collectives()
+        key = {name: value for name, value in dataclasses.asdict(identity).items() if name != "teacher"}
+        key |= {"seed": seed, "torch": torch.__version__, "processes": collectives.world_size}
+        key |= {**settings, **(layout or {})}
+        folder = None if state_dir is None else Path(state_dir)
+        # An error in one process must be one in all: the others would wait for it.
+        state = collectives.agree(
+            lambda: ClusteringState(folder, key, save_every=save_every, rank=collectives.rank)
+        )
+        bars = _Bars(num_samples, restarts, disable=not progress or collectives.rank > 0)
+        with contextlib.closing(bars):
+            found = cluster_stream(
+                _Points(batches, identity, num_samples, bars),
+                identity.num_centroid,
+                seed=seed,
+                features=identity.features,
+                sketch_width=sketch_width,
+                restarts=restarts,
+                refine=refine,
+                backend=backend,
+                progress=bars.begin,
+                epoch_progress=bars.epoch,
+                state=state,
+            )
         return cls._from_clustering(found, identity, seed, settings)
 
     @classmethod
     def _from_clustering(
         cls, found: StreamClustering, identity: MemoryIdentity, seed: int, settings: dict[str, int]
     ) -> TeacherMemory:
+        stages = (("sketch", found.sketch_stats), ("refine", found.refine_stats))
+        epochs = [{"stage": name, **dataclasses.asdict(epoch)} for name, stats in stages for epoch in stats]
         return cls(
             centroids=found.centroids.cpu(),
             identity=identity,
@@ -254,7 +334,8 @@ class TeacherMemory:
             num_samples=found.num_samples,
             inertia=found.inertia,
             cluster_sizes=found.counts.tolist(),
-            empty_clusters=found.empty_clusters + sum(epoch.empty_clusters for epoch in found.refine_stats),
+            empty_clusters=sum(epoch["empty_clusters"] for epoch in epochs),
+            iteration_stats=epochs,
             settings=settings,
             seconds={name: round(value, 3) for name, value in found.seconds.items()},
             versions={
@@ -281,8 +362,8 @@ class TeacherMemory:
             if item.name != "centroids"
         }
         metadata["identity"] = dataclasses.asdict(self.identity)
-        _write(folder / CENTROIDS_FILE, values)
-        _write(folder / METADATA_FILE, json.dumps(metadata, indent=2).encode() + b"\n")
+        write_atomically(folder / CENTROIDS_FILE, values)
+        write_atomically(folder / METADATA_FILE, json.dumps(metadata, indent=2).encode() + b"\n")
 
     @classmethod
     def from_pretrained(
@@ -327,21 +408,6 @@ class TeacherMemory:
             if item.name not in ("centroids", "identity")
         }
         return cls(centroids=centroids, identity=identity, **fields)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file so that it is either there in full or as it was before."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _read_metadata(path: Path) -> tuple[dict[str, Any], MemoryIdentity]:

@@ -1,28 +1,44 @@
 """Points as a stream: batches ``[b, F]`` that can be read again and need not fit in memory together.
 
-A source is a tensor ``[N, F]``, an iterable that starts afresh on every ``iter``, or a callable that returns
-an iterator. It yields tensors ``[b, F]``, or pairs of such a tensor and the samples' numbers ``[b]`` int64.
-Several processes each hold a source of their own, with samples that no other process has.
+A source is a tensor ``[N, F]``, an iterable that starts afresh on every ``iter``, a callable that returns an
+iterator, or an object that can also start in the middle (``Resumable``). It yields tensors ``[b, F]``, or pairs of
+such a tensor and the samples' numbers ``[b]`` int64. Several processes each hold a source of their own, with samples
+that no other process has.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-Source = Tensor | Iterable[object] | Callable[[], Iterable[object]]
+
+@runtime_checkable
+class Resumable(Protocol):
+    """A source whose first batches can be left out without the work of making them."""
+
+    def read_from(self, batches: int, rows: int) -> Iterable[object]:
+        """Batches from number ``batches`` on; those before it hold ``rows`` points."""
+
+
+Source = Tensor | Resumable | Iterable[object] | Callable[[], Iterable[object]]
 
 
 @dataclass
 class PointBatch:
-    """Points ``[b, F_p]``, their numbers ``[b]`` if the source gives any, and the place of the first."""
+    """Points ``[b, F_p]``, their numbers ``[b]`` if the source gives any, and the place of the first.
+
+    ``number`` is the batch's own place in the source, empty batches counted.
+    """
 
     points: Tensor
     index: Tensor | None
     offset: int
+    number: int
 
     def name_row(self, row: int) -> str:
         """Say which sample a row is."""
@@ -47,7 +63,9 @@ class PointStream:
     def __init__(
         self, source: Source, *, batch_size: int, features: int | None = None, narrower: bool = False
     ) -> None:
-        if isinstance(source, Iterator) or not (callable(source) or hasattr(source, "__iter__")):
+        if isinstance(source, Iterator) or not (
+            callable(source) or hasattr(source, "__iter__") or isinstance(source, Resumable)
+        ):
             raise TypeError(
                 f"points: expected a tensor [N, F], a re-iterable of batches or a callable that returns an "
                 f"iterator, got {type(source).__name__}"
@@ -59,21 +77,24 @@ class PointStream:
         self._narrower = narrower
         self.features = features
 
-    def _items(self) -> Iterable[object]:
+    def _items(self, batches: int, rows: int) -> Iterable[object]:
         if isinstance(self._source, Tensor):
-            return self._source.split(self._batch_size)
-        return self._source() if callable(self._source) else self._source
+            return self._source.split(self._batch_size)[batches:]
+        if isinstance(self._source, Resumable):
+            return self._source.read_from(batches, rows)
+        items = self._source() if callable(self._source) else self._source
+        return itertools.islice(items, batches, None)
 
-    def __iter__(self) -> Iterator[PointBatch]:
-        """Read the source once.
+    def read(self, batches: int = 0, rows: int = 0) -> Iterator[PointBatch]:
+        """Read the source once, from batch number ``batches`` on; those before it hold ``rows`` points.
 
         Raises:
             TypeError: A batch is no tensor, or numbers are not int64.
             ValueError: A batch of the wrong shape or width, or a NaN or infinite feature; the sample is
                 named.
         """
-        offset = 0
-        for item in self._items():
+        offset = rows
+        for number, item in enumerate(self._items(batches, rows), batches):
             points, index = item if isinstance(item, tuple) else (item, None)
             if not isinstance(points, Tensor) or not points.is_floating_point():
                 kind = points.dtype if isinstance(points, Tensor) else type(points).__name__
@@ -90,7 +111,7 @@ class PointStream:
                 index = index.cpu()
             if points.shape[0] == 0:
                 continue
-            batch = PointBatch(points.detach(), index, offset)
+            batch = PointBatch(points.detach(), index, offset, number)
             self._check(batch)
             yield batch
             offset += points.shape[0]

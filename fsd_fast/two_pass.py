@@ -10,15 +10,19 @@ k-means takes.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fsd_fast.clustering import MiniBatchKMeans
+from fsd_fast.clustering_state import NOT_SAVED, ClusteringState
 from fsd_fast.collectives import Collectives
 from fsd_fast.lloyd import IterationStats, Survey, lloyd, survey
 from fsd_fast.sketch import CountSketch
@@ -41,10 +45,10 @@ class StreamClustering:
         num_samples: N, over all processes.
         sketch_inertia: The same sum in the sketch, of the best restart.
         iterations: Epochs of k-means in the sketch, of each restart.
-        empty_clusters: Epochs in which a cluster was empty, summed over clusters, in the restart that was
-            kept.
+        sketch_stats: The figures of each epoch of the restart that was kept; inertia in the sketch.
         refine_stats: The figures of the exact epochs after pass 2.
-        seconds: Wall-clock time of "pass_1", "sketch_clustering", "pass_2" and "refine".
+        seconds: Wall-clock time of "pass_1", "sketch_clustering", "pass_2" and "refine", earlier runs of a
+            continued clustering included.
     """
 
     centroids: Tensor
@@ -54,7 +58,7 @@ class StreamClustering:
     num_samples: int
     sketch_inertia: float
     iterations: list[int]
-    empty_clusters: int
+    sketch_stats: list[IterationStats]
     refine_stats: list[IterationStats] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -72,6 +76,8 @@ def cluster_stream(
     batch_size: int = 1024,
     backend: str | None = None,
     progress: Callable[[str], None] | None = None,
+    epoch_progress: Callable[[int, IterationStats], None] | None = None,
+    state: ClusteringState = NOT_SAVED,
 ) -> StreamClustering:
     """Cluster a stream in two readings, plus ``refine`` + 1 if ``refine`` is not 0.
 
@@ -88,6 +94,10 @@ def cluster_stream(
         batch_size: Rows at a time where ``points`` is a tensor.
         backend: Of the k-means kernels.
         progress: Called with the name of each stage as it begins.
+        epoch_progress: Called in the sketch stage, on the first process, with the number of the restart (from
+            0) and the figures of its latest epoch.
+        state: Where what has been worked out is saved: a killed clustering that is started again with the same
+            points and arguments continues there and ends with the same bits.
 
     Raises:
         TypeError: Points of another kind.
@@ -110,18 +120,31 @@ def cluster_stream(
             progress(stage)
         return time.perf_counter()
 
+    def end(stage: str, started: float) -> float:
+        return time.perf_counter() - started + state.earlier_seconds(stage)
+
     started = begin("pass_1")
-    seen = survey(stream, lambda width: CountSketch(width, sketch_width, seed), n_clusters, collectives)
-    seconds["pass_1"] = time.perf_counter() - started
+    seen = survey(
+        stream, lambda width: CountSketch(width, sketch_width, seed), n_clusters, collectives, state
+    )
+    seconds["pass_1"] = end("pass_1", started)
 
     started = begin("sketch_clustering")
-    labels, sketch_inertia, iterations, empty = _cluster_sketches(
-        seen, n_clusters, collectives, seed=seed, restarts=restarts, max_iter=max_iter, backend=backend
+    labels, best = _cluster_sketches(
+        seen,
+        n_clusters,
+        collectives,
+        seed=seed,
+        restarts=restarts,
+        max_iter=max_iter,
+        backend=backend,
+        progress=epoch_progress,
+        state=state,
     )
-    seconds["sketch_clustering"] = time.perf_counter() - started
+    seconds["sketch_clustering"] = end("sketch_clustering", started)
 
     started = begin("pass_2")
-    sums, counts, scatter = _exact_sums(stream, seen, labels, n_clusters, collectives, backend)
+    sums, counts, scatter = _exact_sums(stream, seen, labels, n_clusters, collectives, backend, state)
     centroids = sums.div_(counts.clamp(min=1)[:, None])
     # Only where there are fewer distinct points than clusters is one left empty: it shares a place.
     vacant = (counts == 0).nonzero().flatten()
@@ -140,12 +163,12 @@ def cluster_stream(
         labels,
         inertia,
         seen.total,
-        sketch_inertia,
-        iterations,
-        empty,
+        best.inertia,
+        best.iterations,
+        best.stats,
         seconds=seconds,
     )
-    seconds["pass_2"] = time.perf_counter() - started
+    seconds["pass_2"] = end("pass_2", started)
 
     if refine:
         started = begin("refine")
@@ -158,11 +181,28 @@ def cluster_stream(
             tol=0,
             max_no_improvement=None,
             backend=backend,
+            state=state,
         )
         result.centroids, result.counts, result.labels = refined.centroids, refined.counts, refined.labels
         result.inertia, result.refine_stats = refined.inertia, refined.stats
-        seconds["refine"] = time.perf_counter() - started
+        seconds["refine"] = end("refine", started)
     return result
+
+
+@dataclass
+class _SketchClustering:
+    """Figures of k-means in the sketch: epochs of each restart so far; inertia and epochs of the best one."""
+
+    iterations: list[int] = field(default_factory=list)
+    inertia: float = float("inf")
+    stats: list[IterationStats] = field(default_factory=list)
+
+    @classmethod
+    def from_facts(cls, facts: dict[str, Any]) -> _SketchClustering:
+        """Read what ``dataclasses.asdict`` made of one."""
+        return cls(
+            facts["iterations"], facts["inertia"], [IterationStats(**epoch) for epoch in facts["stats"]]
+        )
 
 
 def _cluster_sketches(
@@ -174,7 +214,9 @@ def _cluster_sketches(
     restarts: int,
     max_iter: int,
     backend: str | None,
-) -> tuple[Tensor, float, list[int], int]:
+    progress: Callable[[int, IterationStats], None] | None,
+    state: ClusteringState,
+) -> tuple[Tensor, _SketchClustering]:
     """Cluster all sketches on the first process; return the labels of this process and the run's figures.
 
     The sketches are taken in the order of their numbers, so that the result does not depend on who has which.
@@ -182,39 +224,59 @@ def _cluster_sketches(
     numbers = collectives.gather_rows(seen.numbers)
     order = numbers.argsort()
     sketches = collectives.gather_rows_to_first(seen.sketches)
-    seen.sketches = seen.sketches[:0]
+    # No view: it would keep all of them in memory.
+    seen.sketches = torch.empty(0)
     all_labels = torch.empty(numbers.shape[0], dtype=torch.int64)
-    figures = torch.zeros(restarts + 2, dtype=torch.float64)
+    found = _SketchClustering()
 
     def run() -> None:
+        nonlocal sketches, found
         if sketches is None:
             return
-        # Distances do not change with the origin, and rounding is least around the mean.
-        centred = sketches[order]
-        centred -= centred.mean(dim=0)
-        centred = centred.to(seen.mean.device)
-        best: MiniBatchKMeans | None = None
-        for restart in range(restarts):
+        saved = state.load("sketch_clustering")
+        all_labels.copy_(saved.last("labels", all_labels))
+        if saved.parts:
+            found = _SketchClustering.from_facts(saved.facts)
+        if len(found.iterations) < restarts:
+            _sort_centred_(sketches, order)
+            sketches = sketches.to(seen.mean.device)
+        started = time.perf_counter()
+        for restart in range(len(found.iterations), restarts):
             kmeans = MiniBatchKMeans(
                 n_clusters,
-                batch_size=centred.shape[0],
+                batch_size=sketches.shape[0],
                 max_iter=max_iter,
                 random_state=seed + restart,
                 backend=backend,
-            ).fit_alone(centred)
-            figures[restart + 2] = kmeans.n_iter_
-            if best is None or kmeans.inertia_ < best.inertia_:
-                best = kmeans
-        if best is not None:
-            all_labels.copy_(best.labels_)
-            figures[0] = best.inertia_
-            figures[1] = sum(epoch.empty_clusters for epoch in best.iteration_stats_)
+                progress=None if progress is None else functools.partial(progress, restart),
+            ).fit_alone(sketches)
+            found.iterations.append(kmeans.n_iter_)
+            if kmeans.inertia_ < found.inertia:
+                found.inertia, found.stats = kmeans.inertia_, kmeans.iteration_stats_
+                all_labels.copy_(kmeans.labels_)
+            state.save(
+                "sketch_clustering",
+                {"labels": all_labels},
+                complete=restart + 1 == restarts,
+                facts=dataclasses.asdict(found),
+                seconds=state.earlier_seconds("sketch_clustering") + time.perf_counter() - started,
+            )
 
     collectives.agree(run)
     collectives.broadcast_(all_labels)
-    collectives.broadcast_(figures)
-    own = all_labels[torch.searchsorted(numbers[order], seen.numbers)]
-    return own, float(figures[0]), [int(value) for value in figures[2:]], int(figures[1])
+    found = _SketchClustering.from_facts(collectives.broadcast_json(dataclasses.asdict(found)))
+    return all_labels[torch.searchsorted(numbers[order], seen.numbers)], found
+
+
+def _sort_centred_(sketches: Tensor, order: Tensor) -> None:
+    """Put the rows in ``order`` and the origin at their mean, in place.
+
+    Distances do not change with the origin, and rounding is least around the mean. Columns a few at a time: the
+    sketches are the largest thing in memory.
+    """
+    for columns in sketches.split(64, dim=1):
+        ordered = columns[order]
+        columns.copy_(ordered.sub_(ordered.mean(dim=0)))
 
 
 def _exact_sums(
@@ -224,26 +286,30 @@ def _exact_sums(
     n_clusters: int,
     collectives: Collectives,
     backend: str | None,
+    state: ClusteringState,
 ) -> tuple[Tensor, Tensor, float]:
     """Read the points again: sums ``[K, F]`` float64, counts ``[K]`` and scatter of all processes."""
     device = seen.mean.device
-    sums = torch.zeros(n_clusters, seen.mean.shape[0], dtype=torch.float64, device=device)
-    counts = torch.zeros(n_clusters, dtype=torch.int64, device=device)
-    scatter = torch.zeros((), dtype=torch.float64, device=device)
+    saved = state.load("pass_2")
+    sums = saved.last("sums", torch.zeros(n_clusters, seen.mean.shape[0], dtype=torch.float64, device=device))
+    counts = saved.last("counts", torch.zeros(n_clusters, dtype=torch.int64, device=device))
+    scatter = saved.last("scatter", torch.zeros((), dtype=torch.float64, device=device))
     center = seen.mean.float()[None]
 
+    def kept() -> dict[str, Tensor]:
+        return {"sums": sums, "counts": counts, "scatter": scatter}
+
     def read() -> None:
-        place = 0
-        for batch in stream:
-            stop = place + batch.points.shape[0]
+        stop = saved.rows
+        for batch in state.reading(stream, "pass_2", kept):
+            place, stop = batch.offset, batch.offset + batch.points.shape[0]
             _check_same(seen, place, stop, batch.points, batch.index)
             points = batch.points.to(device)
             update_(sums, counts, points, labels[place:stop].to(device), backend=backend)
             scatter.add_(assign(points, center, backend=backend)[1].sum(dtype=torch.float64))
-            place = stop
-        if place != seen.numbers.shape[0]:
+        if stop != seen.numbers.shape[0]:
             raise ValueError(
-                f"points: {place} samples in the second pass, {seen.numbers.shape[0]} in the first"
+                f"points: {stop} samples in the second pass, {seen.numbers.shape[0]} in the first"
             )
 
     collectives.agree(read)

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fsd_kernels.kmeans import assign, eager, reference, update, update_
 
 BACKENDS = ["reference", "eager"]
-# rows, clusters, features; the tiles of eager are 1024 rows and 304 features.
-SHAPES = [(1, 1, 1), (7, 3, 5), (300, 17, 305), (1030, 100, 1300)]
+# rows, clusters, features; the tiles of eager are 256 rows and 1264 features, its blocks 4096 rows.
+SHAPES = [(1, 1, 1), (7, 3, 5), (300, 17, 1265), (1030, 100, 1300), (4100, 3, 70)]
 # dtype, relative tolerance of squared distances and sums
 DTYPES = [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-6), (torch.float16, 2e-6)]
 
@@ -74,7 +74,7 @@ def test_ties_go_to_the_lowest_index(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("width", [0, 1, 304, 1500])
+@pytest.mark.parametrize("width", [0, 1, 1264, 1500])
 def test_narrow_points_are_points_with_zeros(width: int, backend: str) -> None:
     points, centroids = clustered(60, 9, 2000)
     points = points[:, :width].float()

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ from fsd_fast.training.arguments import (
 from fsd_fast.training.checkpoints import check_output_dir, find_checkpoint
 from fsd_fast.training.export import export_student, model_card, write_json
 from fsd_fast.training.trainer import FSDTrainer
+from fsd_kernels import resolve_backend
 
 Work = Callable[[], dict[str, float]]
 
@@ -152,6 +154,10 @@ def _finish(
     ``state`` gathers the weights, on all processes together; ZeRO-3 leaves them on the first one alone.
     """
     folder = Path(str(trainer.args.output_dir))
+    if resume is None and trainer.is_world_process_zero():
+        # A run that starts anew must not be continued from the checkpoints of the one before.
+        for old in folder.glob("checkpoint-*"):
+            shutil.rmtree(old)
     result = trainer.train(resume_from_checkpoint=resume)
     metrics = _final_metrics(trainer)
     train_metrics = {**result.metrics, "train_samples": len(data.train)}
@@ -211,6 +217,7 @@ def teacher(data_arguments: DataArguments, arguments: TeacherArguments, run: Run
     set_seed(run.seed)
     path = resolve_model(arguments.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(path)
+    _check_length(path, data_arguments.max_seq_length)
     with _whole_weights():
         model = load_classifier(path, task.labels, arguments.num_layers)
     data = load_data(data_arguments, tokenizer)
@@ -231,6 +238,15 @@ def teacher(data_arguments: DataArguments, arguments: TeacherArguments, run: Run
     settings = {**_settings(data_arguments, arguments, run), "parameters": parameter_count(model)}
     title = f"{model.config.num_hidden_layers}-layer classifier for {task.name}"
     return functools.partial(_finish, trainer, resume, state, model, data, tokenizer, title, settings)
+
+
+def _check_length(path: str, max_seq_length: int) -> None:
+    """Check that a model has as many positions as samples have tokens; its tokenizer may know no limit."""
+    positions = getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", None)
+    if positions is not None and max_seq_length > positions:
+        raise ValueError(
+            f"max_seq_length: expected at most the {positions} positions of {path}, got {max_seq_length}"
+        )
 
 
 def _check_outputs(teacher_model: Teacher, task: Task, argument: str = "teacher_model_name_or_path") -> None:
@@ -308,6 +324,7 @@ def memory(data_arguments: DataArguments, arguments: MemoryArguments) -> Work:
         raise ValueError(f"per_device_batch_size: expected at least 1, got {arguments.per_device_batch_size}")
     task = get_task(data_arguments.task_name)
     path = resolve_model(arguments.teacher_model_name_or_path)
+    _check_length(path, data_arguments.max_seq_length)
     teacher_model = Teacher.from_pretrained(path)
     _check_outputs(teacher_model, task)
     data = load_data(data_arguments, AutoTokenizer.from_pretrained(path))
@@ -385,6 +402,14 @@ def distill(
         pad_features=data_arguments.pad_features,
         backend=arguments.backend,
     )
+    for name, value, neutral in (
+        ("label_smoothing_factor", run.label_smoothing_factor, 0.0),
+        ("push_to_hub", run.push_to_hub, False),
+    ):
+        if value != neutral:
+            raise ValueError(f"{name}: distill does not use it; expected {neutral}, got {value}")
+    for op in ("intra_cka", "gram", "structure"):
+        resolve_backend(arguments.backend, run.device, op)
     if run.n_gpu > 1:
         # Trainer would cut the batch, and with it the memory, into one part for each GPU.
         raise ValueError(
@@ -401,6 +426,8 @@ def distill(
         max(1, teacher_layers // 2) if arguments.student_layers is None else arguments.student_layers
     )
     layer_pairs = parse_layer_pairs(arguments.layer_pairs, teacher_layers, student_layers)
+    _check_length(teacher_path, data_arguments.max_seq_length)
+    _check_length(source, data_arguments.max_seq_length)
     with _whole_weights():
         teacher_model = Teacher.from_pretrained(teacher_path)
         _check_outputs(teacher_model, task)
@@ -510,6 +537,7 @@ def fetch() -> Work:
 
     All of it happens here and no work is left: without a network it is refused like any missing input.
     """
+    print("fetching the built-in data and backbone (90 MB) unless they are there", flush=True)
     try:
         builtin.fetch()
     except RuntimeError as error:

@@ -6,6 +6,7 @@ the fused kernels (``triton``); an implementation is imported when it is first a
 this package needs torch alone.
 """
 
+from fsd_kernels._backend import resolve_backend
 from fsd_kernels.gram import GramBasis, frozen_gram, gram
 from fsd_kernels.intra_cka import IntraCKA, intra_cka
 from fsd_kernels.kmeans import assign, update
@@ -20,6 +21,7 @@ __all__ = [
     "gram",
     "inter_structure",
     "intra_cka",
+    "resolve_backend",
     "structure",
     "update",
 ]

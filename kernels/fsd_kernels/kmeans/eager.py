@@ -14,11 +14,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Shifted points [1024, 304] in float32 take 1.2 MB, about a core's second-level cache. Short slices make the
-# product faster, and padding keeps the leading dimension off powers of two, which collide in that cache.
-_ROWS = 1024
-_FEATURES = 304
+# Shifted points [256, 1264] in float32 take 1.3 MB, about a core's second-level cache; padding keeps the leading
+# dimension off powers of two, which collide there. A block of rows shares the shifted slices of the centroids, whose
+# number is rounded up: products of full register tiles are faster.
+_ROWS = 256
+_BLOCK = 4096
+_FEATURES = 1264
 _PADDING = 16
+_CLUSTERS = 8
 # A point is widened to the accumulators' dtype in blocks of this many numbers.
 _WIDENED = 1 << 20
 
@@ -36,40 +39,48 @@ def assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     inside = [(start, min(start + _FEATURES, width)) for start in range(0, width, _FEATURES)]
     beyond = [(start, min(start + _FEATURES, features)) for start in range(width, features, _FEATURES)]
 
-    point_tile = torch.empty(_ROWS, _FEATURES + _PADDING, dtype=dtype, device=device)
-    centroid_tile = torch.empty(clusters, _FEATURES + _PADDING, dtype=dtype, device=device)
+    padded = -(-clusters // _CLUSTERS) * _CLUSTERS
+    point_tile = torch.empty(min(rows, _ROWS), _FEATURES + _PADDING, dtype=dtype, device=device)
+    centroid_tile = torch.zeros(padded, _FEATURES + _PADDING, dtype=dtype, device=device)
+    all_products = torch.empty(padded, min(rows, _BLOCK) + _PADDING, dtype=dtype, device=device)
     centroid_norms = torch.zeros(clusters, dtype=dtype, device=device)
-    beyond_products = torch.zeros(clusters, 1, dtype=dtype, device=device)
+    beyond_products = torch.zeros(padded, 1, dtype=dtype, device=device)
     beyond_norm = torch.zeros((), dtype=dtype, device=device)
     for start, stop in beyond:
         shift = center[start:stop]
-        shifted = torch.sub(centroids[:, start:stop], shift, out=centroid_tile[:, : stop - start])
-        centroid_norms += torch.linalg.vecdot(shifted, shifted)
-        beyond_products -= shifted @ shift[:, None]
+        shifted = torch.sub(centroids[:, start:stop], shift, out=centroid_tile[:clusters, : stop - start])
+        centroid_norms += _squared_norms(shifted)
+        beyond_products[:clusters] -= shifted @ shift[:, None]
         beyond_norm += shift.dot(shift)
 
     labels = torch.empty(rows, dtype=torch.int64, device=device)
     squared_distance = torch.empty(rows, dtype=dtype, device=device)
-    for top in range(0, rows, _ROWS):
-        bottom = min(top + _ROWS, rows)
-        products = beyond_products.repeat(1, bottom - top)
-        norms = beyond_norm.repeat(bottom - top)
+    for top in range(0, rows, _BLOCK):
+        bottom = min(top + _BLOCK, rows)
+        products = all_products[:, : bottom - top].copy_(beyond_products.expand(-1, bottom - top))
+        norms = squared_distance[top:bottom].copy_(beyond_norm.expand(bottom - top))
         for start, stop in inside:
             shift = center[start:stop]
-            x = torch.sub(
-                points[top:bottom, start:stop], shift, out=point_tile[: bottom - top, : stop - start]
-            )
-            c = torch.sub(centroids[:, start:stop], shift, out=centroid_tile[:, : stop - start])
-            products.addmm_(c, x.t())
-            norms += torch.linalg.vecdot(x, x)
+            c = torch.sub(centroids[:, start:stop], shift, out=centroid_tile[:clusters, : stop - start])
             if top == 0:
-                centroid_norms += torch.linalg.vecdot(c, c)
-        scores = products.mul_(-2).add_(centroid_norms[:, None])
+                centroid_norms += _squared_norms(c)
+            for first in range(top, bottom, _ROWS):
+                last = min(first + _ROWS, bottom)
+                x = torch.sub(
+                    points[first:last, start:stop], shift, out=point_tile[: last - first, : stop - start]
+                )
+                products[:, first - top : last - top].addmm_(centroid_tile[:, : stop - start], x.t())
+                norms[first - top : last - top] += _squared_norms(x)
+        scores = products[:clusters].mul_(-2).add_(centroid_norms[:, None])
         nearest = scores.argmin(dim=0)
         labels[top:bottom] = nearest
         norms += scores.gather(0, nearest[None]).squeeze(0)
-        squared_distance[top:bottom] = norms.clamp_(min=0)
+        norms.clamp_(min=0)
     return labels, squared_distance
+
+
+def _squared_norms(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1).square_()
 
 
 def update_(sums: Tensor, counts: Tensor, points: Tensor, labels: Tensor) -> None:

@@ -1,0 +1,25 @@
+"""Files that are whole or not there: written under another name in the same folder, then renamed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is either there in full or as it was before.
+
+    Raises:
+        OSError: It cannot be written; nothing of it stays behind.
+    """
+    # One name: what a killed process leaves is overwritten by the next.
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
