@@ -2,7 +2,8 @@
 
 All runs read the built-in ``reviews`` task and start from the built-in 6-layer backbone. The three students have
 the same 3 layers, the same first weights, data order, epochs and learning rate; they differ in the loss alone:
-hard labels only, L_VKD, and FSD_ILG. The settings are fixed here, before any dev row is scored.
+hard labels only, L_VKD, and FSD_ILG. The settings are fixed here; nothing is chosen by a
+score on the dev rows.
 """
 
 from __future__ import annotations

@@ -148,6 +148,8 @@ def survey(
 
 def _joined(parts: list[Tensor]) -> Tensor:
     """Concatenate ``parts`` and empty the list as it goes: the sketches are never in memory twice."""
+    if len(parts) == 1:
+        return parts.pop()
     rows = sum(part.shape[0] for part in parts)
     joined = torch.empty(rows, *parts[0].shape[1:], dtype=parts[0].dtype)
     stop = rows

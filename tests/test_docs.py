@@ -41,7 +41,7 @@ def test_readme_names_no_flag_that_does_not_exist() -> None:
         field.name for classes in ARGUMENTS.values() for cls in classes for field in dataclasses.fields(cls)
     }
     launcher = {"help", "num_gpus", "num_accelerators", "check", "device", "json", "batch"}
-    named = set(re.findall(r"(?<![\w-])--([a-z_]+)", README))
+    named = set(re.findall(r"(?<![\w-])--([a-z_0-9]+)", README))
     assert named <= known | launcher, sorted(named - known - launcher)
 
 
