@@ -1,0 +1,150 @@
+"""What the Triton implementations share: the target's limits, the dot's precision, the launch guard, tuning.
+
+Tile sizes come from heuristics, pure functions of shape, dtype and a ``Target``; they run without a GPU, which
+is how the compiled-code report asks for the configurations of GPUs that are not there. ``FSD_AUTOTUNE=1`` times
+the heuristic's choice against its neighbours on first use of a shape instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether kernels run in Triton's interpreter. Fixed when triton is first imported."""
+
+
+class Target(NamedTuple):
+    """The limits of one GPU generation that the heuristics look at."""
+
+    backend: str
+    """"cuda" or "hip"."""
+    arch: int | str
+    """Compute capability times ten, or the gfx name."""
+    warp_size: int
+    shared_memory: int
+    """Bytes of shared memory that one program may use."""
+    multiprocessors: int
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 166_912, 108),
+    "sm_90": Target("cuda", 90, 32, 232_448, 132),
+    "sm_100": Target("cuda", 100, 32, 232_448, 148),
+    "gfx942": Target("hip", "gfx942", 64, 65_536, 304),
+}
+
+# What a kernel launched here is compiled with, whatever the defaults of the Triton version are.
+LAUNCH_OPTIONS = {"enable_fp_fusion": True}
+
+# The number of elements of a tile that Triton accepts as the edge of a tensor-core product.
+MIN_TILE = 16
+
+_TRITON_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+@functools.lru_cache(maxsize=64)
+def _gpu_target(index: int) -> Target:
+    with torch.cuda.device(index):
+        kind = triton.runtime.driver.active.get_current_target()
+    limits = triton.runtime.driver.active.utils.get_device_properties(index)
+    shared_memory, multiprocessors = limits["max_shared_mem"], limits["multiprocessor_count"]
+    return Target(kind.backend, kind.arch, kind.warp_size, shared_memory, multiprocessors)
+
+
+def target_of(device: torch.device) -> Target:
+    """The limits of ``device``; in the interpreter those of sm_90."""
+    if device.type == "cpu":
+        return TARGETS["sm_90"]
+    return _gpu_target(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def triton_type(name: str, dtype: torch.dtype) -> tl.dtype:
+    """The Triton type of a torch dtype.
+
+    Raises:
+        TypeError: The dtype is not float16, bfloat16 or float32.
+    """
+    if dtype not in _TRITON_TYPES:
+        raise TypeError(
+            f"{name}: the Triton path takes float16, bfloat16 or float32, got {dtype}; "
+            "pass backend='eager' for float64"
+        )
+    return _TRITON_TYPES[dtype]
+
+
+def dot_type(*dtypes: torch.dtype) -> torch.dtype:
+    """What operands are rounded to after centring in float32: the type that all share, or float32."""
+    return dtypes[0] if len(set(dtypes)) == 1 else torch.float32
+
+
+def dot_precision() -> str:
+    """Precision of float32 products: "ieee", or "tf32" where torch's float32 matmul precision allows it."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def kernel_dot_type(dtype: torch.dtype) -> tl.dtype:
+    """``dtype`` for a kernel's dot. The interpreter multiplies bfloat16 as bit patterns, so it gets float32."""
+    return tl.float32 if INTERPRETED else _TRITON_TYPES[dtype]
+
+
+def next_power_of_2(size: int) -> int:
+    """The smallest power of two that is at least ``size`` and at least 1."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    """The quotient rounded up."""
+    return -(-a // b)
+
+
+@contextlib.contextmanager
+def launch_guard(tensor: Tensor) -> Iterator[None]:
+    """Launch on ``tensor``'s GPU, whichever is current."""
+    if tensor.device.type == "cuda":
+        with torch.cuda.device_of(tensor):
+            yield
+    else:
+        yield
+
+
+def small_shared_memory(target: Target) -> bool:
+    """Whether tiles have to be halved: AMD's, and NVIDIA GPUs other than the data centre's."""
+    return target.shared_memory < TARGETS["sm_80"].shared_memory - 4096
+
+
+ConfigT = TypeVar("ConfigT", bound=Hashable)
+_tuned: dict[Hashable, Any] = {}
+
+
+def pick(key: Hashable, configs: Sequence[ConfigT], run: Callable[[ConfigT], object]) -> ConfigT:
+    """Choose one of ``configs``: the first, or with ``FSD_AUTOTUNE=1`` the fastest.
+
+    Args:
+        key: Names kernel, shape and dtype. A choice is made once per key and process.
+        configs: The heuristic's choice, then its neighbours.
+        run: Launches the kernel with a configuration; timed only when tuning.
+    """
+    if len(configs) == 1 or INTERPRETED or os.environ.get("FSD_AUTOTUNE") != "1":
+        return configs[0]
+    if key not in _tuned:
+        times = [_milliseconds(functools.partial(run, config)) for config in configs]
+        _tuned[key] = configs[times.index(min(times))]
+    chosen: ConfigT = _tuned[key]
+    return chosen
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    """Median time of ``call``; infinite where the GPU lacks the resources for it."""
+    try:
+        return float(triton.testing.do_bench(call, return_mode="median"))
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")

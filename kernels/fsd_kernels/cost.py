@@ -1,0 +1,462 @@
+"""What every op costs, from its shapes alone: bytes to and from device memory, flops of matrix products, launches.
+
+``minimum(op, shape)`` is what the mathematics asks for, with every input read and every output written once per
+stage, small matrices kept on chip and no use made of symmetry:
+
+=========  ========================================  ============================================
+op         forward                                   backward
+=========  ========================================  ============================================
+intra      X, Y read, G [B, S, S] written            Y, G read, dY written
+           2 B S^2 (D_t + D_s)                       2 B S^2 D_s
+local      h_T, h_S read                             h_S read, dh_S written
+           2 B^2 (F_t + F_s)                         2 B^2 F_s
+global     both memories and both features read      m_S, h_S read, dm_S, dh_S written
+           2 (K^2 + B K) F_s + 2 B K F_t             2 (K^2 + 2 B K) F_s
+inter      local and global in one pass over the features
+fsd_ilg    intra and inter in one pass over the features
+kmeans     assign: x, c read, 2 N K F                update: x, s read, s written, N F additions
+=========  ========================================  ============================================
+
+``eager`` gives the flops that the CPU path asks of matrix products. ``triton`` walks the kernels' launches for a
+named target: bytes are those that programs load and store, caches not considered. ``Device.seconds`` is the
+roofline: the larger of bytes / bandwidth and flops / peak, stage by stage. Nothing here needs a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from fsd_kernels._triton import Target
+
+OPS = ("intra", "local", "global", "inter", "fsd_ilg", "kmeans")
+
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one stage; costs add."""
+
+    read: int
+    """Bytes."""
+    written: int
+    """Bytes."""
+    flops: int
+    """A multiplication and an addition count as two."""
+    launches: int = 1
+
+    @property
+    def bytes(self) -> int:
+        """Bytes read and written."""
+        return self.read + self.written
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.read + other.read,
+            self.written + other.written,
+            self.flops + other.flops,
+            self.launches + other.launches,
+        )
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(self.read * times, self.written * times, self.flops * times, self.launches * times)
+
+
+Stages = Mapping[str, Cost]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes and the dtype of an op's inputs.
+
+    Raises:
+        ValueError: A size is below 1.
+        TypeError: The dtype is not a floating one.
+    """
+
+    batch: int = 32
+    """B samples."""
+    rows: int = 128
+    """S tokens per sample."""
+    width: int = 768
+    """D_s, the student's hidden size."""
+    teacher_width: int = 0
+    """D_t, the teacher's hidden size; 0: as the student's."""
+    centroids: int = 100
+    """K, for global, inter, fsd_ilg and kmeans."""
+    points: int = 4096
+    """N, for kmeans, whose points have F = S D_s features."""
+    pairs: int = 1
+    """Layer pairs, for intra."""
+    dtype: torch.dtype = torch.float32
+    """Of features, memories and points on both sides."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "rows", "width", "centroids", "points", "pairs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.teacher_width < 0:
+            raise ValueError(f"teacher_width: expected at least 0, got {self.teacher_width}")
+        if not self.dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating dtype, got {self.dtype}")
+
+    @property
+    def size(self) -> int:
+        """Bytes of one feature."""
+        return self.dtype.itemsize
+
+    @property
+    def student_features(self) -> int:
+        """F_s = S D_s."""
+        return self.rows * self.width
+
+    @property
+    def teacher_features(self) -> int:
+        """F_t = S D_t."""
+        return self.rows * (self.teacher_width or self.width)
+
+
+def total(stages: Stages) -> Cost:
+    """Add up the stages."""
+    return sum(stages.values(), Cost(0, 0, 0, 0))
+
+
+def _check_op(op: str) -> None:
+    if op not in OPS:
+        raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
+
+
+# ---------------------------------------------------------------------------------------------- minimum
+
+
+def _intra_minimum(shape: Shape) -> dict[str, Cost]:
+    items = shape.pairs * shape.batch
+    student, teacher = shape.student_features * shape.size, shape.teacher_features * shape.size
+    gram = shape.rows**2 * _FLOAT32
+    squares = 2 * shape.rows
+    return {
+        "forward": Cost(
+            items * (student + teacher),
+            items * gram,
+            items * squares * (shape.student_features + shape.teacher_features),
+        ),
+        "backward": Cost(items * (student + gram), items * student, items * squares * shape.student_features),
+    }
+
+
+def _inter_minimum(shape: Shape, local: bool, centroids: int) -> dict[str, Cost]:
+    """L_L where ``local``, L_G where there are centroids, in one pass."""
+    batch, own, given = shape.batch, shape.student_features, shape.teacher_features
+    rows = (batch + centroids) * shape.size
+    samples = batch**2 if local else 0
+    cross = batch * centroids
+    return {
+        "forward": Cost(
+            rows * (own + given),
+            0,
+            2 * own * (centroids**2 + cross + samples) + 2 * given * (cross + samples),
+        ),
+        "backward": Cost(rows * own, rows * own, 2 * own * (centroids**2 + 2 * cross + samples)),
+    }
+
+
+def _kmeans_minimum(shape: Shape) -> dict[str, Cost]:
+    numbers = shape.points * shape.student_features
+    centroids = shape.centroids * shape.student_features
+    read = (numbers + centroids) * shape.size
+    return {
+        "assign": Cost(read, 12 * shape.points, 2 * numbers * shape.centroids),
+        "update": Cost(numbers * shape.size + centroids * _FLOAT32, centroids * _FLOAT32, numbers),
+    }
+
+
+def minimum(op: str, shape: Shape) -> dict[str, Cost]:
+    """The least that the op's mathematics asks for, stage by stage.
+
+    Args:
+        op: "intra" (L_I), "local" (L_L), "global" (L_G), "inter" (L_L and L_G), "fsd_ilg" (all three) or "kmeans".
+        shape: Sizes and dtype.
+
+    Returns:
+        "forward" and "backward"; of kmeans "assign" and "update". The backward is that of the student's side.
+
+    Raises:
+        ValueError: The op is unknown.
+    """
+    _check_op(op)
+    if op == "intra":
+        return _intra_minimum(shape)
+    if op == "kmeans":
+        return _kmeans_minimum(shape)
+    if op == "local":
+        return _inter_minimum(shape, True, 0)
+    stages = _inter_minimum(shape, op != "global", shape.centroids)
+    if op != "fsd_ilg":
+        return stages
+    intra = _intra_minimum(replace(shape, pairs=1))
+    gram = intra["forward"].written
+    return {
+        name: Cost(
+            stage.read + (gram if name == "backward" else 0),
+            stage.written + (gram if name == "forward" else 0),
+            stage.flops + intra[name].flops,
+        )
+        for name, stage in stages.items()
+    }
+
+
+# ------------------------------------------------------------------------------------------------ eager
+
+
+def eager(op: str, shape: Shape) -> dict[str, int]:
+    """Flops of the matrix products in the CPU path, stage by stage; the teacher memory's own block is known.
+
+    Raises:
+        ValueError: The op is unknown.
+    """
+    _check_op(op)
+    if op in ("intra", "kmeans"):
+        stages = minimum(op, shape)
+        if op == "kmeans":
+            return {"assign": stages["assign"].flops}
+        return {name: stage.flops for name, stage in stages.items()}
+    centroids = 0 if op == "local" else shape.centroids
+    head = centroids + 1 if centroids else 0
+    size = head + shape.batch + 1
+    rows = (shape.batch + 1) * size
+    flops = {
+        "forward": 2 * (head**2 + rows) * shape.student_features + 2 * rows * shape.teacher_features,
+        "backward": 2 * (shape.batch + centroids) * size * shape.student_features,
+    }
+    if op == "fsd_ilg":
+        intra = eager("intra", replace(shape, pairs=1))
+        return {name: count + intra[name] for name, count in flops.items()}
+    return flops
+
+
+# ----------------------------------------------------------------------------------------------- triton
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _triangle(size: int) -> int:
+    return size * (size + 1) // 2
+
+
+def _intra_triton(shape: Shape, target: Target, precision: str) -> dict[str, Cost]:
+    from fsd_kernels.intra_cka.triton import backward_config, forward_config
+
+    rows, size = shape.rows, shape.size
+    items = shape.pairs * shape.batch
+    widths = (shape.width, shape.teacher_width or shape.width)
+    config = forward_config(rows, items, shape.dtype, precision, target)
+    blocks = _cdiv(rows, config.block_s)
+    square, gram, features = config.block_s**2, rows**2 * _FLOAT32, rows * sum(widths) * size
+    stages: dict[str, Cost] = {}
+    if config.splits == 0:
+        stages["forward"] = Cost(
+            items * features, items * (gram + 2 * _FLOAT32), items * 2 * square * sum(widths)
+        )
+    else:
+        whole = blocks == 1
+        tiles = _triangle(blocks)
+        part = _cdiv(_cdiv(max(widths), config.splits), config.block_d) * config.block_d
+        splits = _cdiv(max(widths), part)
+        lower = _triangle(rows) * _FLOAT32
+        means = sum(widths) * _FLOAT32
+        if not whole:
+            stages["means"] = Cost(items * features, items * means, 0)
+        stages["tiles"] = Cost(
+            items * (features if whole else features * (blocks + 1) + tiles * means),
+            2 * items * splits * (lower + _FLOAT32),
+            items * 2 * square * tiles * sum(widths),
+        )
+        # The norms, the losses and G each read the parts again, the traces their diagonals.
+        stages["finish"] = Cost(
+            2 * items * splits * (3 * lower + (rows + 1) * _FLOAT32), items * (gram + 2 * _FLOAT32), 0
+        )
+    back = backward_config(rows, shape.width, items, shape.dtype, precision, target)
+    own = rows * shape.width * size
+    back_blocks = _cdiv(rows, back.block_s)
+    flops = items * 2 * (back_blocks * back.block_s) ** 2 * shape.width
+    if rows <= back.block_s:
+        part = _cdiv(_cdiv(shape.width, back.splits), back.block_d) * back.block_d
+        splits = _cdiv(shape.width, part)
+        stages["backward"] = Cost(items * (own + splits * (gram + _FLOAT32)), items * own, flops)
+    else:
+        slices = _cdiv(shape.width, back.block_d)
+        read = 2 * back_blocks * own + slices * (gram + back_blocks * _FLOAT32)
+        stages["backward"] = Cost(items * read, items * own, flops)
+    return stages
+
+
+def _real_rows(first: int, last: int, centroids: int, batch: int) -> int:
+    """How many of the stacked rows [first, last) are rows of a memory or of features."""
+    head = centroids + 1 if centroids else 0
+    memory = max(0, min(last, centroids) - first)
+    features = max(0, min(last, head + batch) - max(first, head))
+    return memory + features
+
+
+def _gram_triton(
+    shape: Shape, width: int, centroids: int, known: bool, target: Target, precision: str
+) -> dict[str, Cost]:
+    """Forward of one side's Gamma: partial Grams, then their sum."""
+    from fsd_kernels.gram.triton import forward_config
+
+    head = centroids + 1 if centroids else 0
+    size = head + shape.batch + 1
+    config = forward_config(size, width, shape.dtype, precision, target)
+    part = _cdiv(_cdiv(width, config.parts), 2 * config.block_f) * 2 * config.block_f
+    parts = _cdiv(width, part)
+    lower = _triangle(size) - (_triangle(head) if known else 0)
+    rows = centroids + shape.batch
+    if config.fused:
+        tiles = [(a, b) for i, a in enumerate(config.blocks) for b in config.blocks[: i + 1]]
+        read_rows = rows
+        flops = sum(2 * a * b for a, b in tiles) * width
+    else:
+        block = config.blocks[0]
+        bounds = [(i * block, (i + 1) * block) for i in range(_cdiv(size, block))]
+        real = [_real_rows(first, last, centroids, shape.batch) for first, last in bounds]
+        active = [
+            (i, j) for i in range(len(real)) for j in range(i + 1) if not (known and bounds[i][1] <= head)
+        ]
+        read_rows = sum(rows + real[i] + real[j] for i, j in active)
+        flops = 2 * block**2 * len(active) * width
+    own = _triangle(head) * _FLOAT32 if known else 0
+    return {
+        "gram": Cost(read_rows * width * shape.size, parts * lower * _FLOAT32, flops),
+        "gram_sum": Cost(parts * lower * _FLOAT32 + own, size**2 * _FLOAT32, 0),
+    }
+
+
+def _gram_backward_triton(shape: Shape, centroids: int, target: Target, precision: str) -> dict[str, Cost]:
+    from fsd_kernels.gram.triton import _FUSED_ROWS, backward_config
+
+    width = shape.student_features
+    size = shape.batch + 1 + (centroids + 1 if centroids else 0)
+    config = backward_config(
+        total=size, width=width, masked=False, dtype=shape.dtype, precision=precision, target=target
+    )
+    small = size**2 * _FLOAT32
+    rows = (centroids + shape.batch) * width * shape.size
+    tiles = _cdiv(size, 64 if size > _FUSED_ROWS else 32)
+    stages = {"gram_rows": Cost(2 * small * (tiles + 1), small, 0)}
+    if config.fused:
+        part = _cdiv(_cdiv(width, config.parts), config.block_f) * config.block_f
+        flops = 2 * sum(config.blocks) ** 2 * width
+        stages["gram_backward"] = Cost(rows + _cdiv(width, part) * small, rows, flops)
+    else:
+        blocks = _cdiv(size, config.blocks[0])
+        read = 2 * blocks * rows + _cdiv(width, config.block_f) * small
+        stages["gram_backward"] = Cost(read, rows, 2 * (blocks * config.blocks[0]) ** 2 * width)
+    return stages
+
+
+def _inter_triton(shape: Shape, centroids: int, target: Target, precision: str) -> dict[str, Cost]:
+    size = shape.batch + 1 + (centroids + 1 if centroids else 0)
+    small = size**2 * _FLOAT32
+    teacher = _gram_triton(shape, shape.teacher_features, centroids, centroids > 0, target, precision)
+    student = _gram_triton(shape, shape.student_features, centroids, False, target, precision)
+    return {
+        **{f"teacher_{name}": cost for name, cost in teacher.items()},
+        **{f"student_{name}": cost for name, cost in student.items()},
+        # Both Gammas are read in turn for energies, norms, distances and gradients; this is their order of size.
+        "structure": Cost(6 * small, 4 * small, 0, launches=2),
+        "structure_backward": Cost(4 * small, small, 0),
+        **_gram_backward_triton(shape, centroids, target, precision),
+    }
+
+
+def triton(op: str, shape: Shape, target: str = "sm_90", precision: str = "tf32") -> dict[str, Cost]:
+    """What the fused kernels load, store and multiply on a target, launch by launch.
+
+    The configurations are those that the launchers choose for the target. Tiles count whole, so flops include
+    the padding of the last tile.
+
+    Args:
+        op: As for ``minimum``, except "kmeans".
+        shape: Sizes and dtype (float32, bfloat16 or float16).
+        target: "sm_80", "sm_90", "sm_100" or "gfx942".
+        precision: "tf32" or "ieee", for float32.
+
+    Returns:
+        The cost of every kernel by its role.
+
+    Raises:
+        ValueError: The op or the target is unknown.
+        RuntimeError: Triton is not installed.
+    """
+    _check_op(op)
+    if op == "kmeans":
+        raise ValueError("op: the k-means kernels are costed by minimum('kmeans', shape)")
+    try:
+        from fsd_kernels._triton import TARGETS
+    except ImportError as error:
+        raise RuntimeError(
+            f"the kernels' configurations need triton, which cannot be imported: {error}"
+        ) from error
+    if target not in TARGETS:
+        raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
+    limits = TARGETS[target]
+    stages: dict[str, Cost] = {}
+    if op in ("intra", "fsd_ilg"):
+        intra = _intra_triton(shape, limits, precision)
+        stages |= {f"intra_{name}": cost for name, cost in intra.items()}
+    if op != "intra":
+        centroids = 0 if op == "local" else shape.centroids
+        stages |= _inter_triton(shape, centroids, limits, precision)
+    return stages
+
+
+# ---------------------------------------------------------------------------------------------- devices
+
+
+@dataclass(frozen=True)
+class Device:
+    """The two ceilings of a device: makers' peak numbers, or measured ones."""
+
+    name: str
+    bandwidth: float
+    """Bytes per second to and from device memory."""
+    matmul: Mapping[str, float] = field(default_factory=dict)
+    """Flops per second of dense matrix products by "bf16", "tf32" or "fp32"."""
+    target: str | None = None
+    """The name of its Triton target."""
+
+    def peak(self, dtype: torch.dtype, precision: str = "tf32") -> float:
+        """Flops per second for a dtype; tf32 counts for float32 only where ``precision`` says so."""
+        if dtype in (torch.bfloat16, torch.float16):
+            names: tuple[str, ...] = ("bf16", "fp32")
+        else:
+            names = ("tf32", "fp32") if precision == "tf32" else ("fp32",)
+        return next(self.matmul[name] for name in names if name in self.matmul)
+
+    def memory_seconds(self, stages: Stages) -> float:
+        """Time for the bytes alone."""
+        return total(stages).bytes / self.bandwidth
+
+    def matmul_seconds(self, stages: Stages, dtype: torch.dtype, precision: str = "tf32") -> float:
+        """Time for the flops alone."""
+        return total(stages).flops / self.peak(dtype, precision)
+
+    def seconds(self, stages: Stages, dtype: torch.dtype, precision: str = "tf32") -> float:
+        """Roofline time: stage by stage the larger of the two, a lower bound."""
+        peak = self.peak(dtype, precision)
+        return sum(max(stage.bytes / self.bandwidth, stage.flops / peak) for stage in stages.values())
+
+
+DEVICES: Mapping[str, Device] = {
+    "h100": Device("H100 SXM", 3.35e12, {"bf16": 989.4e12, "tf32": 494.7e12, "fp32": 66.9e12}, "sm_90"),
+    "a100": Device("A100 80GB SXM", 2.0e12, {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12}, "sm_80"),
+    "mi300x": Device("MI300X", 5.3e12, {"bf16": 1307.4e12, "tf32": 653.7e12, "fp32": 163.4e12}, "gfx942"),
+}
+"""Dense peaks as the makers state them."""
