@@ -9,11 +9,12 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install data demo test lint clean
+.PHONY: help install data demo test test-triton lint kernels-report mutate bench clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
-	@echo "also: make install, make data, make lint, make clean"
+	@echo "also: make install, make data, make lint, make clean, make kernels-report, make mutate, make bench,"
+	@echo "      make test-triton TRITON=3.7.1"
 
 $(STAMP): setup.py pyproject.toml constraints.txt tools/setup_env.sh
 	@PYTHON=$(PYTHON) VENV=$(VENV) bash tools/setup_env.sh
@@ -29,6 +30,26 @@ demo: data
 
 test: data
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests
+
+# The interpreter tests of the Triton kernels under another release of triton, in an environment of its own.
+TRITON ?= 3.7.1
+test-triton:
+	@test -x $(VENV)-triton-$(TRITON)/bin/python || $(PYTHON) -m venv $(VENV)-triton-$(TRITON)
+	@$(VENV)-triton-$(TRITON)/bin/pip install -q torch==2.13.0
+	@$(VENV)-triton-$(TRITON)/bin/pip install -q triton==$(TRITON) numpy pytest hypothesis
+	@$(VENV)-triton-$(TRITON)/bin/python -m pytest tests/test_triton_kernels.py
+
+# What the compiled kernels look like, for GPUs that need not be here.
+kernels-report: $(STAMP)
+	@$(BIN)/python -m benchmarks kernels-report
+
+# Breaks the Triton kernels one change at a time and counts which changes the tests notice.
+mutate: $(STAMP)
+	@$(BIN)/python -m benchmarks mutate
+
+bench: data
+	@$(BIN)/pip install -q --no-deps -r benchmarks/requirements.txt
+	@$(BIN)/python -m benchmarks bench
 
 lint: $(STAMP)
 	@$(BIN)/ruff format --check .

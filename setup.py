@@ -1,12 +1,14 @@
 """Packaging of two import packages: ``fsd_kernels`` (from kernels/) and ``fsd_fast``."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="fsd_fast",
     version="0.1.0",
     description="Feature structure distillation with Centered Kernel Alignment, fused and memory-lean",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

@@ -1,0 +1,33 @@
+"""Options of ``pytest benchmarks/ --benchmark-only``: the same cases as ``python -m benchmarks``."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --shapes and --ops."""
+    group = parser.getgroup("fsd_fast benchmarks")
+    group.addoption(
+        "--shapes", choices=("paper", "small"), default="small", help="which shapes (default small)"
+    )
+    group.addoption("--ops", default="", help="comma-separated; all by default")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test per op, case, provider and mode."""
+    from benchmarks.registry import OPS
+
+    if "benchmark_case" not in metafunc.fixturenames:
+        return
+    shapes = metafunc.config.getoption("shapes")
+    wanted = [name for name in metafunc.config.getoption("ops").split(",") if name] or list(OPS)
+    cases = [
+        (op, sizes, provider, mode)
+        for op in wanted
+        for sizes in OPS[op].shapes[shapes]
+        for mode in OPS[op].modes
+        for provider in OPS[op].providers
+    ]
+    names = [f"{op}-{sizes.label(OPS[op].letters)}-{mode}-{provider}" for op, sizes, provider, mode in cases]
+    metafunc.parametrize("benchmark_case", cases, ids=[name.replace(" ", ",") for name in names])

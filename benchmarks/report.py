@@ -1,0 +1,271 @@
+"""A result as text for the terminal, and as a Markdown report with plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.growth import Growth, growth
+from benchmarks.registry import OPS
+from benchmarks.results import OK, CheckResult, Result, Row, write_text
+
+Table = list[list[str]]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+
+
+def _error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0e}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
+
+
+def _megabytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 1e6:.1f}"
+
+
+HEADER = [
+    "provider",
+    "ms",
+    "quartiles",
+    "x ours",
+    "% matmul",
+    "% copy",
+    "peak MB",
+    "error",
+    "error, outliers",
+    "remarks",
+]
+
+
+def row_cells(result: Result, row: Row) -> list[str]:
+    """One line of a case's table; a row that was not timed says why."""
+    if row.status != OK:
+        return [row.provider, "-", "-", "-", "-", "-", "-", *_errors(row), f"{row.status}: {row.reason}"]
+    time = row.time
+    times = result.speedup(row)
+    remarks = [row.note] if row.note else []
+    if row.noisy:
+        remarks.append(f"NOISY (canary +-{row.canary_spread:.0%}, {row.canary_share:.0%} of the processor)")
+    return [
+        row.provider,
+        _milliseconds(time.median),
+        f"{_milliseconds(time.low)} to {_milliseconds(time.high)}",
+        "-" if times is None else f"{times.median:.2f} ({times.low:.2f} to {times.high:.2f})",
+        _percent(row.matmul_percent),
+        _percent(row.copy_percent),
+        _megabytes(row.peak_bytes),
+        *_errors(row),
+        "; ".join(remarks),
+    ]
+
+
+def _errors(row: Row) -> list[str]:
+    return [
+        f"{_error(row.value_error)} / {_error(row.gradient_error)}",
+        f"{_error(row.outlier_value_error)} / {_error(row.outlier_gradient_error)}",
+    ]
+
+
+def aligned(table: Table) -> str:
+    """Columns padded to their widest cell."""
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown(table: Table) -> str:
+    """A Markdown table; the first line is its header."""
+    lines = ["| " + " | ".join(line) + " |" for line in table]
+    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
+
+
+def groups(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
+    """Rows by (op, case, mode), in their order."""
+    found: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.op, row.case, row.mode), []).append(row)
+    return found
+
+
+def text(result: Result, rows: Sequence[Row]) -> str:
+    """Tables for the terminal."""
+    parts = []
+    for (op, case, mode), group in groups(rows).items():
+        table = [HEADER, *(row_cells(result, row) for row in group)]
+        parts.append(f"{op} {case} {mode}\n{aligned(table)}")
+    return "\n\n".join(parts)
+
+
+def checks_table(checks: Sequence[CheckResult]) -> Table:
+    """The table of numbers to reach."""
+    words = {True: "yes", False: "NO", None: "not measured"}
+    lines = [
+        [
+            check.name,
+            check.required,
+            check.measured or "-",
+            words[check.passed],
+            "; ".join(part for part in ("NOISY run" if check.noisy else "", check.reason) if part),
+        ]
+        for check in checks
+    ]
+    return [["what", "required", "measured (quartiles)", "reached", "remarks"], *lines]
+
+
+def growth_table(found: Sequence[Growth]) -> Table:
+    """Fitted exponents."""
+    lines = [
+        [
+            each.op,
+            each.provider,
+            each.size,
+            f"{min(each.values)} to {max(each.values)}",
+            f"{each.exponent:.2f}",
+            f"{each.flops_exponent:.2f}",
+            "yes" if each.passed else "NO",
+        ]
+        for each in found
+    ]
+    return [
+        ["op", "provider", "size", "range", "exponent", "exponent of minimal flops", "within 0.1"],
+        *lines,
+    ]
+
+
+def slower_than_others(result: Result) -> list[str]:
+    """Where something else is faster than ours."""
+    lines = []
+    for row in result.rows:
+        times = result.speedup(row) if row.status == OK and row.op != "step" else None
+        if times is not None and row.provider != "ours" and times.median < 1:
+            lines.append(
+                f"{row.op} {row.case} {row.mode}: {row.provider} takes {times.median:.2f} of our time"
+            )
+    return lines
+
+
+def _plots(result: Result, stem: Path) -> list[Path]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawn: list[Path] = []
+
+    def finish(name: str) -> None:
+        path = stem.with_name(f"{stem.name}-{name}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pyplot.tight_layout()
+        pyplot.savefig(path, dpi=110)
+        pyplot.close()
+        drawn.append(path)
+
+    bars = []
+    for row in result.rows:
+        times = result.speedup(row) if row.status == OK and row.mode == "full" else None
+        if times is not None and row.provider != "ours":
+            bars.append((f"{row.op} {row.case}  {row.provider}", times))
+    if bars:
+        pyplot.figure(figsize=(9, 1 + 0.26 * len(bars)))
+        middle = [times.median for _, times in bars]
+        spread = [
+            [times.median - times.low for _, times in bars],
+            [times.high - times.median for _, times in bars],
+        ]
+        pyplot.barh(range(len(bars)), middle, xerr=spread, height=0.7, color="#4477aa")
+        pyplot.yticks(range(len(bars)), [name for name, _ in bars], fontsize=7)
+        pyplot.gca().invert_yaxis()
+        pyplot.axvline(1, color="black", linewidth=0.8)
+        pyplot.xlabel("time in units of ours, forward + backward (median of pairs, quartiles)")
+        finish("ratios")
+    found = growth(result.rows)
+    if found:
+        pyplot.figure(figsize=(7, 5))
+        for each in found:
+            label = f"{each.op} {each.provider} in {each.size}: {each.exponent:.2f}"
+            pyplot.loglog(each.values, [s * 1e3 for s in each.seconds], marker="o", label=label)
+        pyplot.xlabel("size")
+        pyplot.ylabel("milliseconds, forward + backward")
+        pyplot.legend(fontsize=6)
+        finish("growth")
+    roofline = [
+        row for row in result.rows if row.status == OK and row.mode == "full" and row.provider == "ours"
+    ]
+    roofline = [row for row in roofline if row.minimal_flops and row.copy_percent and row.matmul_percent]
+    if roofline:
+        peak, copy = result.ceilings["matmul"], result.ceilings["copy"]
+        pyplot.figure(figsize=(7, 5))
+        for op in dict.fromkeys(row.op for row in roofline):
+            own = [row for row in roofline if row.op == op]
+            rates = [(row.minimal_flops or 0) / row.time.median for row in own]
+            moved = [(row.copy_percent or 0) / 100 * copy for row in own]
+            pyplot.loglog([a / b for a, b in zip(rates, moved, strict=True)], rates, "o", label=op)
+        lowest, highest = pyplot.xlim()
+        edge = peak / copy
+        xs = [min(lowest, edge / 4), edge, max(highest, edge * 4)]
+        pyplot.loglog(xs, [min(peak, x * copy) for x in xs], color="black", label="this machine")
+        pyplot.xlabel("minimal flops per minimal byte")
+        pyplot.ylabel("minimal flops per second")
+        pyplot.legend(fontsize=8)
+        finish("roofline")
+    return drawn
+
+
+def report(result: Result, stem: Path) -> str:
+    """Return the Markdown report and draw its plots next to it.
+
+    Args:
+        result: What was measured.
+        stem: Path of the report without its suffix; plots are named after it.
+    """
+    environment = result.environment
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    modified = " with changes" if environment["modified"] else ""
+    noisy = sum(row.noisy for row in result.rows)
+    parts = [
+        f"# Benchmarks on {environment['device']}",
+        f"{environment['date']}, commit {environment['commit']}{modified}, {environment['threads']} threads; "
+        f"{versions}.",
+        f"In the same run this machine reached {result.ceilings['matmul'] / 1e9:.0f} GFLOP/s in a large product and "
+        f"{result.ceilings['copy'] / 1e9:.1f} GB/s in a large copy; percentages are against these, for the minimal "
+        "work of each op.",
+        "Providers are timed in turn within one run; ratios are taken pair by pair; ms are medians. Errors are of "
+        "value / gradient, relative to the reference in float64, on ordinary features and on features with BERT's "
+        "outlier dimensions. What is wrong is not timed.",
+        (
+            f"**{noisy} of {len(result.rows)} rows were taken while something else ran on the machine** (marked NOISY)."
+            if noisy
+            else "The contention canary stayed quiet throughout."
+        ),
+    ]
+    if result.checks:
+        parts += ["## Numbers to reach", markdown(checks_table(result.checks))]
+    others = slower_than_others(result)
+    parts += [
+        "## Where something else is faster",
+        "\n".join(f"- {line}" for line in others) if others else "Nowhere in this run.",
+    ]
+    for path in _plots(result, stem):
+        parts.append(f"![{path.stem.rsplit('-', 1)[-1]}]({path.name})")
+    found = growth(result.rows)
+    if found:
+        parts += ["## Growth", markdown(growth_table(found))]
+    for op in dict.fromkeys(row.op for row in result.rows):
+        parts.append(f"## {OPS[op].title if op in OPS else op}")
+        own = [row for row in result.rows if row.op == op]
+        for (_, case, mode), group in groups(own).items():
+            parts.append(f"{case}, {mode}:")
+            parts.append(markdown([HEADER, *(row_cells(result, row) for row in group)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def write(result: Result, path: Path) -> Path:
+    """Write the report of a result next to its JSON file ``path``; returns the Markdown file."""
+    target = path.with_suffix(".md")
+    write_text(target, report(result, path.with_suffix("")))
+    return target
