@@ -164,6 +164,9 @@ class _Bars:
         self._bar: tqdm[Any] | None = None
 
     def begin(self, stage: str) -> None:
+        """A stage begins; the one before it is done."""
+        if self._bar is not None and self._bar.total is not None:
+            self._bar.update(self._bar.total - self._bar.n)
         self.close()
         self._name = stage.replace("_", " ")
 

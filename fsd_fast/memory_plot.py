@@ -81,8 +81,7 @@ def plot_memory(memory: TeacherMemory, batches: Iterable[FeatureBatch], path: Pa
         cmap="hsv", vmin=0, vmax=1, marker="X", edgecolors="black", linewidths=0.8, label=f"{clusters} centroids",
     )  # fmt: skip
     right.set(title="t-SNE of centroids and samples", xticks=[], yticks=[])
-    for handle in right.legend(loc="best").legend_handles:
-        handle.set_color("grey")
+    right.legend(loc="best")
     identity = memory.identity
     figure.suptitle(
         f"Teacher memory: {identity.task_name}, layer {identity.layer}, S = {identity.max_seq_length}, "

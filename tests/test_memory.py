@@ -140,6 +140,8 @@ def test_progress_counts_samples(capsys: pytest.CaptureFixture[str]) -> None:
     assert "memory: pass 1" in shown
     assert "memory: pass 2" in shown
     assert f"{N}/{N}" in shown
+    assert "memory: sketch clustering: 100%" in shown
+    assert "4/4" in shown
 
 
 def test_bad_features_are_refused() -> None:

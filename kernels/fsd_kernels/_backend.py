@@ -28,6 +28,8 @@ BACKENDS = ("auto", "triton", "eager", "reference")
 _fallback_reasons: set[str] = set()
 
 
+# A compiled graph takes the answer as a constant: it cannot trace an import.
+@torch.compiler.assume_constant_result
 def _triton_problem(op: str, device: torch.device) -> str | None:
     """Say why the Triton implementation of ``op`` cannot run on ``device``; None if it can."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
