@@ -45,6 +45,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "tensorboard>=2.18",
+            "types-tqdm>=4.66",
         ],
     },
     entry_points={"console_scripts": ["fsd-fast=fsd_fast.cli:main"]},

@@ -23,7 +23,51 @@ from fsd_fast.sketch import CountSketch
 from fsd_fast.stream import PointStream
 from fsd_kernels.kmeans import assign, update_
 
-_COLUMNS = ("sketches", "numbers", "norms")
+# Larger than what the allocator ever keeps for itself.
+_BLOCK_BYTES = 64 << 20
+
+
+class _Rows:
+    """Rows ``[n, w]`` that arrive in parts, kept in large blocks.
+
+    Small tensors between the points' own tensors would leave the heap full of holes.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._blocks: list[Tensor] = []
+
+    def append(self, part: Tensor) -> None:
+        while part.shape[0]:
+            size = max(1, _BLOCK_BYTES // (part.element_size() * part.shape[1]))
+            place = self.count % size
+            if place == 0:
+                self._blocks.append(part.new_empty(size, part.shape[1]))
+            taken = min(size - place, part.shape[0])
+            self._blocks[-1][place : place + taken] = part[:taken]
+            self.count += taken
+            part = part[taken:]
+
+    def since(self, row: int) -> Tensor:
+        """The rows from number ``row`` on, of which there is at least one."""
+        size = self._blocks[0].shape[0]
+        parts = [
+            block[max(row - first, 0) : self.count - first]
+            for first, block in zip(range(0, self.count, size), self._blocks, strict=True)
+            if first + size > row
+        ]
+        return torch.cat(parts)
+
+    def join(self) -> Tensor:
+        """All rows; nothing stays here, and they are never in memory twice."""
+        if len(self._blocks) == 1:
+            return self._blocks.pop()[: self.count]
+        joined = self._blocks[0].new_empty(self.count, self._blocks[0].shape[1])
+        size = self._blocks[0].shape[0]
+        while self._blocks:
+            first = (len(self._blocks) - 1) * size
+            joined[first : first + size] = self._blocks.pop()[: self.count - first]
+        return joined
 
 
 @dataclass
@@ -85,25 +129,37 @@ def survey(
         ValueError: Fewer points than clusters, or a number that two points share.
     """
 
-    def read() -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor | None, bool]:
+    def read() -> tuple[_Rows, list[Tensor], list[Tensor], Tensor | None, bool]:
         saved = state.load("pass_1")
         mapping: CountSketch | None = None
-        sketches, numbers, norms = columns = tuple(
-            [part[name] for part in saved.parts if name in part] for name in _COLUMNS
-        )
+        sketches, numbers, norms = _Rows(), [], []
         facts: dict[str, Any] = {"numbered": False, "device": "cpu"} | saved.facts
-        total: Tensor | None = saved.parts[-1]["total"].to(facts["device"]) if sketches else None
-        fresh = len(sketches)
+        total: Tensor | None = None
+        while saved.parts:
+            part = saved.parts.pop(0)
+            # A process without points has saved that it has none.
+            if part:
+                sketches.append(part["sketches"])
+                numbers.append(part["numbers"])
+                norms.append(part["norms"])
+                total = part["total"].to(facts["device"])
+        fresh_rows, fresh = sketches.count, len(numbers)
 
         def kept() -> dict[str, Tensor]:
-            nonlocal fresh
-            new = {
-                name: torch.cat(parts[fresh:])
-                for name, parts in zip(_COLUMNS, columns, strict=True)
-                if parts[fresh:]
+            nonlocal fresh_rows, fresh
+            if total is None:
+                return {}
+            new = sketches.since(fresh_rows) if sketches.count > fresh_rows else torch.empty(0, 0)
+            # An empty part where the last batch has been saved already.
+            empty = [torch.empty(0, dtype=torch.int64)]
+            columns = {
+                "sketches": new,
+                "numbers": torch.cat(empty + numbers[fresh:]),
+                "norms": torch.cat([torch.empty(0), *norms[fresh:]]),
+                "total": total,
             }
-            fresh = len(sketches)
-            return new if total is None else new | {"total": total}
+            fresh_rows, fresh = sketches.count, len(numbers)
+            return columns
 
         for batch in state.reading(stream, "pass_1", kept, facts=facts, append=True):
             if mapping is None:
@@ -120,8 +176,7 @@ def survey(
         return sketches, numbers, norms, total, facts["numbered"]
 
     sketches, numbers, norms, total, numbered = collectives.agree(read)
-    count = sum(part.shape[0] for part in sketches)
-    sizes = collectives.gather_sizes(count)
+    sizes = collectives.gather_sizes(sketches.count)
     if sum(sizes) < n_clusters:
         raise ValueError(f"points: {sum(sizes)} samples are fewer than the {n_clusters} clusters asked for")
 
@@ -131,7 +186,7 @@ def survey(
         own = torch.cat(numbers)
         if not numbered:
             own += sum(sizes[: collectives.rank])
-        return _joined(sketches), own, torch.cat(norms), total
+        return sketches.join(), own, torch.cat(norms), total
 
     own_sketches, own, own_norms, own_total = collectives.agree(complete)
     everyone = collectives.gather_rows(own)
@@ -144,20 +199,6 @@ def survey(
         )
     mean = collectives.sum_(own_total) / sum(sizes)
     return Survey(own_sketches, own, own_norms, mean, sum(sizes))
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """Concatenate ``parts`` and empty the list as it goes: the sketches are never in memory twice."""
-    if len(parts) == 1:
-        return parts.pop()
-    rows = sum(part.shape[0] for part in parts)
-    joined = torch.empty(rows, *parts[0].shape[1:], dtype=parts[0].dtype)
-    stop = rows
-    while parts:
-        part = parts.pop()
-        joined[stop - part.shape[0] : stop] = part
-        stop -= part.shape[0]
-    return joined
 
 
 def fetch_rows(
