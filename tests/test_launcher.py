@@ -31,10 +31,18 @@ __all__ = ["tiny"]
 BIN = Path(sys.executable).parent
 pytestmark = [
     pytest.mark.launcher,
-    # One after the other: they share ports, cores and the folder that the C++ extension is built in.
-    pytest.mark.xdist_group("launcher"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed builds its CPU communication with g++"),
 ]
+
+
+# DeepSpeed's CPU communication is built here once; a build that was killed leaves a lock that others wait for.
+EXTENSIONS = ROOT / ".cache" / "torch_extensions"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_lock_left_behind():
+    for lock in EXTENSIONS.rglob("lock"):
+        lock.unlink()
 
 
 def launch(arguments, port):
@@ -43,6 +51,7 @@ def launch(arguments, port):
     environment |= {
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
+        "TORCH_EXTENSIONS_DIR": str(EXTENSIONS),
         "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",  # ninja, next to this Python
     }
     command = [

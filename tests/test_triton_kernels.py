@@ -74,7 +74,8 @@ def multiprocessors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         for module in MODULES:
             monkeypatch.setattr(module, "target_of", lambda device: target)
 
-    choose(2)
+    if INTERPRETED:
+        choose(2)
     return choose
 
 
@@ -718,7 +719,6 @@ def test_heuristics_fill_the_gpu_and_fit_it(name: str) -> None:
     assert wide.fused
     assert 64 <= wide.parts <= target.multiprocessors
     assert not gram_kernels.forward_config(334, 98304, torch.float32, "tf32", target).fused
-    assert triton.__version__
 
 
 if not INTERPRETED:

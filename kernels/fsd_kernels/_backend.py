@@ -28,8 +28,6 @@ BACKENDS = ("auto", "triton", "eager", "reference")
 _fallback_reasons: set[str] = set()
 
 
-# A compiled graph takes the answer as a constant: it cannot trace an import.
-@torch.compiler.assume_constant_result
 def _triton_problem(op: str, device: torch.device) -> str | None:
     """Say why the Triton implementation of ``op`` cannot run on ``device``; None if it can."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -40,6 +38,11 @@ def _triton_problem(op: str, device: torch.device) -> str | None:
     except ImportError as error:
         return f"fsd_kernels.{op}.triton cannot be imported ({error})"
     return None
+
+
+# A compiled graph takes the answer as a constant: it cannot trace an import. This is all that
+# torch.compiler.assume_constant_result does, which would import the whole compiler.
+_triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve_backend(backend: str | None, device: torch.device, op: str) -> str:
