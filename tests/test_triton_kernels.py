@@ -25,7 +25,6 @@ from fsd_kernels import frozen_gram, gram, inter_structure, intra_cka, structure
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETED:
-    import triton
     from triton.runtime import interpreter
 
     from fsd_kernels import _triton as shared
