@@ -32,6 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from fsd_fast.files import write_atomically
 from fsd_kernels._triton import INTERPRETED, TARGETS, Target
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "kernels_report.json"
@@ -329,9 +330,7 @@ def _save(cache: Path | None, known: dict[str, Any]) -> None:
     if cache is None:
         return
     cache.parent.mkdir(parents=True, exist_ok=True)
-    draft = cache.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps(known))
-    os.replace(draft, cache)
+    write_atomically(cache, json.dumps(known).encode())
 
 
 def _row(launch: Launch, case: Case, target: str, read: dict[str, Any], before: Row | None) -> Row:

@@ -13,7 +13,6 @@ import os
 import platform
 import re
 import subprocess
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Spread, ratio, spread
+from fsd_fast.files import write_atomically
 
 SCHEMA = 1
 
@@ -174,10 +174,7 @@ def default_path(result: Result) -> Path:
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as handle:
-        handle.write(text)
-    os.chmod(handle.name, 0o644)
-    os.replace(handle.name, path)
+    write_atomically(path, text.encode())
 
 
 def save(result: Result, path: Path) -> None:

@@ -21,22 +21,13 @@ from fsd_fast.memory import (
     flatten_features,
     model_fingerprint,
 )
+from tests.tiny import memory_identity
 
 S, D, K, N = 12, 16, 5, 70
 
 
 def identity(**changes: object) -> MemoryIdentity:
-    fields = {
-        "task_name": "rte",
-        "teacher": "runs/teacher",
-        "teacher_fingerprint": "ab" * 32,
-        "layer": 5,
-        "max_seq_length": S,
-        "hidden_size": D,
-        "num_centroid": K,
-        "pad_features": "include",
-    }
-    return MemoryIdentity(**(fields | changes))  # type: ignore[arg-type]
+    return memory_identity(S, D, K, **changes)
 
 
 def samples() -> tuple[Tensor, Tensor]:

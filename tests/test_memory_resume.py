@@ -22,7 +22,7 @@ from fsd_fast.cli import run
 from fsd_fast.clustering_state import ClusteringState, discard_state
 from fsd_fast.memory import FeatureBatch, MemoryIdentity, TeacherMemory
 from fsd_fast.teacher import Teacher
-from tests.tiny import memory_flags, tiny
+from tests.tiny import memory_flags, memory_identity, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 S, D, K, N, BATCH = 6, 16, 5, 70, 8
@@ -30,17 +30,7 @@ __all__ = ["tiny"]
 
 
 def identity(**changes: Any) -> MemoryIdentity:
-    fields = {
-        "task_name": "rte",
-        "teacher": "runs/teacher",
-        "teacher_fingerprint": "ab" * 32,
-        "layer": 5,
-        "max_seq_length": S,
-        "hidden_size": D,
-        "num_centroid": K,
-        "pad_features": "include",
-    }
-    return MemoryIdentity(**(fields | changes))
+    return memory_identity(S, D, K, **changes)
 
 
 def features() -> Tensor:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 from fsd_fast.cli import run
+from fsd_fast.memory import MemoryIdentity
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = "one two three four five six seven eight nine ten eleven twelve good bad the a is was".split()
@@ -245,3 +247,18 @@ def load_cleanly(*folders):
     for found in out["found"]:
         assert found["unclean"] == [], "missing, unexpected or mismatched keys"
     return out["found"]
+
+
+def memory_identity(length: int, width: int, centroids: int, **changes: Any) -> MemoryIdentity:
+    """What a memory of S, D and K is the memory of, changed field by field."""
+    fields = {
+        "task_name": "rte",
+        "teacher": "runs/teacher",
+        "teacher_fingerprint": "ab" * 32,
+        "layer": 5,
+        "max_seq_length": length,
+        "hidden_size": width,
+        "num_centroid": centroids,
+        "pad_features": "include",
+    }
+    return MemoryIdentity(**(fields | changes))

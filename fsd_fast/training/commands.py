@@ -45,6 +45,7 @@ from fsd_fast.data import (
     resolve_model,
     tokenize,
 )
+from fsd_fast.files import write_json
 from fsd_fast.layers import parse_layer_pairs
 from fsd_fast.losses import METHODS, FeatureStructureLoss
 from fsd_fast.memory import (
@@ -69,7 +70,7 @@ from fsd_fast.training.arguments import (
     TeacherArguments,
 )
 from fsd_fast.training.checkpoints import check_output_dir, find_checkpoint
-from fsd_fast.training.export import export_student, model_card, write_json
+from fsd_fast.training.export import export_student, model_card
 from fsd_fast.training.trainer import FSDTrainer
 from fsd_kernels import resolve_backend
 
