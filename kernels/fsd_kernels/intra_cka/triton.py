@@ -146,7 +146,7 @@ def _centred_gram(
 @triton.jit
 def _unit(energy, mean_energy, count):
     """Whether a Gram with trace ``energy`` has structure, and 1 / energy if so (0 if not)."""
-    exists = energy > ROUNDING * count * mean_energy
+    exists = energy > count * mean_energy * ROUNDING
     return exists, tl.where(exists, 1.0 / energy, 0.0)
 
 
@@ -571,13 +571,16 @@ def forward_config(rows: int, items: int, dtype: torch.dtype, precision: str, ta
     crowded = target.arch == 80 and block_s == _WHOLE and dtype == torch.float32
     if small_shared_memory(target) or ieee or crowded:
         block_d //= 2
-    # Without tensor cores the operands of a product pass through registers: more warps, one Gram at a time.
+    if ieee and block_s == _WHOLE and target.backend == "cuda":
+        # Two Grams of 128 x 128 leave registers for 8 columns.
+        block_d = 8
+    # Without tensor cores the operands of a product pass through registers: more warps.
     num_warps = 8 if block_s == _WHOLE or (ieee and block_s > MIN_TILE) else 4
-    num_stages = 2 if small_shared_memory(target) else 3
+    num_stages = 2 if small_shared_memory(target) or ieee else 3
     blocks = cdiv(rows, block_s)
     programs = items * blocks * (blocks + 1)
     # An eighth of the multiprocessors: fewer programs than that leave too much of the GPU idle.
-    fused = rows <= _WHOLE and 8 * items >= target.multiprocessors and not (ieee and block_s == _WHOLE)
+    fused = rows <= _WHOLE and 8 * items >= target.multiprocessors
     splits = 0 if fused else max(1, min(4, target.multiprocessors // max(1, programs)))
     return Config(block_s, block_d, splits, num_warps, num_stages)
 

@@ -67,7 +67,7 @@ def _inverse_energy(gamma_ptr, N, first, rows, mean, BLOCK: tl.constexpr):
         mu_m = (first - 1).to(tl.int64)
         mean_energy += 2.0 * tl.load(gamma_ptr + mean.to(tl.int64) * N + mu_m)
         mean_energy += tl.load(gamma_ptr + mu_m * (N + 1))
-    exists = (energy > ROUNDING * rows * mean_energy) & (rows > 1)
+    exists = (energy > rows * mean_energy * ROUNDING) & (rows > 1)
     return energy, exists, tl.where(exists, 1.0 / energy, 0.0)
 
 
