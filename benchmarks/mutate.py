@@ -85,7 +85,7 @@ MUTATIONS = (
     Mutation(
         "intra_cka",
         "def _unit",
-        "energy > ROUNDING * count * mean_energy",
+        "energy > count * mean_energy * ROUNDING",
         "energy >= 0.0",
         "constant rows taken for structure",
     ),

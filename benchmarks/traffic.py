@@ -1,17 +1,20 @@
-"""Bytes that the Triton kernels load and store, counted while they run: ``python -m benchmarks.traffic``.
+"""Bytes that the Triton kernels load and store, counted while they run: ``python -m benchmarks traffic``.
 
 Every load and store of a program is counted with the lanes that its mask lets through, in Triton's interpreter,
 at the paper's shapes (batch 32, 128 tokens, width 768) for forward + backward, partial sums included. Where all
-programs along one axis of the grid do the same work on slices of equal size, one of them is run and counted for
+programs along one axis of the grid do the same work on slices of equal size, two of them are run and counted for
 all (the last slice may be smaller: the count is then too high by less than one slice).
 
-"issued" counts every access of every program. "distinct" counts an address that programs on the same slice read
-repeatedly once per slice; what they share beyond that (the matrix A of the backward) is still counted per slice.
-The two differ where a kernel computes one tile of Gamma per program (K = 300). Minimum: every input read once
-per pass, every output written once.
+"issued" counts every access of every program: what the multiprocessors ask their caches for. "device" counts what
+device memory has to move: an address that programs on one slice read repeatedly counts once for the slice, since
+they are launched side by side, and an address that every slice reads (the matrix A of the backward, at most 0.5 MB)
+counts once for the launch. Minimum: every input read once per pass, every output written once.
 
-Ends with 1 if "issued" is above 1.15 times the minimum for L_I or for L_G + L_L with K = 100, in float32 (tf32
-products) or bfloat16. Nothing is timed.
+Ends with 1 if "device" is above 1.15 times the minimum anywhere, or "issued" is where one program holds all rows
+and Gamma stays on chip: L_I, and L_G + L_L with K = 100, on tensor cores. With K = 300 the triangle of Gamma alone
+takes 261 KB of accumulators, more than the 256 KB of registers of a multiprocessor, and A another 446 KB: rows have
+to be read, or A has to be, more than once. IEEE float32 has no tensor cores to feed from shared memory, and takes
+one tile of Gamma per program. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -30,13 +34,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from triton import language
 from triton.runtime import interpreter
 
-from fsd_kernels import inter_structure, intra_cka
-from fsd_kernels._triton import INTERPRETED
+from benchmarks import baselines
 from fsd_kernels.gram import triton as gram
 from fsd_kernels.intra_cka import triton as intra
 from fsd_kernels.structure import triton as structure
+
+# The interpreter is chosen when triton is first imported.
+IN_TIME = isinstance(language.sum, interpreter.InterpretedFunction)
 
 LIMIT = 1.15
 BATCH, TOKENS, WIDTH = 32, 128, 768
@@ -44,57 +51,75 @@ F = TOKENS * WIDTH
 
 # The axis of the grid along which programs do equal work.
 UNIFORM = {
-    "_intra_cka_fwd_kernel": 0, "_intra_cka_bwd_kernel": 0, "_gram_fwd_kernel": 0, "_gram_bwd_kernel": 0,
+    "_intra_cka_fwd_kernel": 0, "_intra_cka_bwd_kernel": 0, "_intra_cka_mean_kernel": 0, "_intra_cka_tile_kernel": 2,
+    "_intra_cka_finish_kernel": 0, "_intra_cka_bwd_tile_kernel": 2, "_gram_fwd_kernel": 1, "_gram_bwd_kernel": 1,
     "_gram_tile_kernel": 1, "_gram_bwd_tile_kernel": 1,
 }  # fmt: skip
+
+Array = np.ndarray[Any, Any]
 
 
 class Traffic(NamedTuple):
     """Bytes moved."""
 
     issued: int
-    distinct: int
+    device: int
 
     def __add__(self, other: Traffic) -> Traffic:  # type: ignore[override]
         """Both together."""
-        return Traffic(self.issued + other.issued, self.distinct + other.distinct)
+        return Traffic(self.issued + other.issued, self.device + other.device)
+
+
+def _runs(addresses: Array, width: int) -> Array:
+    """Runs [start, stop) of bytes, [2, n], of elements of ``width`` bytes at ``addresses`` in rising order."""
+    if addresses.size == 0:
+        return np.empty((2, 0), dtype=np.int64)
+    breaks = np.flatnonzero(np.diff(addresses) != width)
+    starts = addresses[np.concatenate(([0], breaks + 1))]
+    return np.stack([starts, addresses[np.concatenate((breaks, [-1]))] + width])
+
+
+def _covered(runs: list[Array]) -> int:
+    """Bytes that lie in at least one of the runs."""
+    starts, stops = np.concatenate(runs, axis=1)
+    order = np.argsort(starts, kind="stable")
+    starts, stops = starts[order], stops[order]
+    # What lies before the furthest end so far is counted already.
+    reached = np.concatenate((starts[:1], np.maximum.accumulate(stops)[:-1]))
+    return int(np.maximum(stops - np.maximum(starts, reached), 0).sum())
 
 
 class _Counter:
-    """Counts the accesses of the programs run since it was last emptied."""
+    """Counts the accesses of the programs run since it was made, slice by slice."""
 
-    def __init__(self) -> None:
-        self.issued = 0
-        self.addresses: list[np.ndarray[Any, Any]] = []
-        self.size: list[int] = []
+    def __init__(self, axis: int | None) -> None:
+        self.axis = axis
+        self.slice = 0
+        self.issued: dict[int, int] = defaultdict(int)
+        self.runs: dict[int, list[Array]] = defaultdict(list)
 
     def note(self, pointers: Any, mask: Any) -> None:
-        chosen = np.asarray(pointers.data)[np.asarray(mask.data, dtype=bool)]
+        chosen = np.asarray(pointers.data)[np.asarray(mask.data, dtype=bool)].ravel().astype(np.int64)
         width = pointers.get_element_ty().primitive_bitwidth // 8
-        self.issued += chosen.size * width
-        self.addresses.append(chosen.ravel())
-        self.size.append(width)
+        self.issued[self.slice] += chosen.size * width
+        self.runs[self.slice].append(_runs(chosen, width))
 
-    def take(self) -> Traffic:
-        distinct = 0
-        for width in set(self.size):
-            same = [a for a, size in zip(self.addresses, self.size, strict=True) if size == width]
-            distinct += np.unique(np.concatenate(same)).size * width
-        result = Traffic(self.issued, distinct)
-        self.__init__()  # type: ignore[misc]
-        return result
+    def take(self, slices: int) -> Traffic:
+        """What ``slices`` slices like the first one and the second one move."""
+        own = _covered(self.runs[0])
+        if slices == 1:
+            return Traffic(self.issued[0], own)
+        shared = own + _covered(self.runs[1]) - _covered(self.runs[0] + self.runs[1])
+        return Traffic(self.issued[0] * slices, shared + (own - shared) * slices)
 
 
 @contextmanager
 def counting() -> Iterator[dict[str, Traffic]]:
-    """Count per kernel. Values are not computed where only one program of many runs."""
-    counter, totals = _Counter(), dict[str, Traffic]()
+    """Count per kernel. Values are not computed where only two slices of many run."""
+    counter, totals = _Counter(None), dict[str, Traffic]()
     builder = interpreter.InterpreterBuilder
-    load, store, call = (
-        builder.create_masked_load,
-        builder.create_masked_store,
-        interpreter.GridExecutor.__call__,
-    )
+    load, store, move = builder.create_masked_load, builder.create_masked_store, builder.set_grid_idx
+    call = interpreter.GridExecutor.__call__
 
     def counted_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
         counter.note(pointers, mask)
@@ -104,23 +129,31 @@ def counting() -> Iterator[dict[str, Traffic]]:
         counter.note(pointers, mask)
         return store(self, pointers, value, mask, *rest)
 
+    def counted_move(self: Any, *index: int) -> None:
+        counter.slice = 0 if counter.axis is None else index[counter.axis]
+        move(self, *index)
+
     def counted_call(self: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal counter
         name = self.fn.__name__
-        times = 1
-        if name in UNIFORM:
+        axis = UNIFORM.get(name)
+        counter = _Counter(axis)
+        slices = 1
+        if axis is not None:
             grid = [*self.grid]
-            times, grid[UNIFORM[name]] = grid[UNIFORM[name]], 1
+            slices, grid[axis] = grid[axis], min(2, grid[axis])
             self.grid = tuple(grid)
         call(self, *args, **kwargs)
-        one = counter.take()
-        totals[name] = totals.get(name, Traffic(0, 0)) + Traffic(one.issued * times, one.distinct * times)
+        totals[name] = totals.get(name, Traffic(0, 0)) + counter.take(slices)
 
     builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
+    builder.set_grid_idx = counted_move
     interpreter.GridExecutor.__call__ = counted_call
     try:
         yield totals
     finally:
         builder.create_masked_load, builder.create_masked_store = load, store
+        builder.set_grid_idx = move
         interpreter.GridExecutor.__call__ = call
 
 
@@ -151,7 +184,7 @@ def inter_traffic(dtype: torch.dtype, num_centroid: int) -> dict[str, Traffic]:
     return totals
 
 
-class _PlainTorch(TorchDispatchMode):
+class _TorchBytes(TorchDispatchMode):
     """Counts the bytes of inputs and outputs of every torch operation that is not a view."""
 
     total = 0
@@ -164,70 +197,101 @@ class _PlainTorch(TorchDispatchMode):
         return result
 
 
-def plain_torch(run: Callable[[], Tensor]) -> int:
-    """Bytes of the formula in plain torch with autograd, forward and backward."""
-    with _PlainTorch() as counter:
-        run().backward()
+def torch_bytes(
+    loss: Callable[[dict[str, Tensor]], Tensor], dtype: torch.dtype, num_centroid: int = 0
+) -> int:
+    """Bytes that a loss in torch with autograd moves, forward and backward; nothing is computed."""
+    with torch.device("meta"):
+        features = {name: torch.empty(BATCH, TOKENS, WIDTH, dtype=dtype) for name in ("student", "teacher")}
+        names = ("student_memory", "teacher_memory") if num_centroid else ()
+        features |= {name: torch.empty(num_centroid, F, dtype=dtype) for name in names}
+        for name in ("student", "student_memory"):
+            if name in features:
+                features[name].requires_grad_()
+        with _TorchBytes() as counter:
+            loss(features).backward()
     return counter.total
 
 
-def _plain_intra() -> Tensor:
-    x = _features(torch.float32, 0).requires_grad_()
-    return intra_cka(x, _features(torch.float32, 1), backend="reference").neg_log.sum()
+def _inter(cka: baselines.Cka) -> Callable[[dict[str, Tensor]], Tensor]:
+    parts = baselines.local(cka), baselines.global_(cka)
+    return lambda inputs: parts[0](inputs) + parts[1](inputs)
 
 
-def _plain_inter(num_centroid: int) -> Tensor:
-    memories = [torch.ones(num_centroid, F).mul_(i + 1) for i in range(2)]
-    x = _features(torch.float32, 0).requires_grad_()
-    values = inter_structure(
-        x, _features(torch.float32, 1), memories[0].requires_grad_(), memories[1], backend="reference"
-    )
-    return torch.stack(values).sum()
+class Kind(NamedTuple):
+    """A dtype and a precision of products."""
+
+    name: str
+    dtype: torch.dtype
+    precision: str
+    """What ``torch.set_float32_matmul_precision`` is given."""
+
+
+KINDS = (
+    Kind("fp32", torch.float32, "highest"),
+    Kind("tf32", torch.float32, "high"),
+    Kind("bf16", torch.bfloat16, "highest"),
+    Kind("fp16", torch.float16, "highest"),
+)
 
 
 def main(argv: list[str]) -> int:
-    """Print the table; 1 if a limit is passed. ``--plain`` adds plain torch's bytes."""
-    if not INTERPRETED:
-        # Triton was imported before this module could choose the interpreter.
-        command = [sys.executable, "-m", "benchmarks.traffic", *argv]
-        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
+    """Print the table; 1 if a limit is passed."""
+    if argv:
+        raise SystemExit(f"traffic takes no arguments, got {' '.join(argv)}")
+    if not IN_TIME:
+        return subprocess.run([sys.executable, "-m", "benchmarks.traffic"]).returncode
     torch.set_num_threads(1)
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
     worst = 0
-    print("| pass | dtype | minimum MB | issued MB | ratio | distinct MB | ratio | by kernel |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| pass | dtype | minimum MB | device MB | ratio | issued MB | ratio | plain torch | released | by kernel |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     try:
-        for dtype in (torch.float32, torch.bfloat16):
-            size = dtype.itemsize
-            block = BATCH * F * size
-            minimum = 4 * block + 2 * BATCH * TOKENS * TOKENS * 4
-            worst |= _line("L_I", dtype, minimum, intra_traffic(dtype), LIMIT)
+        for kind in KINDS:
+            torch.set_float32_matmul_precision(kind.precision)
+            worst |= _intra_line(kind)
             for num_centroid in (100, 300):
-                minimum = 4 * block + 4 * num_centroid * F * size
-                limit = LIMIT if num_centroid == 100 else None
-                totals = inter_traffic(dtype, num_centroid)
-                worst |= _line(f"L_G + L_L, K={num_centroid}", dtype, minimum, totals, limit)
-        if "--plain" in argv:
-            print(f"plain torch with autograd, float32: L_I {plain_torch(_plain_intra) / 1e6:.0f} MB")
-            print(f"plain torch, L_G + L_L, K=100: {plain_torch(lambda: _plain_inter(100)) / 1e6:.0f} MB")
+                worst |= _inter_line(kind, num_centroid)
     finally:
         torch.set_float32_matmul_precision(before)
     return worst
 
 
+def _intra_line(kind: Kind) -> int:
+    others = [torch_bytes(baselines.intra(cka), kind.dtype) for cka in _BASELINES]
+    minimum = BATCH * (4 * F * kind.dtype.itemsize + 2 * TOKENS * TOKENS * 4)
+    return _line("L_I", kind, minimum, intra_traffic(kind.dtype), others, on_chip=True)
+
+
+def _inter_line(kind: Kind, num_centroid: int) -> int:
+    others = [torch_bytes(_inter(cka), kind.dtype, num_centroid) for cka in _BASELINES]
+    minimum = 4 * (BATCH + num_centroid) * F * kind.dtype.itemsize
+    totals = inter_traffic(kind.dtype, num_centroid)
+    return _line(f"L_G + L_L, K={num_centroid}", kind, minimum, totals, others, on_chip=num_centroid == 100)
+
+
+_BASELINES = (baselines.plain_cka, baselines.released_cka)
+
+
 def _line(
-    name: str, dtype: torch.dtype, minimum: int, totals: dict[str, Traffic], limit: float | None
+    name: str, kind: Kind, minimum: int, totals: dict[str, Traffic], others: list[int], on_chip: bool
 ) -> int:
     total = sum(totals.values(), start=Traffic(0, 0))
     kernels = ", ".join(f"{kernel.strip('_')} {part.issued / 1e6:.1f}" for kernel, part in totals.items())
-    kind = str(dtype).removeprefix("torch.")
-    print(
-        f"| {name} | {kind} | {minimum / 1e6:.1f} | {total.issued / 1e6:.1f} | {total.issued / minimum:.3f} "
-        f"| {total.distinct / 1e6:.1f} | {total.distinct / minimum:.3f} | {kernels} |",
-        flush=True,
+    numbers = (
+        f"{minimum / 1e6:.1f}",
+        *(
+            part
+            for moved in (total.device, total.issued)
+            for part in (f"{moved / 1e6:.1f}", f"{moved / minimum:.3f}")
+        ),
+        *(f"{moved / 1e6:.0f} MB" for moved in others),
     )
-    return int(limit is not None and total.issued > limit * minimum)
+    print(f"| {name} | {kind.name} | {' | '.join(numbers)} | {kernels} |", flush=True)
+    judged = total.issued if on_chip and kind.name != "fp32" else total.device
+    return int(judged > LIMIT * minimum)
 
 
 if __name__ == "__main__":

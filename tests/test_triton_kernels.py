@@ -88,7 +88,7 @@ def path(
         multiprocessors(132 if name == "split" else 3)
     if name == "tiled":
         monkeypatch.setattr(intra_kernels, "_WHOLE", 16)
-        monkeypatch.setattr(gram_kernels, "_tiles", lambda total: ((16,), False))
+        monkeypatch.setattr(gram_kernels, "_tiles", lambda total: (16, 16, 0))
     return name
 
 
@@ -362,14 +362,17 @@ def check_gram(
         assert_close(memory.grad, right.grad, tolerance)  # type: ignore[arg-type]
 
 
-@pytest.fixture(params=["fused", "tiled"])
+@pytest.fixture(params=["fused", "pieces", "tiled"])
 def gram_path(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, multiprocessors: Callable[[int], None]
 ) -> str:
-    """Run a test with one program per part of F, and with one per tile of Gamma."""
+    """Run a test with one program per part of F, with three that share it, and with one per tile of Gamma."""
     multiprocessors(3)
+    if request.param == "pieces":
+        monkeypatch.setattr(gram_kernels, "_tiles", lambda total: (16, 16, max(4, -(-total // 16))))
+        monkeypatch.setattr(gram_kernels, "_ACCUMULATED", 0)
     if request.param == "tiled":
-        monkeypatch.setattr(gram_kernels, "_tiles", lambda total: ((16,), False))
+        monkeypatch.setattr(gram_kernels, "_tiles", lambda total: (16, 16, 0))
     return str(request.param)
 
 
@@ -391,11 +394,21 @@ def tf32() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("shape", [(30, 100, 2, 16, 20), (20, 50, 1, 9, 0), (2, 200, 1, 9, 5)], ids=str)
-def test_gram_of_many_rows(shape: tuple[int, ...], tf32: None) -> None:
+MANY_ROWS = [
+    (30, 100, 2, 16, 20),
+    (20, 50, 1, 9, 0),
+    (2, 200, 1, 9, 5),
+    (32, 300, 1, 33, 4),
+    (2, 400, 1, 9, 5),
+]
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("shape", MANY_ROWS, ids=str)
+def test_gram_of_many_rows(shape: tuple[int, ...], known: bool, tf32: None) -> None:
     batch, num_centroid, rows, width, extra = shape
     features = normal(batch, rows, width, seed=1)
-    check_gram(features, normal(num_centroid, rows * width + extra, seed=2), None, 1e-5)
+    check_gram(features, normal(num_centroid, rows * width + extra, seed=2), None, 1e-5, known=known)
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 2, 8, 0), (20, 31, 2, 8, 3)], ids=str)
@@ -613,35 +626,99 @@ def rounded_dots(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return choose
 
 
-@pytest.mark.parametrize(("bits", "dtype"), [(10, torch.float32), (7, torch.bfloat16)], ids=["tf32", "bf16"])
-def test_rounding_in_the_tensor_cores_stays_below_plain_torch(
-    bits: int, dtype: torch.dtype, rounded_dots: Callable[[int], None]
+class RoundedProduct(torch.autograd.Function):
+    """a @ b on tensor cores: operands rounded to some bits of mantissa, sums in float32, both ways."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, bits: int) -> Tensor:
+        a, b = (torch.from_numpy(round_like(z.detach().numpy(), bits)) for z in (a, b))
+        ctx.save_for_backward(a, b)
+        ctx.bits = bits
+        return a @ b
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        a, b = ctx.saved_tensors
+        gradient = torch.from_numpy(round_like(gradients[0].contiguous().numpy(), ctx.bits))
+        return gradient @ b.mT, a.mT @ gradient, None
+
+
+def plain_gram(x: Tensor, bits: int) -> Tensor:
+    """The Gram matrix in plain torch, centred by its means: in bfloat16 throughout, or with tf32 products."""
+    gram = x @ x.mT if x.dtype == torch.bfloat16 else RoundedProduct.apply(x, x.mT, bits)
+    mean = gram.mean(dim=-1, keepdim=True)
+    return gram - mean - mean.mT + mean.mean(dim=-2, keepdim=True)
+
+
+def plain_distance(x: Tensor, y: Tensor, bits: int) -> Tensor:
+    """1 - CKA per sample in plain torch."""
+    grams = plain_gram(x, bits), plain_gram(y, bits)
+    unit_x, unit_y = (gram / gram.square().sum(dim=(-2, -1), keepdim=True).sqrt() for gram in grams)
+    return 1 - (unit_x * unit_y).sum(dim=(-2, -1))
+
+
+def error_of(run: Callable[[Tensor], Tensor], x: Tensor, truth: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """Relative errors of a value and of the gradient of its sum weighted by w, against (value, gradient)."""
+    x = x.detach().clone().requires_grad_()
+    value = run(x)
+    (value.float() * normal(*value.shape, seed=7)).sum().backward()
+    assert x.grad is not None
+    pairs = ((value, truth[0]), (x.grad, truth[1]))
+    value_error, gradient_error = (float((a.detach().double() - b).norm() / b.norm()) for a, b in pairs)
+    return value_error, gradient_error
+
+
+def truth_of(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.detach().double().requires_grad_()
+    value = run(x)
+    (value * normal(*value.shape, seed=7)).sum().backward()
+    assert x.grad is not None
+    return value.detach(), x.grad
+
+
+TENSOR_CORES = [(10, torch.float32), (7, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("bits", "dtype"), TENSOR_CORES, ids=["tf32", "bf16"])
+def test_rounding_of_intra_cka_stays_below_plain_torch(
+    seed: int, bits: int, dtype: torch.dtype, rounded_dots: Callable[[int], None]
 ) -> None:
-    """Error at most twice that of the formula in torch with operands of its products rounded alike."""
+    """On outlier features, value and gradient: at most twice the error of plain torch in the same dtype."""
+    x, y = outliers(2, 24, 64, seed=seed).to(dtype), outliers(2, 24, 64, seed=9 + seed).to(dtype)
+    truth = truth_of(lambda z: intra_cka(z, y.double(), backend="reference").distance[0], x)
+    plain = error_of(lambda z: plain_distance(z, y, bits), x, truth)
     rounded_dots(bits)
-    errors: dict[str, list[float]] = {"triton": [], "plain": []}
-    for seed in range(3):
-        x, y = outliers(2, 24, 64, seed=seed).to(dtype), outliers(2, 24, 64, seed=9 + seed).to(dtype)
-        truth = intra_cka(x.double(), y.double(), backend="reference").distance
-        ours = intra_cka(x, y, backend="triton").distance
-        rounded = [torch.from_numpy(round_like(z.float().numpy(), bits)) for z in (x, y)]
-        plain = intra_cka(*(z.to(dtype) for z in rounded), backend="reference").distance
-        errors["triton"].append(float((ours - truth).norm()))
-        errors["plain"].append(float((plain - truth).norm()))
-        features, memory = outliers(6, 200, seed=seed).to(dtype), outliers(5, 200, seed=5 + seed).to(dtype)
-        wide = gram(features.double(), memory.double(), backend="reference")
-        for block in (slice(0, 5), slice(6, 12)):
-            ours = gram(features, memory, backend="triton")[block, block]
-            rows = (memory if block.start == 0 else features).to(dtype)
-            raw = (rows @ rows.T).float()
-            centred = raw - raw.mean(0) - raw.mean(1)[:, None] + raw.mean()
-            errors["triton"].append(float((ours - wide[block, block]).norm()))
-            errors["plain"].append(float((centred - wide[block, block]).norm()))
-    if dtype == torch.bfloat16:
-        assert all(ours <= 2 * plain for ours, plain in zip(*errors.values(), strict=True))
-    else:
-        # Plain torch multiplies in full float32 on the CPU; tf32 keeps 10 bits of 23.
-        assert max(errors["triton"][::3]) <= 1e-3
+    ours = error_of(lambda z: intra_cka(z, y, backend="triton").distance[0], x, truth)
+    assert ours[0] <= 2 * plain[0]
+    assert ours[1] <= 2 * plain[1]
+    # Centred before they are rounded, features keep the digits that the dtype has.
+    assert max(ours) <= 2.0 ** (2 - bits)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize(("bits", "dtype"), TENSOR_CORES, ids=["tf32", "bf16"])
+def test_rounding_of_gram_stays_below_plain_torch(
+    seed: int, memory: bool, bits: int, dtype: torch.dtype, rounded_dots: Callable[[int], None]
+) -> None:
+    """The centred blocks of Gamma and their gradients, as above: the features' and the memory's."""
+    features, centroids = outliers(8, 200, seed=seed).to(dtype), outliers(5, 200, seed=5 + seed).to(dtype)
+
+    def block(z: Tensor, backend: str) -> Tensor:
+        other = features.to(z.dtype) if memory else centroids.to(z.dtype)
+        if memory:
+            return gram(other, z, backend=backend)[:5, :5]
+        return gram(z, other, backend=backend)[6:14, 6:14]
+
+    x = centroids if memory else features
+    truth = truth_of(lambda z: block(z, "reference"), x)
+    plain = error_of(lambda z: plain_gram(z, bits), x, truth)
+    rounded_dots(bits)
+    ours = error_of(lambda z: block(z, "triton"), x, truth)
+    assert ours[0] <= 2 * plain[0]
+    assert ours[1] <= 2 * plain[1]
+    assert max(ours) <= 2.0 ** (2 - bits)
 
 
 @QUICK
@@ -715,9 +792,16 @@ def test_heuristics_fill_the_gpu_and_fit_it(name: str) -> None:
     few = intra_kernels.forward_config(128, 2, torch.float32, "tf32", target)
     assert few.splits > 1
     wide = gram_kernels.forward_config(134, 98304, torch.float32, "tf32", target)
-    assert wide.fused
+    assert wide.tiles
     assert 64 <= wide.parts <= target.multiprocessors
-    assert not gram_kernels.forward_config(334, 98304, torch.float32, "tf32", target).fused
+    many = [
+        gram_kernels.forward_config(334, 98304, torch.float32, "tf32", target, known) for known in (0, 301)
+    ]
+    # Operands in registers leave sm_80 none for six tiles of rows.
+    assert [(config.tiles, config.pieces) for config in many] == (
+        [(0, 1)] * 2 if name == "sm_80" else [(6, 3), (6, 1)]
+    )
+    assert not gram_kernels.forward_config(400, 98304, torch.float32, "tf32", target).tiles
 
 
 if not INTERPRETED:

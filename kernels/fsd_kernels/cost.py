@@ -309,21 +309,22 @@ def _gram_triton(
     shape: Shape, width: int, centroids: int, known: bool, target: Target, precision: str
 ) -> dict[str, Cost]:
     """Forward of one side's Gamma: partial Grams, then their sum."""
-    from fsd_kernels.gram.triton import forward_config
+    from fsd_kernels.gram.triton import forward_config, held_tiles
 
     head = centroids + 1 if centroids else 0
     size = head + shape.batch + 1
-    config = forward_config(size, width, shape.dtype, precision, target)
+    config = forward_config(size, width, shape.dtype, precision, target, head if known else 0)
     part = _cdiv(_cdiv(width, config.parts), 2 * config.block_f) * 2 * config.block_f
     parts = _cdiv(width, part)
     lower = _triangle(size) - (_triangle(head) if known else 0)
     rows = centroids + shape.batch
-    if config.fused:
-        tiles = [(a, b) for i, a in enumerate(config.blocks) for b in config.blocks[: i + 1]]
-        read_rows = rows
-        flops = sum(2 * a * b for a, b in tiles) * width
+    if config.tiles:
+        held = held_tiles(config, head if known else 0)
+        # Every piece reads all rows, for the means; one that holds no tile reads none.
+        read_rows = rows * sum(bool(tiles) for tiles in held)
+        flops = sum(2 * a * b for tiles in held for a, b in tiles) * width
     else:
-        block = config.blocks[0]
+        block = config.block
         bounds = [(i * block, (i + 1) * block) for i in range(_cdiv(size, block))]
         real = [_real_rows(first, last, centroids, shape.batch) for first, last in bounds]
         active = [
@@ -339,7 +340,7 @@ def _gram_triton(
 
 
 def _gram_backward_triton(shape: Shape, centroids: int, target: Target, precision: str) -> dict[str, Cost]:
-    from fsd_kernels.gram.triton import _FUSED_ROWS, backward_config
+    from fsd_kernels.gram.triton import backward_config, small_block
 
     width = shape.student_features
     size = shape.batch + 1 + (centroids + 1 if centroids else 0)
@@ -348,16 +349,19 @@ def _gram_backward_triton(shape: Shape, centroids: int, target: Target, precisio
     )
     small = size**2 * _FLOAT32
     rows = (centroids + shape.batch) * width * shape.size
-    tiles = _cdiv(size, 64 if size > _FUSED_ROWS else 32)
+    tiles = _cdiv(size, small_block(size))
     stages = {"gram_rows": Cost(2 * small * (tiles + 1), small, 0)}
-    if config.fused:
+    if config.tiles:
         part = _cdiv(_cdiv(width, config.parts), config.block_f) * config.block_f
-        flops = 2 * sum(config.blocks) ** 2 * width
-        stages["gram_backward"] = Cost(rows + _cdiv(width, part) * small, rows, flops)
+        panels = _cdiv(config.tiles, config.panel)
+        columns = (config.tiles - 1) * config.block + config.last
+        own = columns if panels == 1 else panels * config.panel * config.block
+        read = panels * rows + _cdiv(width, part) * small
+        stages["gram_backward"] = Cost(read, rows, 2 * own * columns * width)
     else:
-        blocks = _cdiv(size, config.blocks[0])
+        blocks = _cdiv(size, config.block)
         read = 2 * blocks * rows + _cdiv(width, config.block_f) * small
-        stages["gram_backward"] = Cost(read, rows, 2 * (blocks * config.blocks[0]) ** 2 * width)
+        stages["gram_backward"] = Cost(read, rows, 2 * (blocks * config.block) ** 2 * width)
     return stages
 
 

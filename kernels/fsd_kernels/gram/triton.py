@@ -1,16 +1,17 @@
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment"
 """The Gram matrix of stacked, centred rows as fused kernels, split over the feature axis.
 
     Z = [m_1 - mu_m, ..., m_K - mu_m, mu_m,  h_1 - mu_h, ..., h_B - mu_h, mu_h - mu_m],   Gamma = Z Z^T
     d[memory; features] = T^T (dGamma + dGamma^T) Z        with the constant T that takes [memory; features] to Z
 
 Rows of a tile are rows of Z: memory, features and both means are put together on chip, centred in float32 and
-then rounded for the dot; the inputs are never concatenated. With N <= 192 rows (``_gram_fwd_kernel``) a program
-holds all of them for its part of F, and each input is read once; above (``_gram_tile_kernel``) a program
-computes one tile of the lower triangle and walks all rows for the means. Parts of F are summed by
-``_gram_sum_kernel`` in a fixed order, in float64, which also mirrors the triangle. Backward:
-``_gram_rows_kernel`` forms T^T (dGamma + dGamma^T) once, then ``_gram_bwd_kernel`` or ``_gram_bwd_tile_kernel``
-multiply it with Z slice by slice, straight into the gradients.
+then rounded for the dot; the inputs are never concatenated. With N <= 384 rows (``_gram_fwd_kernel``) a program
+holds all of them for its part of F and reads each input once; where the triangle of Gamma does not fit on chip
+(N = 334: 261 KB of accumulators, as much as all registers of a multiprocessor) three programs share it. Above, and
+in IEEE float32 (``_gram_tile_kernel``), a program computes one tile of the triangle and walks all rows for the
+means. Parts of F are summed by ``_gram_sum_kernel`` in a fixed order, in float64, which also mirrors the triangle.
+Backward: ``_gram_rows_kernel`` forms T^T (dGamma + dGamma^T) once, then ``_gram_bwd_kernel`` or
+``_gram_bwd_tile_kernel`` multiply it with Z slice by slice, straight into the gradients.
 """
 
 from __future__ import annotations
@@ -38,8 +39,11 @@ from fsd_kernels._triton import (
     triton_type,
 )
 
-# Rows of Z that one program of the fused kernels holds at most, in up to three tiles.
-_FUSED_ROWS = 192
+# Rows of Z that one program of the fused kernels holds at most, in up to six tiles.
+_FUSED_ROWS = 384
+
+# Entries of Gamma that one program accumulates at most: 160 of the 255 registers of each of its 256 threads.
+_ACCUMULATED = 40_960
 
 
 # Sizes that take any value without another compilation. Widths and strides are specialised: they align loads.
@@ -49,10 +53,16 @@ _SIZES = ("K", "B", "head", "N", "token", "parts")
 class Config(NamedTuple):
     """Tile sizes and launch parameters of one kernel."""
 
-    blocks: tuple[int, ...]
-    """Rows of the tiles held by one program; a single one if programs hold one tile of Gamma each."""
-    fused: bool
-    """Whether one program holds all rows."""
+    block: int
+    """Rows of a tile."""
+    last: int
+    """Rows of the last tile of a program that holds all rows."""
+    tiles: int
+    """Tiles of a program that holds all rows; 0 if programs hold one tile of Gamma, or of the gradient, each."""
+    pieces: int
+    """Forward: programs that share the tiles of Gamma over one part of F."""
+    panel: int
+    """Backward: tiles of rows of A that a program holds."""
     block_f: int
     parts: int
     num_warps: int
@@ -61,12 +71,17 @@ class Config(NamedTuple):
 
 @triton.jit
 def _load_tile(
-    memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf,
-    mask_ptr, stride_kb, stride_ks,
-    rows, start, columns, K, B, head, memory_width, features_width, token,
+    inputs, sizes, rows, start, columns,
     MEMORY: tl.constexpr, FEATURES: tl.constexpr, HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr,
 ):  # fmt: skip
-    """Rows of [memory; -; features; -] in float32, 0 in the rows of the means, in dropped tokens and outside."""
+    """Rows of [memory; -; features; -] in float32, 0 in the rows of the means, in dropped tokens and outside.
+
+    ``inputs`` are the addresses and strides of memory, features and mask, ``sizes`` what ``_Rows.sizes`` holds.
+    """
+    memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf, mask_ptr, stride_kb, stride_ks = (
+        inputs
+    )
+    K, B, head, _, memory_width, features_width, token = sizes
     x = tl.zeros((rows.shape[0], columns.shape[0]), dtype=tl.float32)
     if MEMORY:
         inside = (rows < K)[:, None] & (columns < memory_width)[None, :]
@@ -96,17 +111,8 @@ def _load_tile(
 
 @triton.jit
 def _kept(
-    mask_ptr,
-    stride_kb,
-    stride_ks,
-    samples,
-    exists,
-    start,
-    columns,
-    features_width,
-    token,
-    ONE_TOKEN: tl.constexpr,
-):
+    mask_ptr, stride_kb, stride_ks, samples, exists, start, columns, features_width, token, ONE_TOKEN: tl.constexpr
+):  # fmt: skip
     """Which entries belong to tokens the mask keeps. ONE_TOKEN: all columns belong to one token."""
     row_ptr = mask_ptr + samples.to(tl.int64) * stride_kb
     if ONE_TOKEN:
@@ -128,8 +134,9 @@ def _sums(x, rows, K):
 
 
 @triton.jit
-def _centre(x, mean_m, mean_h, rows, K, B, head, N, DOT_TYPE: tl.constexpr):
+def _centre(x, mean_m, mean_h, rows, sizes, DOT_TYPE: tl.constexpr):
     """Rows of Z from rows of [memory; -; features; -]."""
+    K, B, head, N, _, _, _ = sizes
     is_memory = (rows < K)[:, None]
     is_features = ((rows >= head) & (rows < head + B))[:, None]
     mean = tl.where((rows < head)[:, None], mean_m[None, :], mean_h[None, :])
@@ -148,130 +155,155 @@ def _store_lower(partial_ptr, gram, rows, columns, N, head, KNOWN: tl.constexpr)
     tl.store(partial_ptr + rows[:, None] * N + columns[None, :], gram, mask=lower)
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def _gram_fwd_kernel(
-    memory_ptr,
-    features_ptr,
-    mask_ptr,
-    partial_ptr,
-    stride_mk,
-    stride_mf,
-    stride_hb,
-    stride_hf,
-    stride_kb,
-    stride_ks,
-    K,
-    B,
-    head,
-    N,
-    memory_width,
-    features_width,
-    token,
-    part_f,
-    HAS_MASK: tl.constexpr,
-    ONE_TOKEN: tl.constexpr,
-    KNOWN: tl.constexpr,
-    TILES: tl.constexpr,
-    MEMORY_TILES: tl.constexpr,
-    FIRST_FEATURES: tl.constexpr,
-    DOT_TYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_0: tl.constexpr,
-    BLOCK_1: tl.constexpr,
-    BLOCK_2: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
-    """One program per part of F: the lower triangle of all of Gamma over that part, to partial [parts, N, N].
+@triton.constexpr_function
+def _tile_size(t, tiles, block, last):
+    """Rows of tile t of ``tiles``, all of ``block`` rows but the last of ``last``."""
+    return last if t == tiles - 1 else block
+
+
+@triton.jit
+def _tile_rows(t: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr):
+    """The row numbers of tile t."""
+    return t * BLOCK + tl.arange(0, _tile_size(t, TILES, BLOCK, LAST))
+
+
+@triton.jit
+def _all_tiles(
+    inputs, sizes, start, columns,
+    TILES: tl.constexpr, MEMORY_TILES: tl.constexpr, FIRST_FEATURES: tl.constexpr,
+    HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr, DOT_TYPE: tl.constexpr,
+    BLOCK: tl.constexpr, LAST: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """All rows of Z over a slice of F, tile by tile; each input is read once.
 
     Tiles below MEMORY_TILES hold memory rows, tiles from FIRST_FEATURES on hold features.
     """
-    part = tl.program_id(0)
-    first = part * part_f
-    width = tl.maximum(memory_width, features_width)
-    rows_0 = tl.arange(0, BLOCK_0)
-    rows_1 = BLOCK_0 + tl.arange(0, BLOCK_1)
-    rows_2 = BLOCK_0 + BLOCK_1 + tl.arange(0, BLOCK_2)
-    gram_00 = tl.zeros((BLOCK_0, BLOCK_0), dtype=tl.float32)
-    if TILES > 1:
-        gram_01 = tl.zeros((BLOCK_0, BLOCK_1), dtype=tl.float32)
-        gram_11 = tl.zeros((BLOCK_1, BLOCK_1), dtype=tl.float32)
-    if TILES > 2:
-        gram_02 = tl.zeros((BLOCK_0, BLOCK_2), dtype=tl.float32)
-        gram_12 = tl.zeros((BLOCK_1, BLOCK_2), dtype=tl.float32)
-        gram_22 = tl.zeros((BLOCK_2, BLOCK_2), dtype=tl.float32)
-    for start in range(first, tl.minimum(first + part_f, width), BLOCK_F):
-        columns = start + tl.arange(0, BLOCK_F)
-        z_0 = _load_tile(
-            memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf,
-            mask_ptr, stride_kb, stride_ks,
-            rows_0, start, columns, K, B, head, memory_width, features_width, token,
-            MEMORY_TILES > 0, FIRST_FEATURES == 0, HAS_MASK, ONE_TOKEN,
+    K, B, _, _, _, _, _ = sizes
+    mean_m = tl.zeros((BLOCK_F,), dtype=tl.float32)
+    mean_h = tl.zeros((BLOCK_F,), dtype=tl.float32)
+    loaded = ()
+    for t in tl.static_range(TILES):
+        rows = _tile_rows(t, TILES, BLOCK, LAST)
+        x = _load_tile(
+            inputs, sizes, rows, start, columns, t < MEMORY_TILES, t >= FIRST_FEATURES, HAS_MASK, ONE_TOKEN
+        )
+        sums_m, sums_h = _sums(x, rows, K)
+        mean_m += sums_m
+        mean_h += sums_h
+        loaded += (x,)
+    mean_m /= tl.maximum(K, 1)
+    mean_h /= tl.maximum(B, 1)
+    centred = ()
+    for t in tl.static_range(TILES):
+        centred += (_centre(loaded[t], mean_m, mean_h, _tile_rows(t, TILES, BLOCK, LAST), sizes, DOT_TYPE),)
+    return centred
+
+
+@triton.constexpr_function
+def _pairs(tiles, piece, pieces, first):
+    """The tiles (i, j), j <= i, i >= ``first``, of Gamma that a piece of ``pieces`` (1 or 3) holds.
+
+    Three pieces: the triangle of the lower half of the tiles, the square below it, the triangle of the upper half.
+    """
+    half = tiles // 2 if pieces == 3 else 0
+    return tuple(
+        (i, j)
+        for i in range(first, tiles)
+        for j in range(i + 1)
+        if pieces == 1 or (i >= half) + (j >= half) == piece
+    )
+
+
+@triton.jit
+def _gram_piece(
+    inputs, sizes, partial_ptr, first, last,
+    PIECE: tl.constexpr, PIECES: tl.constexpr, FIRST: tl.constexpr, KNOWN: tl.constexpr,
+    TILES: tl.constexpr, MEMORY_TILES: tl.constexpr, FIRST_FEATURES: tl.constexpr,
+    HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, LAST: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Accumulate the tiles of a piece of Gamma over columns [first, last) on chip, then store them."""
+    _, _, head, N, _, _, _ = sizes
+    PAIRS: tl.constexpr = _pairs(TILES, PIECE, PIECES, FIRST)
+    # Tiles above the diagonal, transposed when stored: their many rows and few columns suit the tensor cores.
+    grams = ()
+    for p in tl.static_range(len(PAIRS)):
+        grams += (
+            tl.zeros(
+                (_tile_size(PAIRS[p][1], TILES, BLOCK, LAST), _tile_size(PAIRS[p][0], TILES, BLOCK, LAST)),
+                dtype=tl.float32,
+            ),
+        )
+    for start in range(first, last, BLOCK_F):
+        z = _all_tiles(
+            inputs, sizes, start, start + tl.arange(0, BLOCK_F),
+            TILES, MEMORY_TILES, FIRST_FEATURES, HAS_MASK, ONE_TOKEN, DOT_TYPE, BLOCK, LAST, BLOCK_F,
         )  # fmt: skip
-        mean_m, mean_h = _sums(z_0, rows_0, K)
-        if TILES > 1:
-            z_1 = _load_tile(
-                memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf,
-                mask_ptr, stride_kb, stride_ks,
-                rows_1, start, columns, K, B, head, memory_width, features_width, token,
-                MEMORY_TILES > 1, FIRST_FEATURES <= 1, HAS_MASK, ONE_TOKEN,
-            )  # fmt: skip
-            sums_m, sums_h = _sums(z_1, rows_1, K)
-            mean_m += sums_m
-            mean_h += sums_h
-        if TILES > 2:
-            z_2 = _load_tile(
-                memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf,
-                mask_ptr, stride_kb, stride_ks,
-                rows_2, start, columns, K, B, head, memory_width, features_width, token,
-                MEMORY_TILES > 2, FIRST_FEATURES <= 2, HAS_MASK, ONE_TOKEN,
-            )  # fmt: skip
-            sums_m, sums_h = _sums(z_2, rows_2, K)
-            mean_m += sums_m
-            mean_h += sums_h
-        mean_m /= tl.maximum(K, 1)
-        mean_h /= tl.maximum(B, 1)
-        # Tiles above the diagonal, transposed when stored: their many rows and few columns suit the tensor cores.
-        z_0 = _centre(z_0, mean_m, mean_h, rows_0, K, B, head, N, DOT_TYPE)
-        gram_00 = tl.dot(z_0, tl.trans(z_0), gram_00, input_precision=PRECISION)
-        if TILES > 1:
-            z_1 = _centre(z_1, mean_m, mean_h, rows_1, K, B, head, N, DOT_TYPE)
-            gram_01 = tl.dot(z_0, tl.trans(z_1), gram_01, input_precision=PRECISION)
-            gram_11 = tl.dot(z_1, tl.trans(z_1), gram_11, input_precision=PRECISION)
-        if TILES > 2:
-            z_2 = _centre(z_2, mean_m, mean_h, rows_2, K, B, head, N, DOT_TYPE)
-            gram_02 = tl.dot(z_0, tl.trans(z_2), gram_02, input_precision=PRECISION)
-            gram_12 = tl.dot(z_1, tl.trans(z_2), gram_12, input_precision=PRECISION)
-            gram_22 = tl.dot(z_2, tl.trans(z_2), gram_22, input_precision=PRECISION)
+        sums = ()
+        for p in tl.static_range(len(PAIRS)):
+            product = tl.dot(z[PAIRS[p][1]], tl.trans(z[PAIRS[p][0]]), grams[p], input_precision=PRECISION)
+            sums += (product,)
+        grams = sums
+    for p in tl.static_range(len(PAIRS)):
+        rows = _tile_rows(PAIRS[p][0], TILES, BLOCK, LAST)
+        columns = _tile_rows(PAIRS[p][1], TILES, BLOCK, LAST)
+        _store_lower(partial_ptr, tl.trans(grams[p]), rows, columns, N, head, KNOWN)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _gram_fwd_kernel(
+    memory_ptr, features_ptr, mask_ptr, partial_ptr,
+    stride_mk, stride_mf, stride_hb, stride_hf, stride_kb, stride_ks,
+    K, B, head, N, memory_width, features_width, token, part_f,
+    HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr, KNOWN: tl.constexpr,
+    PIECES: tl.constexpr, FIRST: tl.constexpr,
+    TILES: tl.constexpr, MEMORY_TILES: tl.constexpr, FIRST_FEATURES: tl.constexpr,
+    DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, LAST: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """One program per (piece, part of F): its tiles of Gamma over that part, to partial [parts, N, N].
+
+    A program reads all rows of its part, which the means need. Programs of one part are launched side by side:
+    what the first of them reads, the others find in the second-level cache.
+    """
+    inputs = (
+        memory_ptr,
+        stride_mk,
+        stride_mf,
+        features_ptr,
+        stride_hb,
+        stride_hf,
+        mask_ptr,
+        stride_kb,
+        stride_ks,
+    )
+    sizes = (K, B, head, N, memory_width, features_width, token)
+    part = tl.program_id(1)
+    first = part * part_f
+    last = tl.minimum(first + part_f, tl.maximum(memory_width, features_width))
     partial_ptr += part.to(tl.int64) * N * N
-    _store_lower(partial_ptr, gram_00, rows_0, rows_0, N, head, KNOWN)
-    if TILES > 1:
-        _store_lower(partial_ptr, tl.trans(gram_01), rows_1, rows_0, N, head, KNOWN)
-        _store_lower(partial_ptr, gram_11, rows_1, rows_1, N, head, KNOWN)
-    if TILES > 2:
-        _store_lower(partial_ptr, tl.trans(gram_02), rows_2, rows_0, N, head, KNOWN)
-        _store_lower(partial_ptr, tl.trans(gram_12), rows_2, rows_1, N, head, KNOWN)
-        _store_lower(partial_ptr, gram_22, rows_2, rows_2, N, head, KNOWN)
+    for piece in tl.static_range(PIECES):
+        # With a known block the first piece may have nothing to do.
+        if len(_pairs(TILES, piece, PIECES, FIRST)) > 0:
+            if tl.program_id(0) == piece:
+                _gram_piece(
+                    inputs, sizes, partial_ptr, first, last, piece, PIECES, FIRST, KNOWN, TILES, MEMORY_TILES,
+                    FIRST_FEATURES, HAS_MASK, ONE_TOKEN, DOT_TYPE, PRECISION, BLOCK, LAST, BLOCK_F,
+                )  # fmt: skip
 
 
 @triton.jit
 def _means(
-    memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf,
-    mask_ptr, stride_kb, stride_ks,
-    start, columns, K, B, head, N, memory_width, features_width, token,
-    HAS_MEMORY: tl.constexpr, HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr,
+    inputs, sizes, start, columns, HAS_MEMORY: tl.constexpr, HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """The means of the memory and of the features over a slice of F, from all rows."""
+    K, B, _, N, _, _, _ = sizes
     mean_m = tl.zeros((BLOCK_F,), dtype=tl.float32)
     mean_h = tl.zeros((BLOCK_F,), dtype=tl.float32)
     for first in range(0, N, BLOCK_N):
         rows = first + tl.arange(0, BLOCK_N)
-        x = _load_tile(
-            memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf,
-            mask_ptr, stride_kb, stride_ks,
-            rows, start, columns, K, B, head, memory_width, features_width, token,
-            HAS_MEMORY, True, HAS_MASK, ONE_TOKEN,
-        )  # fmt: skip
+        x = _load_tile(inputs, sizes, rows, start, columns, HAS_MEMORY, True, HAS_MASK, ONE_TOKEN)
         sums_m, sums_h = _sums(x, rows, K)
         mean_m += sums_m
         mean_h += sums_h
@@ -280,34 +312,25 @@ def _means(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _gram_tile_kernel(
-    memory_ptr,
-    features_ptr,
-    mask_ptr,
-    partial_ptr,
-    stride_mk,
-    stride_mf,
-    stride_hb,
-    stride_hf,
-    stride_kb,
-    stride_ks,
-    K,
-    B,
-    head,
-    N,
-    memory_width,
-    features_width,
-    token,
-    part_f,
-    HAS_MEMORY: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    ONE_TOKEN: tl.constexpr,
-    KNOWN: tl.constexpr,
-    DOT_TYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
+    memory_ptr, features_ptr, mask_ptr, partial_ptr,
+    stride_mk, stride_mf, stride_hb, stride_hf, stride_kb, stride_ks,
+    K, B, head, N, memory_width, features_width, token, part_f,
+    HAS_MEMORY: tl.constexpr, HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr, KNOWN: tl.constexpr,
+    DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
     """One program per (lower-triangle tile, part of F): that tile of Gamma over that part."""
+    inputs = (
+        memory_ptr,
+        stride_mk,
+        stride_mf,
+        features_ptr,
+        stride_hb,
+        stride_hf,
+        mask_ptr,
+        stride_kb,
+        stride_ks,
+    )
+    sizes = (K, B, head, N, memory_width, features_width, token)
     tile = tl.program_id(0)
     part = tl.program_id(1)
     block_i = 0
@@ -325,25 +348,12 @@ def _gram_tile_kernel(
     for start in range(first, last, BLOCK_F):
         columns = start + tl.arange(0, BLOCK_F)
         mean_m, mean_h = _means(
-            memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf,
-            mask_ptr, stride_kb, stride_ks,
-            start, columns, K, B, head, N, memory_width, features_width, token,
-            HAS_MEMORY, HAS_MASK, ONE_TOKEN, BLOCK_N, BLOCK_F,
-        )  # fmt: skip
-        z_i = _load_tile(
-            memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf,
-            mask_ptr, stride_kb, stride_ks,
-            rows_i, start, columns, K, B, head, memory_width, features_width, token,
-            HAS_MEMORY, True, HAS_MASK, ONE_TOKEN,
-        )  # fmt: skip
-        z_j = _load_tile(
-            memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf,
-            mask_ptr, stride_kb, stride_ks,
-            rows_j, start, columns, K, B, head, memory_width, features_width, token,
-            HAS_MEMORY, True, HAS_MASK, ONE_TOKEN,
-        )  # fmt: skip
-        z_i = _centre(z_i, mean_m, mean_h, rows_i, K, B, head, N, DOT_TYPE)
-        z_j = _centre(z_j, mean_m, mean_h, rows_j, K, B, head, N, DOT_TYPE)
+            inputs, sizes, start, columns, HAS_MEMORY, HAS_MASK, ONE_TOKEN, BLOCK_N, BLOCK_F
+        )
+        z_i = _load_tile(inputs, sizes, rows_i, start, columns, HAS_MEMORY, True, HAS_MASK, ONE_TOKEN)
+        z_j = _load_tile(inputs, sizes, rows_j, start, columns, HAS_MEMORY, True, HAS_MASK, ONE_TOKEN)
+        z_i = _centre(z_i, mean_m, mean_h, rows_i, sizes, DOT_TYPE)
+        z_j = _centre(z_j, mean_m, mean_h, rows_j, sizes, DOT_TYPE)
         gram = tl.dot(z_i, tl.trans(z_j), gram, input_precision=PRECISION)
     partial_ptr += part.to(tl.int64) * N * N
     _store_lower(partial_ptr, gram, rows_i, rows_j, N, head, KNOWN)
@@ -422,27 +432,27 @@ def _gram_rows_kernel(
 
 @triton.jit
 def _load_scaled(a_ptr, rows, columns, N, DOT_TYPE: tl.constexpr):
-    """Split a tile of A into (rows in the dot's type, row scales): entries of A underflow in float16.
+    """Split a tile of A into (rows over their largest entry, in the dot's type; these entries).
 
-    bfloat16 has the range of float32; there A is stored in it, and the scales are 1.
+    Entries of A underflow in float16. And a product that is scaled before it is added keeps the compiler from
+    chaining two dots into one accumulator, which some targets get wrong.
     """
     inside = (rows < N)[:, None] & (columns < N)[None, :]
     a = tl.load(a_ptr + rows[:, None] * N + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    scale = tl.full((rows.shape[0],), 1.0, dtype=tl.float32)
-    if a_ptr.dtype.element_ty == tl.float32:
-        scale = tl.max(tl.abs(a), axis=1)
-        a *= tl.where(scale > 0.0, 1.0 / scale, 0.0)[:, None]
+    scale = tl.max(tl.abs(a), axis=1)
+    a *= tl.where(scale > 0.0, 1.0 / scale, 0.0)[:, None]
     return a.to(DOT_TYPE), scale[:, None]
 
 
 @triton.jit
 def _store_gradient(
-    d_memory_ptr, stride_dk, stride_df, d_features_ptr, stride_gb, stride_gf,
-    mask_ptr, stride_kb, stride_ks,
-    d_z, rows, start, columns, K, B, head, memory_width, features_width, token,
+    outputs, inputs, sizes, d_z, rows, start, columns,
     NEED_MEMORY: tl.constexpr, NEED_FEATURES: tl.constexpr, HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """Write the memory's and the features' rows of a tile to their own gradients; dropped tokens get 0."""
+    d_memory_ptr, stride_dk, stride_df, d_features_ptr, stride_gb, stride_gf = outputs
+    _, _, _, _, _, _, mask_ptr, stride_kb, stride_ks = inputs
+    K, B, head, _, memory_width, features_width, token = sizes
     if NEED_MEMORY:
         inside = (rows < K)[:, None] & (columns < memory_width)[None, :]
         pointers = d_memory_ptr + rows.to(tl.int64)[:, None] * stride_dk + columns[None, :] * stride_df
@@ -471,245 +481,202 @@ def _store_gradient(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _gram_bwd_kernel(
-    memory_ptr,
-    features_ptr,
-    mask_ptr,
-    a_ptr,
-    d_memory_ptr,
-    d_features_ptr,
-    stride_mk,
-    stride_mf,
-    stride_hb,
-    stride_hf,
-    stride_kb,
-    stride_ks,
-    stride_dk,
-    stride_df,
-    stride_gb,
-    stride_gf,
-    K,
-    B,
-    head,
-    N,
-    memory_width,
-    features_width,
-    token,
-    part_f,
-    HAS_MASK: tl.constexpr,
-    ONE_TOKEN: tl.constexpr,
-    NEED_MEMORY: tl.constexpr,
-    NEED_FEATURES: tl.constexpr,
-    TILES: tl.constexpr,
-    MEMORY_TILES: tl.constexpr,
-    FIRST_FEATURES: tl.constexpr,
-    DOT_TYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_0: tl.constexpr,
-    BLOCK_1: tl.constexpr,
-    BLOCK_2: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
-    """One program per part of F: A Z, all rows; A is read once and stays on chip, each input is read once."""
-    first = tl.program_id(0) * part_f
-    width = tl.maximum(memory_width, features_width)
-    rows_0 = tl.arange(0, BLOCK_0)
-    rows_1 = BLOCK_0 + tl.arange(0, BLOCK_1)
-    rows_2 = BLOCK_0 + BLOCK_1 + tl.arange(0, BLOCK_2)
-    a_00, scale_00 = _load_scaled(a_ptr, rows_0, rows_0, N, DOT_TYPE)
-    if TILES > 1:
-        a_01, scale_01 = _load_scaled(a_ptr, rows_0, rows_1, N, DOT_TYPE)
-        a_10, scale_10 = _load_scaled(a_ptr, rows_1, rows_0, N, DOT_TYPE)
-        a_11, scale_11 = _load_scaled(a_ptr, rows_1, rows_1, N, DOT_TYPE)
-    if TILES > 2:
-        a_02, scale_02 = _load_scaled(a_ptr, rows_0, rows_2, N, DOT_TYPE)
-        a_12, scale_12 = _load_scaled(a_ptr, rows_1, rows_2, N, DOT_TYPE)
-        a_20, scale_20 = _load_scaled(a_ptr, rows_2, rows_0, N, DOT_TYPE)
-        a_21, scale_21 = _load_scaled(a_ptr, rows_2, rows_1, N, DOT_TYPE)
-        a_22, scale_22 = _load_scaled(a_ptr, rows_2, rows_2, N, DOT_TYPE)
-    for start in range(first, tl.minimum(first + part_f, width), BLOCK_F):
+    memory_ptr, features_ptr, mask_ptr, a_ptr, d_memory_ptr, d_features_ptr,
+    stride_mk, stride_mf, stride_hb, stride_hf, stride_kb, stride_ks, stride_dk, stride_df, stride_gb, stride_gf,
+    K, B, head, N, memory_width, features_width, token, part_f,
+    HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr, NEED_MEMORY: tl.constexpr, NEED_FEATURES: tl.constexpr,
+    PANEL: tl.constexpr,
+    TILES: tl.constexpr, MEMORY_TILES: tl.constexpr, FIRST_FEATURES: tl.constexpr,
+    DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, LAST: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """One program per (panel of rows, part of F): its rows of A Z; they are read once and stay on chip.
+
+    A panel is PANEL tiles of rows of A, all of them where they fit. A program reads all rows of Z over its part;
+    programs of one part are launched side by side, as in the forward.
+    """
+    inputs = (
+        memory_ptr,
+        stride_mk,
+        stride_mf,
+        features_ptr,
+        stride_hb,
+        stride_hf,
+        mask_ptr,
+        stride_kb,
+        stride_ks,
+    )
+    outputs = (d_memory_ptr, stride_dk, stride_df, d_features_ptr, stride_gb, stride_gf)
+    sizes = (K, B, head, N, memory_width, features_width, token)
+    first = tl.program_id(1) * part_f
+    last = tl.minimum(first + part_f, tl.maximum(memory_width, features_width))
+    top = tl.program_id(0) * PANEL * BLOCK
+    OWN_LAST: tl.constexpr = LAST if PANEL == TILES else BLOCK
+    tiles_of_a = ()
+    scales = ()
+    for p in tl.static_range(PANEL * TILES):
+        rows = top + _tile_rows(p // TILES, PANEL, BLOCK, OWN_LAST)
+        a, scale = _load_scaled(a_ptr, rows, _tile_rows(p % TILES, TILES, BLOCK, LAST), N, DOT_TYPE)
+        tiles_of_a += (a,)
+        scales += (scale,)
+    for start in range(first, last, BLOCK_F):
         columns = start + tl.arange(0, BLOCK_F)
-        z_0 = _load_tile(
-            memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf,
-            mask_ptr, stride_kb, stride_ks,
-            rows_0, start, columns, K, B, head, memory_width, features_width, token,
-            MEMORY_TILES > 0, FIRST_FEATURES == 0, HAS_MASK, ONE_TOKEN,
+        z = _all_tiles(
+            inputs, sizes, start, columns,
+            TILES, MEMORY_TILES, FIRST_FEATURES, HAS_MASK, ONE_TOKEN, DOT_TYPE, BLOCK, LAST, BLOCK_F,
         )  # fmt: skip
-        mean_m, mean_h = _sums(z_0, rows_0, K)
-        if TILES > 1:
-            z_1 = _load_tile(
-                memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf,
-                mask_ptr, stride_kb, stride_ks,
-                rows_1, start, columns, K, B, head, memory_width, features_width, token,
-                MEMORY_TILES > 1, FIRST_FEATURES <= 1, HAS_MASK, ONE_TOKEN,
-            )  # fmt: skip
-            sums_m, sums_h = _sums(z_1, rows_1, K)
-            mean_m += sums_m
-            mean_h += sums_h
-        if TILES > 2:
-            z_2 = _load_tile(
-                memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf,
-                mask_ptr, stride_kb, stride_ks,
-                rows_2, start, columns, K, B, head, memory_width, features_width, token,
-                MEMORY_TILES > 2, FIRST_FEATURES <= 2, HAS_MASK, ONE_TOKEN,
-            )  # fmt: skip
-            sums_m, sums_h = _sums(z_2, rows_2, K)
-            mean_m += sums_m
-            mean_h += sums_h
-        mean_m /= tl.maximum(K, 1)
-        mean_h /= tl.maximum(B, 1)
-        # Each product has an accumulator of its own: two dots into one are miscompiled on some targets.
-        z_0 = _centre(z_0, mean_m, mean_h, rows_0, K, B, head, N, DOT_TYPE)
-        d_0 = tl.dot(a_00, z_0, input_precision=PRECISION) * scale_00
-        if TILES > 1:
-            z_1 = _centre(z_1, mean_m, mean_h, rows_1, K, B, head, N, DOT_TYPE)
-            d_0 += tl.dot(a_01, z_1, input_precision=PRECISION) * scale_01
-            d_1 = tl.dot(a_10, z_0, input_precision=PRECISION) * scale_10
-            d_1 += tl.dot(a_11, z_1, input_precision=PRECISION) * scale_11
-        if TILES > 2:
-            z_2 = _centre(z_2, mean_m, mean_h, rows_2, K, B, head, N, DOT_TYPE)
-            d_0 += tl.dot(a_02, z_2, input_precision=PRECISION) * scale_02
-            d_1 += tl.dot(a_12, z_2, input_precision=PRECISION) * scale_12
-            d_2 = tl.dot(a_20, z_0, input_precision=PRECISION) * scale_20
-            d_2 += tl.dot(a_21, z_1, input_precision=PRECISION) * scale_21
-            d_2 += tl.dot(a_22, z_2, input_precision=PRECISION) * scale_22
-        _store_gradient(
-            d_memory_ptr, stride_dk, stride_df, d_features_ptr, stride_gb, stride_gf,
-            mask_ptr, stride_kb, stride_ks,
-            d_0, rows_0, start, columns, K, B, head, memory_width, features_width, token,
-            NEED_MEMORY and MEMORY_TILES > 0, NEED_FEATURES and FIRST_FEATURES == 0, HAS_MASK, ONE_TOKEN,
-        )  # fmt: skip
-        if TILES > 1:
+        for i in tl.static_range(PANEL):
+            d_z = tl.dot(tiles_of_a[i * TILES], z[0], input_precision=PRECISION) * scales[i * TILES]
+            for j in tl.static_range(1, TILES):
+                product = tl.dot(tiles_of_a[i * TILES + j], z[j], input_precision=PRECISION)
+                d_z += product * scales[i * TILES + j]
             _store_gradient(
-                d_memory_ptr, stride_dk, stride_df, d_features_ptr, stride_gb, stride_gf,
-                mask_ptr, stride_kb, stride_ks,
-                d_1, rows_1, start, columns, K, B, head, memory_width, features_width, token,
-                NEED_MEMORY and MEMORY_TILES > 1, NEED_FEATURES and FIRST_FEATURES <= 1, HAS_MASK, ONE_TOKEN,
-            )  # fmt: skip
-        if TILES > 2:
-            _store_gradient(
-                d_memory_ptr, stride_dk, stride_df, d_features_ptr, stride_gb, stride_gf,
-                mask_ptr, stride_kb, stride_ks,
-                d_2, rows_2, start, columns, K, B, head, memory_width, features_width, token,
-                NEED_MEMORY and MEMORY_TILES > 2, NEED_FEATURES and FIRST_FEATURES <= 2, HAS_MASK, ONE_TOKEN,
+                outputs, inputs, sizes, d_z, top + _tile_rows(i, PANEL, BLOCK, OWN_LAST), start, columns,
+                NEED_MEMORY and (PANEL < TILES or i < MEMORY_TILES),
+                NEED_FEATURES and (PANEL < TILES or i >= FIRST_FEATURES), HAS_MASK, ONE_TOKEN,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _gram_bwd_tile_kernel(
-    memory_ptr,
-    features_ptr,
-    mask_ptr,
-    a_ptr,
-    d_memory_ptr,
-    d_features_ptr,
-    stride_mk,
-    stride_mf,
-    stride_hb,
-    stride_hf,
-    stride_kb,
-    stride_ks,
-    stride_dk,
-    stride_df,
-    stride_gb,
-    stride_gf,
-    K,
-    B,
-    head,
-    N,
-    memory_width,
-    features_width,
-    token,
-    HAS_MEMORY: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    ONE_TOKEN: tl.constexpr,
-    NEED_MEMORY: tl.constexpr,
-    NEED_FEATURES: tl.constexpr,
-    DOT_TYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
+    memory_ptr, features_ptr, mask_ptr, a_ptr, d_memory_ptr, d_features_ptr,
+    stride_mk, stride_mf, stride_hb, stride_hf, stride_kb, stride_ks, stride_dk, stride_df, stride_gb, stride_gf,
+    K, B, head, N, memory_width, features_width, token,
+    HAS_MEMORY: tl.constexpr, HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr,
+    NEED_MEMORY: tl.constexpr, NEED_FEATURES: tl.constexpr,
+    DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
     """One program per (tile of rows, slice of F): that tile of A Z."""
+    inputs = (
+        memory_ptr,
+        stride_mk,
+        stride_mf,
+        features_ptr,
+        stride_hb,
+        stride_hf,
+        mask_ptr,
+        stride_kb,
+        stride_ks,
+    )
+    outputs = (d_memory_ptr, stride_dk, stride_df, d_features_ptr, stride_gb, stride_gf)
+    sizes = (K, B, head, N, memory_width, features_width, token)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     start = tl.program_id(1) * BLOCK_F
     columns = start + tl.arange(0, BLOCK_F)
-    mean_m, mean_h = _means(
-        memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf,
-        mask_ptr, stride_kb, stride_ks,
-        start, columns, K, B, head, N, memory_width, features_width, token,
-        HAS_MEMORY, HAS_MASK, ONE_TOKEN, BLOCK_N, BLOCK_F,
-    )  # fmt: skip
+    mean_m, mean_h = _means(inputs, sizes, start, columns, HAS_MEMORY, HAS_MASK, ONE_TOKEN, BLOCK_N, BLOCK_F)
     d_z = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
     for first in range(0, N, BLOCK_N):
         others = first + tl.arange(0, BLOCK_N)
-        z = _load_tile(
-            memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf,
-            mask_ptr, stride_kb, stride_ks,
-            others, start, columns, K, B, head, memory_width, features_width, token,
-            HAS_MEMORY, True, HAS_MASK, ONE_TOKEN,
-        )  # fmt: skip
-        z = _centre(z, mean_m, mean_h, others, K, B, head, N, DOT_TYPE)
+        z = _load_tile(inputs, sizes, others, start, columns, HAS_MEMORY, True, HAS_MASK, ONE_TOKEN)
+        z = _centre(z, mean_m, mean_h, others, sizes, DOT_TYPE)
         a, scale = _load_scaled(a_ptr, rows, others, N, DOT_TYPE)
         d_z += tl.dot(a, z, input_precision=PRECISION) * scale
     _store_gradient(
-        d_memory_ptr, stride_dk, stride_df, d_features_ptr, stride_gb, stride_gf,
-        mask_ptr, stride_kb, stride_ks,
-        d_z, rows, start, columns, K, B, head, memory_width, features_width, token,
-        NEED_MEMORY, NEED_FEATURES, HAS_MASK, ONE_TOKEN,
-    )  # fmt: skip
+        outputs, inputs, sizes, d_z, rows, start, columns, NEED_MEMORY, NEED_FEATURES, HAS_MASK, ONE_TOKEN
+    )
 
 
-def _tiles(total: int) -> tuple[tuple[int, ...], bool]:
-    """Rows of each tile for Gamma [N, N], and whether one program holds them all."""
+def _tiles(total: int) -> tuple[int, int, int]:
+    """(rows of a tile, rows of the last one, tiles) of a program for N = ``total`` rows; no tiles: too many rows."""
     if total > _FUSED_ROWS:
-        return (128,), False
+        return 128, 128, 0
     block = 64 if total > 64 else 32 if total > 32 else MIN_TILE
-    full = (total - 1) // block
-    return (block,) * full + (max(MIN_TILE, next_power_of_2(total - full * block)),), True
+    tiles = cdiv(total, block)
+    return block, max(MIN_TILE, next_power_of_2(total - (tiles - 1) * block)), tiles
 
 
-def forward_config(total: int, width: int, dtype: torch.dtype, precision: str, target: Target) -> Config:
-    """Configuration of the forward for N = ``total`` rows and F = ``width``; ``dtype`` is that of the dot."""
-    blocks, fused = _tiles(total)
+def held_tiles(config: Config, known: int) -> list[list[tuple[int, int]]]:
+    """Sizes of the tiles of Gamma that each piece of a fused forward holds."""
+    sizes = [config.block] * (config.tiles - 1) + [config.last]
+    first = known // config.block
+    pieces = (_pairs(config.tiles, piece, config.pieces, first) for piece in range(config.pieces))
+    return [[(sizes[i], sizes[j]) for i, j in pairs] for pairs in pieces]
+
+
+def _fit(tiles: int, dtype: torch.dtype, precision: str, target: Target) -> tuple[bool, bool]:
+    """Whether a program can hold all rows without spilling registers: in the forward, in the backward.
+
+    Up to three tiles fit everywhere. Beyond, what compiled without spilling; sm_80 keeps the operands of mma.sync in
+    registers next to the accumulators.
+    """
+    if tiles <= 3:
+        return tiles > 0, tiles > 0
+    if dtype != torch.float32:
+        return target.arch != 80, True
+    if precision == "ieee":
+        return target.arch not in (80, 100), target.backend == "cuda"
+    return target.arch != 80, target.arch in (80, 90)
+
+
+def forward_config(
+    total: int, width: int, dtype: torch.dtype, precision: str, target: Target, known: int = 0
+) -> Config:
+    """Configuration of the forward for N = ``total`` rows and F = ``width``.
+
+    ``dtype`` is that of the dot; the block of the first ``known`` rows is not computed.
+    """
+    block, last, tiles = _tiles(total)
     ieee = precision == "ieee" and dtype == torch.float32
-    if ieee and blocks[0] >= 32:
-        # Without tensor cores the operands of a product pass through registers: one product at a time.
-        blocks, fused = (blocks[0],), False
-    # A tile of 128 rows twice, beside its Gram, leaves registers for 32 columns.
-    block_f = 64 if dtype != torch.float32 and fused else 32
     small = small_shared_memory(target)
-    # sm_80 keeps the operands of mma.sync in registers, next to the accumulators; so does sm_100 for the small tile.
-    crowded = len(blocks) == 3 and (target.arch == 80 or (target.arch == 100 and dtype != torch.float32))
-    crowded = crowded or (target.arch == 80 and not fused and dtype == torch.float32)
+    num_stages = 2 if small or ieee else 3
+    # A tile of 128 rows twice, beside its Gram, leaves registers for 32 columns.
+    block_f = 64 if dtype != torch.float32 and tiles else 32
+    # Operands of a product in registers, next to the accumulators: in sm_80's mma.sync, sm_100's for the small tile.
+    crowded = tiles >= 2 and target.arch == 100 and dtype != torch.float32
+    crowded = crowded or (tiles >= 3 and target.arch == 80)
+    crowded = crowded or (target.arch == 80 and not tiles and dtype == torch.float32)
     if small or ieee or crowded:
         block_f //= 2
-    tiles = cdiv(total, blocks[0])
-    programs = 1 if fused else tiles * (tiles + 1) // 2
-    # Every part writes a triangle in float32, which is read again: writing at most a ninth of what is read.
-    affordable = width * dtype.itemsize // (9 * 2 * total)
+    if not _fit(tiles, dtype, precision, target)[0]:
+        tiles = 0
+    many = tiles > 3
+    if many and (ieee or target.arch != 100):
+        block_f, num_stages = 16, 1
+    num_warps = 8 if ieee or block >= 64 else 4
+    config = Config(block, last, tiles, 1, tiles, block_f, 1, num_warps, num_stages)
+    if many:
+        # In IEEE float32 the operands pass through registers: a third of the tiles, even where most are known.
+        accumulated = sum(a * b for a, b in held_tiles(config, known)[0])
+        config = config._replace(pieces=3 if ieee or accumulated > _ACCUMULATED else 1)
+    count = cdiv(total, block)
+    programs = config.pieces if tiles else count * (count + 1) // 2
+    # Every part writes its entries in float32, which are read again: writing at most a ninth of what is read, and half
+    # of that where a known block leaves few entries and so allows many parts.
+    affordable = total * width * dtype.itemsize // ((18 if known else 9) * 2 * (total**2 - known**2))
     parts = max(1, min(target.multiprocessors // programs, affordable, cdiv(width, block_f)))
-    num_warps = 8 if ieee or blocks[0] >= 64 else 4
-    return Config(blocks, fused, block_f, parts, num_warps, 2 if small else 3)
+    return config._replace(parts=parts)
 
 
 def backward_config(
     total: int, width: int, dtype: torch.dtype, precision: str, target: Target, masked: bool = False
 ) -> Config:
     """Configuration of the backward; parts count only where one program holds all rows."""
-    blocks, fused = _tiles(total)
+    block, last, tiles = _tiles(total)
     ieee = precision == "ieee" and dtype == torch.float32
     small = small_shared_memory(target)
-    block_f = 64 if dtype != torch.float32 else 32
+    block_f, num_stages = 64 if dtype != torch.float32 else 32, 2
     if small or ieee:
         block_f //= 2
-    # A [N, N] in float32 stays on chip only with tensor cores, much shared memory and no mask to carry along.
-    crowded = len(blocks) > 1 and dtype == torch.float32
-    if not fused or (crowded and (small or ieee)) or (crowded and masked and len(blocks) == 3):
-        blocks, fused = (min(64, blocks[0]),), False
+    panel = tiles
+    if not _fit(tiles, dtype, precision, target)[1]:
+        tiles, block = 0, min(64, block)
+    elif tiles > 3:
+        panel = 2 if target.arch == 90 and dtype != torch.float32 and not masked else 1
+        block_f, num_stages = 16 if ieee or masked else 32, 1
+    elif tiles > 1 and (small or (dtype == torch.float32 and (ieee or (masked and tiles == 3)))):
+        # All of A stays on chip only with tensor cores, much shared memory and, in float32, no mask to carry along.
+        panel, block_f, num_stages = 1, 16 if dtype == torch.float32 else 32, 1
+    panels = cdiv(tiles, panel) if tiles else 1
     # Every part reads A: at most an eighth of reading the rows and writing their gradients.
     affordable = 2 * width * dtype.itemsize // (8 * (2 if dtype == torch.bfloat16 else 4) * total)
-    parts = max(1, min(target.multiprocessors, affordable, cdiv(width, block_f)))
-    return Config(blocks, fused, block_f, parts, 8 if blocks[0] >= 64 else 4, 2)
+    parts = max(1, min(cdiv(target.multiprocessors, panels), affordable, cdiv(width, block_f)))
+    num_warps = 8 if block >= 64 else 4
+    return Config(block, last, tiles, 1, panel, block_f, parts, num_warps, num_stages)
+
+
+def small_block(total: int) -> int:
+    """Rows of a tile in the kernels over [N, N]: enough tiles for a GPU, few enough for many rows."""
+    return 64 if total > 192 else 32
 
 
 def _neighbours(config: Config, token: int) -> list[Config]:
@@ -739,13 +706,12 @@ class _Rows(NamedTuple):
     def tiles(self, config: Config) -> dict[str, Any]:
         """The tiles of a kernel that holds all of them: which hold memory and from which on they hold features."""
         num_centroid, _, head = self.sizes[:3]
-        block = config.blocks[0]
-        tiles = len(config.blocks)
         return {
-            "TILES": tiles,
-            "MEMORY_TILES": min(tiles, cdiv(num_centroid, block)),
-            "FIRST_FEATURES": min(tiles - 1, head // block),
-            **{f"BLOCK_{i}": (*config.blocks, MIN_TILE, MIN_TILE)[i] for i in range(3)},
+            "TILES": config.tiles,
+            "MEMORY_TILES": min(config.tiles, cdiv(num_centroid, config.block)),
+            "FIRST_FEATURES": min(config.tiles - 1, head // config.block),
+            "BLOCK": config.block,
+            "LAST": config.last,
         }
 
     def launch(self, config: Config) -> dict[str, Any]:
@@ -800,27 +766,29 @@ def forward(
         return gram.zero_()
     target = target_of(features.device)
     known = memory_gram is not None
-    default = forward_config(total, rows.width, rows.dot, rows.meta["PRECISION"], target)
+    own = rows.sizes[2] if known else 0
+    default = forward_config(total, rows.width, rows.dot, rows.meta["PRECISION"], target, own)
     # Parts begin where slices of every configuration do, and where tokens do if a slice is within one.
     part_f = cdiv(cdiv(rows.width, default.parts), 2 * default.block_f) * 2 * default.block_f
     parts = cdiv(rows.width, part_f)
     partial = torch.empty((parts, total, total), dtype=torch.float32, device=features.device)
-    blocks = cdiv(total, default.blocks[0])
 
     def launch(config: Config) -> None:
         arguments = (*rows.pointers, partial, *rows.strides, *rows.sizes, part_f)
         meta = {**rows.launch(config), "KNOWN": known}
-        if config.fused:
-            _gram_fwd_kernel[(parts,)](*arguments, **rows.tiles(config), **meta)
+        if config.tiles:
+            shared = {"PIECES": config.pieces, "FIRST": own // config.block, **rows.tiles(config)}
+            _gram_fwd_kernel[(config.pieces, parts)](*arguments, **shared, **meta)
         else:
+            blocks = cdiv(total, config.block)
             _gram_tile_kernel[(blocks * (blocks + 1) // 2, parts)](
-                *arguments, HAS_MEMORY=memory is not None, BLOCK_N=config.blocks[0], **meta
+                *arguments, HAS_MEMORY=memory is not None, BLOCK_N=config.block, **meta
             )
 
     with launch_guard(features):
         key = ("gram_fwd", target, rows.meta["PRECISION"], rows.dot, total, default)
         launch(pick(key, _neighbours(default, rows.token), launch))
-        block = 64 if total > _FUSED_ROWS else 32
+        block = small_block(total)
         tiles = cdiv(total, block)
         given = gram if memory_gram is None else memory_gram
         _gram_sum_kernel[(tiles, tiles)](
@@ -857,17 +825,19 @@ def backward(
     def launch(config: Config) -> None:
         arguments = (*rows.pointers, a, *outputs, *rows.strides, *strides, *rows.sizes)
         meta = {**rows.launch(config), "NEED_MEMORY": need_memory, "NEED_FEATURES": need_features}
-        if config.fused:
+        if config.tiles:
             part_f = cdiv(cdiv(rows.width, config.parts), config.block_f) * config.block_f
-            _gram_bwd_kernel[(cdiv(rows.width, part_f),)](*arguments, part_f, **rows.tiles(config), **meta)
+            _gram_bwd_kernel[(cdiv(config.tiles, config.panel), cdiv(rows.width, part_f))](
+                *arguments, part_f, PANEL=config.panel, **rows.tiles(config), **meta
+            )
         else:
-            grid = (cdiv(total, config.blocks[0]), cdiv(rows.width, config.block_f))
+            grid = (cdiv(total, config.block), cdiv(rows.width, config.block_f))
             _gram_bwd_tile_kernel[grid](
-                *arguments, HAS_MEMORY=memory is not None, BLOCK_N=config.blocks[0], **meta
+                *arguments, HAS_MEMORY=memory is not None, BLOCK_N=config.block, **meta
             )
 
     with launch_guard(features):
-        block = 64 if total > _FUSED_ROWS else 32
+        block = small_block(total)
         tiles = cdiv(total, block)
         _gram_rows_kernel[(tiles, tiles)](
             d_gram, a, *d_gram.stride(), *rows.sizes[:4], BLOCK=block, num_warps=block // 8, **LAUNCH_OPTIONS

@@ -1,0 +1,99 @@
+"""The compiled-code report: a few real kernels for GPUs that are not here, and kernels that it has to refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from benchmarks import kernels_report
+from benchmarks.kernels_report import Case, Launch, Row
+from fsd_kernels._triton import TARGETS
+
+
+@triton.jit
+def _stores_nothing(x_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    tl.load(x_ptr + tl.arange(0, BLOCK))
+
+
+@triton.jit
+def _adds_atomically(x_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    tl.atomic_add(x_ptr + tl.arange(0, BLOCK), tl.full((BLOCK,), 1.0, dtype=tl.float32))
+    tl.store(x_ptr, 1.0)
+
+
+@triton.jit
+def _holds_too_much(x_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    rows = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + rows[:, None] * BLOCK + rows[None, :])
+    tl.store(x_ptr + rows[:, None] * BLOCK + rows[None, :], tl.dot(x, x, input_precision="tf32"))
+
+
+def compiled(kernel: Any, target: str, **keywords: Any) -> Row:
+    """The report's row of one launch."""
+    launch = Launch(kernel, (torch.empty(1 << 18),), {"num_warps": 4, **keywords})
+    case = Case("case", "tf32", "high", lambda: None)
+    return kernels_report._row(launch, case, target, kernels_report.compile_launch(launch, target), None)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_a_subset_compiles_to_what_it_should_be(target: str, tmp_path: Path) -> None:
+    chosen = [
+        case
+        for case in kernels_report.cases(rows=(32,), centroids=(50,))
+        if case.dtype == "bf16" and case.name in ("S=32", "K=50")
+    ]
+    rows = kernels_report.report([target], chosen, tmp_path / "cache.json")
+    kernels = {row.kernel: row for row in rows}
+    assert {"_gram_fwd_kernel", "_gram_sum_kernel", "_gram_rows_kernel", "_gram_bwd_kernel"} < set(kernels)
+    assert [problem for row in rows for problem in row.problems()] == []
+    for name in ("_gram_fwd_kernel", "_gram_bwd_kernel"):
+        assert kernels[name].matrix > 0
+        assert kernels[name].registers > 0
+        assert kernels[name].resident > 0
+    assert kernels["_gram_sum_kernel"].matrix == 0
+    # The second report reads what the first one wrote.
+    again = kernels_report.report([target], chosen, tmp_path / "cache.json")
+    assert again == rows
+
+
+def test_an_empty_kernel_is_refused() -> None:
+    assert "no store" in compiled(_stores_nothing, "sm_90", BLOCK=128).problems()
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_atomics_are_refused(target: str) -> None:
+    assert any("atomics" in problem for problem in compiled(_adds_atomically, target, BLOCK=128).problems())
+
+
+def test_spilled_registers_are_refused() -> None:
+    assert any(
+        "spills" in problem
+        for problem in compiled(_holds_too_much, "sm_80", BLOCK=128, num_warps=2).problems()
+    )
+
+
+GOOD = Row(
+    kernel="k", cases="c", dtype="tf32", target="sm_80", tile="64x64", warps=4, stages=3, registers=64, spills=0,
+    shared=1024, stores=1, matrix=8, kind="HMMA", atomics=0, needs_matrix=True, resident=8,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"shared": TARGETS["sm_80"].shared_memory + 1}, "shared memory"),
+        ({"matrix": 0}, "no matrix instruction"),
+        ({"spills": 1}, "1 spills"),
+        ({"stores": 0}, "no store"),
+        ({"atomics": 2}, "2 atomics"),
+    ],
+)
+def test_every_problem_is_named(change: dict[str, int], problem: str) -> None:
+    assert GOOD.problems() == []
+    assert any(problem in found for found in GOOD._replace(**change).problems())
+    assert GOOD._replace(matrix=0, needs_matrix=False).problems() == []
