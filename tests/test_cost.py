@@ -99,7 +99,12 @@ def _counted(run: object) -> int:
     return counter.get_total_flops()
 
 
-SHAPES = [cost.Shape(4, 10, 24, 36, 5), cost.Shape(3, 7, 40, 40, 9), cost.Shape(8, 16, 32, 8, 4)]
+SHAPES = [
+    cost.Shape(4, 10, 24, 36, 5),
+    cost.Shape(3, 7, 40, 40, 9),
+    cost.Shape(8, 16, 32, 8, 4),
+    cost.Shape(2, 190, 8, 5, 3),  # its Grams are multiplied block by block
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -133,9 +138,13 @@ def test_eager_gram_flops_are_counted_ones(op: str, shape: cost.Shape) -> None:
 
 @pytest.mark.parametrize("op", ["intra", "local", "global", "inter", "fsd_ilg"])
 def test_eager_multiplies_little_more_than_the_minimum(op: str) -> None:
-    minimum = cost.minimum(op, PAPER)
+    minimum = cost.total(cost.minimum(op, PAPER)).flops
     asked = sum(cost.eager(op, PAPER).values())
-    assert cost.total(minimum).flops <= asked <= 1.25 * cost.total(minimum).flops
+    # The minimum makes no use of symmetry; in L_I a quarter of both Grams is saved by it.
+    saved = 2 * 32 * 128**2 * 768 // 2 if op in ("intra", "fsd_ilg") else 0
+    assert minimum - saved <= asked <= 1.25 * minimum
+    if op == "intra":
+        assert asked == minimum - saved
 
 
 def _flops_of(loss: object, leaves: tuple[str, ...], inputs: dict[str, torch.Tensor]) -> int:

@@ -190,6 +190,39 @@ def test_sums_over_chunks_and_slices(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("rows", "expected"), [(64, (4, 16)), (62, (4, 16)), (33, (1, 33)), (48, (3, 16))])
+def test_grams_in_blocks(
+    rows: int, expected: tuple[int, int], masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intra_eager, "_BLOCK_ROWS", 16)
+    assert intra_eager.block_sizes(rows) == expected
+    mask = ragged_mask(3, rows, lengths=[rows, 20, 7]) if masked else None
+    student, teacher = bert_features(3, rows, 4, seed=1), bert_features(3, rows, 9, seed=2)
+    assert_same(lambda backend: lambda x: intra_cka(x, teacher, mask, backend=backend), [student])
+
+
+@pytest.mark.parametrize("rows", [0, 1, 63, 64, 65, 100, 128, 160, 192, 300, 512])
+def test_blocks_cover_the_gram_and_save_work(rows: int) -> None:
+    number, size = intra_eager.block_sizes(rows)
+    assert number * size >= rows
+    assert number * (number + 1) // 2 * size**2 <= rows**2
+    if rows in (128, 192, 300, 512):
+        assert number > 1
+
+
+def test_a_large_offset_does_not_come_back_with_the_rounding_of_g() -> None:
+    # The backward multiplies uncentred rows: it relies on rows of G that sum to zero as far as they can.
+    student, teacher = (torch.randn(2, 128, 32, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    offset = torch.zeros(32)
+    offset[:3] = 1000.0
+    _, (truth,) = value_and_gradient(
+        lambda x: intra_cka(x, teacher.double()).neg_log, [(student + offset).double()]
+    )
+    _, (gradient,) = value_and_gradient(lambda x: intra_cka(x, teacher).neg_log, [student + offset])
+    assert relative_error(gradient, truth) < 1e-4
+
+
 def test_inputs_need_not_be_contiguous() -> None:
     student, teacher = bert_features(3, 6, 5, seed=1), bert_features(3, 6, 8, seed=2)
     memory, given = centroids(4, 6, 5), centroids(4, 6, 8)

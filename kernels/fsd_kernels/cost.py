@@ -220,11 +220,18 @@ def eager(op: str, shape: Shape) -> dict[str, int]:
         ValueError: The op is unknown.
     """
     _check_op(op)
-    if op in ("intra", "kmeans"):
-        stages = minimum(op, shape)
-        if op == "kmeans":
-            return {"assign": stages["assign"].flops}
-        return {name: stage.flops for name, stage in stages.items()}
+    stages = minimum(op, shape)
+    if op == "kmeans":
+        return {"assign": stages["assign"].flops}
+    if op == "intra":
+        from fsd_kernels.intra_cka.eager import block_sizes
+
+        # Blocks above the diagonal are not multiplied.
+        number, size = block_sizes(shape.rows)
+        square = number * (number + 1) * size**2
+        widths = shape.width + (shape.teacher_width or shape.width)
+        forward = shape.pairs * shape.batch * square * widths
+        return {"forward": forward, "backward": stages["backward"].flops}
     centroids = 0 if op == "local" else shape.centroids
     head = centroids + 1 if centroids else 0
     size = head + shape.batch + 1
