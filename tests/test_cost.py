@@ -142,7 +142,7 @@ def test_eager_multiplies_little_more_than_the_minimum(op: str) -> None:
     asked = sum(cost.eager(op, PAPER).values())
     # The minimum makes no use of symmetry; in L_I a quarter of both Grams is saved by it.
     saved = 2 * 32 * 128**2 * 768 // 2 if op in ("intra", "fsd_ilg") else 0
-    assert minimum - saved <= asked <= 1.25 * minimum
+    assert minimum - saved <= asked <= 1.2 * minimum
     if op == "intra":
         assert asked == minimum - saved
 

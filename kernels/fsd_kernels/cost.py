@@ -232,13 +232,14 @@ def eager(op: str, shape: Shape) -> dict[str, int]:
         widths = shape.width + (shape.teacher_width or shape.width)
         forward = shape.pairs * shape.batch * square * widths
         return {"forward": forward, "backward": stages["backward"].flops}
-    centroids = 0 if op == "local" else shape.centroids
-    head = centroids + 1 if centroids else 0
-    size = head + shape.batch + 1
-    rows = (shape.batch + 1) * size
+    batch, centroids = shape.batch, 0 if op == "local" else shape.centroids
+    # Per feature: features with all rows, then the rows of the means, of which there are two beside a memory.
+    products = batch * (centroids + batch) + (2 * batch + centroids + 3 if centroids else batch + 1)
+    own = centroids**2 + centroids
+    weights = (batch + centroids) * (batch + centroids + 2 if centroids else batch)
     flops = {
-        "forward": 2 * (head**2 + rows) * shape.student_features + 2 * rows * shape.teacher_features,
-        "backward": 2 * (shape.batch + centroids) * size * shape.student_features,
+        "forward": 2 * (products + own) * shape.student_features + 2 * products * shape.teacher_features,
+        "backward": 2 * weights * shape.student_features,
     }
     if op == "fsd_ilg":
         intra = eager("intra", replace(shape, pairs=1))

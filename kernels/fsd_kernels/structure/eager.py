@@ -21,40 +21,33 @@ from torch import Tensor
 CKA_FLOOR = 1e-8
 
 
-def _mean_energies(gamma: Tensor, num_centroid: int) -> tuple[Tensor, Tensor]:
-    """Return (|mu_h|^2, |mu_m|^2)."""
-    k = num_centroid
+def _mean_energies(gammas: Tensor, num_centroid: int) -> tuple[Tensor, Tensor]:
+    """Return |mu_h|^2 and |mu_m|^2 of both sides, [2] each."""
+    k, last = num_centroid, gammas[:, -1]
     if not k:
-        return gamma[-1, -1], gamma[-1, -1]
-    return gamma[-1, -1] + 2 * gamma[-1, k] + gamma[k, k], gamma[k, k]
+        return last[:, -1], last[:, -1]
+    return last[:, -1] + 2 * last[:, k] + gammas[:, k, k], gammas[:, k, k]
 
 
-def _neg_log_cka(
-    student: Tensor, teacher: Tensor, block: slice, mean_energies: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """-log CKA of one diagonal block and its gradient with respect to the student's block."""
-    rows = block.stop - block.start
-    units, norms, exists = [], [], torch.ones((), dtype=torch.bool, device=student.device)
-    for gamma, mean_energy in zip((student, teacher), mean_energies, strict=True):
-        centred = gamma[block, block]
-        energy = centred.diagonal().sum()
-        rounding = (8 * torch.finfo(gamma.dtype).eps) ** 2 * rows * mean_energy
-        here = (energy > rounding) & (rows > 1)
-        # Dividing by the trace first keeps fourth powers of the features out of overflow and underflow.
-        centred = centred * torch.where(here, 1 / energy, 0.0)
-        norm = centred.square().sum().sqrt()
-        units.append(centred * torch.where(here, 1 / norm, 0.0))
-        norms.append(norm * energy)
-        exists = exists & here
-    difference = units[1] - units[0]
-    delta = 0.5 * difference.square().sum()
-    cka = (units[1] * units[0]).sum()
+def _neg_log_cka(gammas: Tensor, block: slice, mean_energy: Tensor) -> tuple[Tensor, Tensor]:
+    """-log CKA of a diagonal block of student and teacher [2, N, N], and its gradient in the student's block."""
+    units = gammas[:, block, block]
+    energy = units.diagonal(dim1=1, dim2=2).sum(dim=1)
+    differ = energy > (8 * torch.finfo(gammas.dtype).eps) ** 2 * (block.stop - block.start) * mean_energy
+    # Dividing by the trace first keeps fourth powers of the features out of overflow and underflow.
+    units = units * torch.where(differ, 1 / energy, 0.0)[:, None, None]
+    norm = torch.linalg.vector_norm(units, dim=(1, 2))
+    units *= torch.where(differ, 1 / norm, 0.0)[:, None, None]
+    own, given = units
+    difference = given - own
+    delta = 0.5 * torch.linalg.vector_norm(difference).square()
+    cka = (given * own).sum()
+    floored = cka.clamp(min=CKA_FLOOR)
     near = delta < 0.5
-    value = torch.where(
-        near, -torch.log1p(-torch.where(near, delta, 0.0)), -torch.log(cka.clamp(min=CKA_FLOOR))
-    )
-    scale = torch.where(exists & (cka > CKA_FLOOR), -1 / (cka.clamp(min=CKA_FLOOR) * norms[0]), 0.0)
-    return torch.where(exists, value, 0.0), (difference + delta * units[0]) * scale
+    value = torch.where(near, -torch.log1p(-torch.where(near, delta, 0.0)), -torch.log(floored))
+    exists = differ.all()
+    scale = torch.where(exists & (cka > CKA_FLOOR), -1 / (floored * norm[0] * energy[0]), 0.0)
+    return torch.where(exists, value, 0.0), difference.addcmul_(delta, own).mul_(scale)
 
 
 class _Distances:
@@ -110,19 +103,15 @@ def forward(student: Tensor, teacher: Tensor, num_centroid: int) -> tuple[Tensor
     head = num_centroid + 1 if num_centroid else 0
     batch = student.shape[0] - head - 1
     samples = slice(head, head + batch)
-    (mean_h, mean_m), (mean_h_t, mean_m_t) = (
-        _mean_energies(side, num_centroid) for side in (student, teacher)
-    )
+    gammas = torch.stack((student, teacher))
+    mean_h, mean_m = _mean_energies(gammas, num_centroid)
     if batch > 1:
-        values[0], gradients[0, samples, samples] = _neg_log_cka(
-            student, teacher, samples, (mean_h, mean_h_t)
-        )
+        values[0], gradients[0, samples, samples] = _neg_log_cka(gammas, samples, mean_h)
     if not num_centroid:
         return values, gradients
     centroids = slice(0, num_centroid)
-    values[1], gradients[1, centroids, centroids] = _neg_log_cka(
-        student, teacher, centroids, (mean_m, mean_m_t)
-    )
+    if num_centroid > 1:
+        values[1], gradients[1, centroids, centroids] = _neg_log_cka(gammas, centroids, mean_m)
     if batch == 0:
         return values, gradients
     own, given = _Distances(student, num_centroid), _Distances(teacher, num_centroid)
