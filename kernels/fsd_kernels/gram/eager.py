@@ -18,9 +18,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Columns that one product sums over in float32, and how many such products a slice holds: with 134 rows of float32
-# a slice is 6.6 MB, with 34 rows 1.7 MB.
-_PART, _PARTS = 2048, 6
+# Columns that one product takes, and how many such products a slice holds. Forward a slice of 34 rows of float32 is
+# 1.7 MB, of 134 rows 6.6 MB; backward, where the gradients are held as well, a third of it.
+_PART, _FORWARD_PARTS, _BACKWARD_PARTS = 2048, 6, 2
 # The rows of a buffer are this much longer than a slice: a multiple of 1024 apart they would share cache sets.
 _GAP = 16
 
@@ -29,10 +29,10 @@ def _dtype(features: Tensor) -> torch.dtype:
     return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
-def _slices(width: int) -> Iterator[slice]:
-    """Cut the feature axis."""
-    for start in range(0, width, _PART * _PARTS):
-        yield slice(start, min(start + _PART * _PARTS, width))
+def _slices(width: int, parts: int) -> Iterator[slice]:
+    """Cut the feature axis into slices of so many parts."""
+    for start in range(0, width, _PART * parts):
+        yield slice(start, min(start + _PART * parts, width))
 
 
 def _dropped(mask: Tensor, columns: slice, width: int) -> Tensor:
@@ -60,7 +60,9 @@ def _centre(rows: Tensor, mean: Tensor, source: Tensor, columns: slice, mask: Te
     rows -= mean
 
 
-def _stacked(features: Tensor, memory: Tensor | None, mask: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+def _stacked(
+    features: Tensor, memory: Tensor | None, mask: Tensor | None, parts: int
+) -> Iterator[tuple[slice, Tensor]]:
     """Yield (columns, Z[:, columns]) along the feature axis, in the buffer's order; every slice reuses one buffer.
 
     Z is followed by columns of zeros up to a multiple of a product's.
@@ -70,9 +72,9 @@ def _stacked(features: Tensor, memory: Tensor | None, mask: Tensor | None) -> It
     width = features.shape[1] if memory is None else memory.shape[1]
     part = min(_PART, width)
     buffer = features.new_empty(
-        (last + (1 if memory is None else 2), part * _PARTS + _GAP), dtype=_dtype(features)
+        (last + (1 if memory is None else 2), part * parts + _GAP), dtype=_dtype(features)
     )
-    for columns in _slices(width):
+    for columns in _slices(width, parts):
         stacked = buffer[:, : -(-(columns.stop - columns.start) // part) * part]
         if memory is not None:
             _centre(stacked[:count], stacked[last], memory, columns, None)
@@ -105,7 +107,7 @@ def forward(
     total = last + (2 if count else 1)
     own, batch, means = slice(0, count), slice(count, last), slice(last, total)
     gram = features.new_zeros((total, total), dtype=torch.float64)
-    for _, stacked in _stacked(features, memory, mask):
+    for _, stacked in _stacked(features, memory, mask, _FORWARD_PARTS):
         rows = stacked.unflatten(1, (-1, min(_PART, stacked.shape[1]))).transpose(0, 1)
         # The rows of the means apart: one row more than a multiple of 4 makes a product a third slower. And the
         # memory's own products apart: they are the same ones whether its block is known already or not.
@@ -142,7 +144,7 @@ def _transposed_map(d_gram: Tensor, head: int) -> tuple[Tensor, Tensor]:
 
 def _uncentred(features: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """Yield (columns, features[:, columns]), 0 where dropped, along the feature axis."""
-    for columns in _slices(features.shape[1]):
+    for columns in _slices(features.shape[1], _BACKWARD_PARTS):
         rows = features[:, columns].to(_dtype(features))
         if mask is not None:
             rows = rows.masked_fill(_dropped(mask, columns, features.shape[1]), 0.0)
@@ -175,7 +177,7 @@ def backward(
         from_features, from_memory = (
             weights[:, order] for weights in _transposed_map(d_gram, memory.shape[0] + 1)
         )
-        slices = _stacked(features, memory, mask)
+        slices = _stacked(features, memory, mask, _BACKWARD_PARTS)
     for columns, rows in slices:
         inside = slice(columns.start, min(columns.stop, features.shape[1]))
         length = inside.stop - inside.start
