@@ -10,17 +10,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fsd_kernels.kmeans import assign, eager, reference, update, update_
 
 BACKENDS = ["reference", "eager"]
-# rows, clusters, features; the tiles of eager are 256 rows and 1264 features, its blocks 4096 rows.
-SHAPES = [(1, 1, 1), (7, 3, 5), (300, 17, 1265), (1030, 100, 1300), (4100, 3, 70)]
+# rows, clusters, features; blocks of eager are 4096 rows, its products 512 and 49152 features where points lie, and
+# 256 and 2032 of points that it copies.
+SHAPES = [(1, 1, 1), (7, 3, 5), (300, 17, 2033), (1030, 100, 1300), (4100, 3, 70), (5, 3, 49_200)]
 # dtype, relative tolerance of squared distances and sums
 DTYPES = [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-6), (torch.float16, 2e-6)]
 
 
-def clustered(rows: int, clusters: int, features: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def clustered(
+    rows: int, clusters: int, features: int, seed: int = 0, offset: float = 40
+) -> tuple[Tensor, Tensor]:
     """Points around centroids, with an offset that all share in every 50th feature, 40 times their spread."""
     generator = torch.Generator().manual_seed(seed)
     centroids = torch.randn(clusters, features, generator=generator, dtype=torch.float64)
-    centroids[:, ::50] += 40
+    centroids[:, ::50] += offset
     owner = torch.randint(clusters, (rows,), generator=generator)
     noise = torch.randn(rows, features, generator=generator, dtype=torch.float64)
     return centroids[owner] + 0.5 * noise, centroids
@@ -28,11 +31,12 @@ def clustered(rows: int, clusters: int, features: int, seed: int = 0) -> tuple[T
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("dtype", "rtol"), DTYPES)
+@pytest.mark.parametrize("offset", [0.0, 40.0])
 @pytest.mark.parametrize(("rows", "clusters", "features"), SHAPES)
 def test_assign_is_the_nearest_centroid(
-    rows: int, clusters: int, features: int, dtype: torch.dtype, rtol: float, backend: str
+    rows: int, clusters: int, features: int, offset: float, dtype: torch.dtype, rtol: float, backend: str
 ) -> None:
-    points, centroids = clustered(rows, clusters, features)
+    points, centroids = clustered(rows, clusters, features, offset=offset)
     points, centroids = points.to(dtype), centroids.to(dtype)
     true = torch.cdist(
         points.double(), centroids.double(), compute_mode="donot_use_mm_for_euclid_dist"
@@ -61,6 +65,41 @@ def test_a_large_common_offset_takes_no_digits() -> None:
     assert ((distances - squared).abs() / squared).max() < 1e-5
 
 
+@pytest.mark.parametrize("every", [1, 250])
+@pytest.mark.parametrize("offset", [0.0, 1.0, 3.9, 4.1, 16.0, 1000.0])
+def test_offsets_around_the_one_where_points_are_shifted(offset: float, every: int) -> None:
+    """||m||^2 is ``offset`` times the mean ||c_k - m||^2, and so ||c_j||^2 is offset + 1 and ||c_k - c_j||^2 is 2."""
+    generator = torch.Generator().manual_seed(6)
+    centroids = 0.1 * torch.randn(50, 20_000, generator=generator)
+    centroids -= centroids.mean(0)
+    owner = torch.randint(50, (600,), generator=generator)
+    points = centroids[owner] + torch.randn(600, 20_000, generator=generator)
+    common = torch.zeros(20_000)
+    common[::every] = (offset * centroids.square().sum(1).mean() / len(common[::every])).sqrt()
+    points, centroids = points + common, centroids + common
+    truth, squared = assign(points.double(), centroids.double(), backend="reference")
+    with _LargestNew(points) as seen:
+        labels, distances = eager.assign(points, centroids)
+    assert torch.equal(labels, truth)
+    assert ((distances - squared).abs() / squared).max() < 2e-6
+    # Shifted points are copied, in tiles that are larger than these centroids; the others are not copied at all.
+    assert (seen.bytes > centroids.nbytes) == (offset > 4)
+
+
+@pytest.mark.parametrize("offset", [0.0, 4096.0])
+def test_a_centroid_that_is_far_from_the_others_takes_no_digits(offset: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    centroids = torch.randn(20, 3000, generator=generator)
+    owner = torch.randint(19, (400,), generator=generator)
+    points = centroids[owner] + torch.randn(400, 3000, generator=generator) + offset
+    centroids += offset
+    centroids[19] = 1e6
+    truth, squared = assign(points.double(), centroids.double(), backend="reference")
+    labels, distances = assign(points, centroids, backend="eager")
+    assert torch.equal(labels, truth)
+    assert ((distances - squared).abs() / squared).max() < 1e-5
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ties_go_to_the_lowest_index(backend: str) -> None:
     generator = torch.Generator().manual_seed(2)
@@ -74,19 +113,19 @@ def test_ties_go_to_the_lowest_index(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("width", [0, 1, 1264, 1500])
+@pytest.mark.parametrize("width", [0, 1, 1500, 2033])
 def test_narrow_points_are_points_with_zeros(width: int, backend: str) -> None:
-    points, centroids = clustered(60, 9, 2000)
+    points, centroids = clustered(60, 9, 2500)
     points = points[:, :width].float()
     centroids[::2, width:] *= 0.05
     centroids = centroids.float()
-    padded = torch.nn.functional.pad(points, (0, 2000 - width))
+    padded = torch.nn.functional.pad(points, (0, 2500 - width))
     labels, distances = assign(points, centroids, backend=backend)
     truth, squared = assign(padded.double(), centroids.double(), backend="reference")
     assert torch.equal(labels, truth)
     scatter = (padded - centroids.mean(0)).square().sum(1).max().item()
     torch.testing.assert_close(distances.double(), squared, rtol=1e-5, atol=1e-6 * scatter)
-    sums = torch.zeros(9, 2000)
+    sums = torch.zeros(9, 2500)
     counts = torch.zeros(9, dtype=torch.int64)
     update_(sums, counts, points, labels, backend=backend)
     expected, expected_counts = update(padded, labels, 9, backend="reference")
@@ -184,6 +223,10 @@ def test_no_temporary_of_the_size_of_the_points() -> None:
         eager.update_(torch.zeros(4, 20_000), torch.zeros(4, dtype=torch.int64), points, labels)
     assert 0 < assigning.bytes < 0.1 * points.nbytes
     assert 0 < updating.bytes < 0.1 * points.nbytes
+    wide = torch.randn(600, 5000, generator=torch.Generator().manual_seed(0))
+    with _LargestNew(wide) as in_place:
+        eager.assign(wide, wide[:4].clone())
+    assert 0 < in_place.bytes < 0.01 * wide.nbytes
 
 
 def test_empty_batch() -> None:

@@ -62,9 +62,9 @@ def assign(points: Tensor, centroids: Tensor, *, backend: str | None = None) -> 
 
     Returns:
         ``labels`` int64 ``[N]``, the lowest index on ties, and ``squared_distance`` ``[N]``, float64 if
-        either input is and float32 otherwise. Its rounding error is that of ||x - m||^2, m the mean centroid.
-        Two centroids whose squared distances differ by less than that rounding may change places: one centroid
-        or point that is very far from all others moves m, or ||x - m||^2, and costs the others digits.
+        either input is and float32 otherwise. Two centroids whose squared distances differ by less than the
+        rounding of ||x - o||^2 may change places, o a point amid the centroids that shifts away whatever
+        offset they share; a point that is very far from all of them costs only itself digits.
 
     Raises:
         TypeError: Not tensors of a floating dtype.

@@ -1,82 +1,103 @@
-"""k-means in tiles of torch operations: no temporary of the size of the points, and no cancellation.
+"""k-means in blocks of torch operations: no temporary of the size of the points, and no cancellation.
 
-A tile is a block of rows and a slice of features. With m the mean centroid,
+With o an origin that points and centroids are shifted to,
 
-    ||x - c_k||^2 = ||x - m||^2 + ||c_k - m||^2 - 2 <x - m, c_k - m>,
+    ||x - c_k||^2 = ||x - o||^2 + ||c_k - o||^2 - 2 <x - o, c_k - o>,
 
-and m is subtracted from points and centroids inside the tile, in float32, before the product: an offset that
-all features share (the outlier dimensions of BERT) would otherwise take the digits that tell the centroids
-apart. ||x - m||^2 plays no part in the argmin and is added to the winner only.
+and ||x - o||^2 plays no part in the argmin. An offset that all features share (the outlier dimensions of BERT)
+takes the digits that tell the centroids apart: then o is the centroid in the midst of the others, and points and
+centroids are copied and shifted tile by tile before they are multiplied. Where that centroid is about as near to
+zero as to the others there is little to lose, and they are multiplied where they lie, o = 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-# Shifted points [256, 1264] in float32 take 1.3 MB, about a core's second-level cache; padding keeps the leading
-# dimension off powers of two, which collide there. A block of rows shares the shifted slices of the centroids, whose
-# number is rounded up: products of full register tiles are faster.
-_ROWS = 256
+# Largest squared norm of the centroid in the midst, against the median of its squared distances to the others, at
+# which o = 0. Rounding grows with it: it is about this many times what it would be.
+_OFFSET = 2.5
+# Centroids are shifted once for a block of points. Points are multiplied in batches of products, which the threads
+# share: (points of a batch, points of a product, features of a slice). Where they lie, long slices are read faster;
+# copied points [512, 2032] in float32 take 4 MB, which caches hold.
 _BLOCK = 4096
-_FEATURES = 1264
+_IN_PLACE = (4096, 512, 49152)
+_COPIED = (512, 256, 2032)
+# Keeps leading dimensions off powers of two, which collide in caches.
 _PADDING = 16
-_CLUSTERS = 8
 # A point is widened to the accumulators' dtype in blocks of this many numbers.
 _WIDENED = 1 << 20
 
 
 def assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest centroid (lowest index on ties) and squared distance to it; memory O(N + F + tile)."""
+    """Nearest centroid (lowest index on ties) and squared distance to it; memory O(N + K + F + tiles)."""
     rows, width = points.shape
-    clusters, features = centroids.shape
+    clusters = len(centroids)
     dtype = torch.promote_types(torch.promote_types(points.dtype, centroids.dtype), torch.float32)
-    device = points.device
-    center = centroids.mean(dim=0, dtype=dtype)
+    origin, is_near_zero = _midst(centroids.to(dtype))
+    as_they_lie = all(each.dtype == dtype and each.stride(1) == 1 for each in (points, centroids))
+    copied = not (as_they_lie and is_near_zero)
+    together, alone, length = _COPIED if copied else _IN_PLACE
+    # Slices never straddle the width of the points: beyond it they are zero, and so is the origin.
+    slices = [(start, min(start + length, width)) for start in range(0, width, length)]
+    sizes = (min(rows, together), clusters) if copied else (0, 0)
+    point_tile, centroid_tile = (origin.new_empty(size, min(length, width) + _PADDING) for size in sizes)
 
-    # Slices never straddle the width of the points: beyond it a point is zero, its shifted value is -m, and
-    # what it adds to products and norms is the same for every point.
-    inside = [(start, min(start + _FEATURES, width)) for start in range(0, width, _FEATURES)]
-    beyond = [(start, min(start + _FEATURES, features)) for start in range(width, features, _FEATURES)]
+    def shifted(values: Tensor, start: int, tile: Tensor) -> Tensor:
+        height, span = values.shape
+        shift = origin[start : start + span]
+        return torch.sub(values, shift, out=tile[:height, :span]) if copied else values
 
-    padded = -(-clusters // _CLUSTERS) * _CLUSTERS
-    point_tile = torch.empty(min(rows, _ROWS), _FEATURES + _PADDING, dtype=dtype, device=device)
-    centroid_tile = torch.zeros(padded, _FEATURES + _PADDING, dtype=dtype, device=device)
-    all_products = torch.empty(padded, min(rows, _BLOCK) + _PADDING, dtype=dtype, device=device)
-    centroid_norms = torch.zeros(clusters, dtype=dtype, device=device)
-    beyond_products = torch.zeros(padded, 1, dtype=dtype, device=device)
-    beyond_norm = torch.zeros((), dtype=dtype, device=device)
-    for start, stop in beyond:
-        shift = center[start:stop]
-        shifted = torch.sub(centroids[:, start:stop], shift, out=centroid_tile[:clusters, : stop - start])
-        centroid_norms += _squared_norms(shifted)
-        beyond_products[:clusters] -= shifted @ shift[:, None]
-        beyond_norm += shift.dot(shift)
-
-    labels = torch.empty(rows, dtype=torch.int64, device=device)
-    squared_distance = torch.empty(rows, dtype=dtype, device=device)
+    norms = _squared_norms(centroids[:, width:].to(dtype))
+    products = origin.new_empty(clusters * min(rows, _BLOCK))
+    labels = torch.empty(rows, dtype=torch.int64, device=points.device)
+    squared_distance = origin.new_zeros(rows)
     for top in range(0, rows, _BLOCK):
-        bottom = min(top + _BLOCK, rows)
-        products = all_products[:, : bottom - top].copy_(beyond_products.expand(-1, bottom - top))
-        norms = squared_distance[top:bottom].copy_(beyond_norm.expand(bottom - top))
-        for start, stop in inside:
-            shift = center[start:stop]
-            c = torch.sub(centroids[:, start:stop], shift, out=centroid_tile[:clusters, : stop - start])
+        batches = list(_batches(top, min(top + _BLOCK, rows), together, alone))
+        outputs = [
+            products[clusters * (first - top) : clusters * (last - top)].view(-1, clusters, each).zero_()
+            for first, last, each in batches
+        ]
+        for start, stop in slices:
+            c = shifted(centroids[:, start:stop], start, centroid_tile)
             if top == 0:
-                centroid_norms += _squared_norms(c)
-            for first in range(top, bottom, _ROWS):
-                last = min(first + _ROWS, bottom)
-                x = torch.sub(
-                    points[first:last, start:stop], shift, out=point_tile[: last - first, : stop - start]
-                )
-                products[:, first - top : last - top].addmm_(centroid_tile[:, : stop - start], x.t())
-                norms[first - top : last - top] += _squared_norms(x)
-        scores = products[:clusters].mul_(-2).add_(centroid_norms[:, None])
-        nearest = scores.argmin(dim=0)
-        labels[top:bottom] = nearest
-        norms += scores.gather(0, nearest[None]).squeeze(0)
-        norms.clamp_(min=0)
-    return labels, squared_distance
+                norms += _squared_norms(c)
+            for (first, last, each), out in zip(batches, outputs, strict=True):
+                x = shifted(points[first:last, start:stop], start, point_tile)
+                squared_distance[first:last] += _squared_norms(x)
+                out.baddbmm_(c.expand(len(out), -1, -1), x.unflatten(0, (-1, each)).mT)
+        for (first, last, _), out in zip(batches, outputs, strict=True):
+            scores = out.mul_(-2).add_(norms[:, None])
+            nearest = scores.argmin(dim=1, keepdim=True)
+            labels[first:last] = nearest.flatten()
+            squared_distance[first:last] += scores.gather(1, nearest).flatten()
+    return labels, squared_distance.clamp_(min=0)
+
+
+def _midst(centroids: Tensor) -> tuple[Tensor, bool]:
+    """The centroid that is nearest to their mean, and whether it is near zero as ``_OFFSET`` says.
+
+    Not the mean itself, nor a mean of the distances: one centroid that is far away would move both.
+    """
+    norms = _squared_norms(centroids)
+    nearest = (norms - 2 * (centroids @ centroids.mean(dim=0))).argmin()
+    origin = centroids[nearest]
+    apart = norms - 2 * (centroids @ origin) + norms[nearest]
+    return origin, bool(norms[nearest] <= _OFFSET * apart.sort().values[len(apart) // 2])
+
+
+def _batches(top: int, bottom: int, together: int, alone: int) -> Iterator[tuple[int, int, int]]:
+    """Cut rows into batches (first, last, rows of a product), the rest being a batch of one product."""
+    for first in range(top, bottom, together):
+        last = min(first + together, bottom)
+        whole = last - (last - first) % alone
+        if whole > first:
+            yield first, whole, alone
+        if last > whole:
+            yield whole, last, last - whole
 
 
 def _squared_norms(rows: Tensor) -> Tensor:
