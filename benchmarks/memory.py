@@ -116,14 +116,19 @@ class Source:
             pad_features=pad_features,
         )
 
-    def batches(self, pad_features: str, start: int = 0) -> Iterator[FeatureBatch]:
+    def batches(
+        self, pad_features: str, start: int = 0, *, all_layers: bool = False
+    ) -> Iterator[FeatureBatch]:
         """Run the teacher over the samples from batch ``start`` on; counts samples and the teacher's seconds."""
         collate = PadCollator(self.tokenizer, pad_features, LENGTH)
         for first in range(start * BATCH, len(self), BATCH):
             index = torch.arange(first, min(first + BATCH, len(self)))
             inputs = collate([self.samples[int(i)] for i in index])
             started = time.perf_counter()
-            features = self.teacher.penultimate(inputs)
+            if all_layers:
+                features = self.teacher.hidden_states(inputs)[1][self.teacher.num_layers - 1]
+            else:
+                features = self.teacher.penultimate(inputs)
             self.forward_seconds += time.perf_counter() - started
             self.forwards += len(index)
             yield FeatureBatch(features, inputs["attention_mask"], index)
@@ -214,7 +219,7 @@ def widths(options: argparse.Namespace) -> tuple[list[Number], dict[str, Any]]:
 
 
 def released_procedure(source: Source, generator: torch.Generator) -> Tensor:
-    """The released builder, written afresh: three epochs of two passes, each runs the teacher over everything.
+    """The released builder, written afresh: three epochs of two passes, each runs the whole teacher over everything.
 
     First pass of an epoch: in the first one, centroids are drawn anew for every example from running statistics
     that are reset at every step; every example is compared with all centroids and its id goes into its cluster's
@@ -225,7 +230,7 @@ def released_procedure(source: Source, generator: torch.Generator) -> Tensor:
     centroids = torch.zeros(CLUSTERS, identity.features)
     for epoch in range(3):
         members: list[list[int]] = [[] for _ in range(CLUSTERS)]
-        for batch in source.batches("include"):
+        for batch in source.batches("include", all_layers=True):
             flat = flatten_features(batch, identity)
             mean, square = torch.zeros(identity.features), torch.zeros(identity.features)
             for count, (number, example) in enumerate(zip(batch.index.tolist(), flat, strict=True), 1):
@@ -237,7 +242,7 @@ def released_procedure(source: Source, generator: torch.Generator) -> Tensor:
                     centroids = mean + deviation * drawn
                 members[int((centroids - example).square().sum(dim=1).argmin())].append(number)
         averages = torch.zeros(CLUSTERS, identity.features)
-        for batch in source.batches("include"):
+        for batch in source.batches("include", all_layers=True):
             counts = [1] * CLUSTERS
             for number, example in zip(batch.index.tolist(), flatten_features(batch, identity), strict=True):
                 for cluster, ids in enumerate(members):

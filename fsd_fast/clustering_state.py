@@ -27,7 +27,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from fsd_fast.collectives import Collectives
-from fsd_fast.files import write_atomically
+from fsd_fast.files import differences, write_atomically
 from fsd_fast.stream import PointBatch, PointStream
 
 _FORMAT = 1
@@ -90,14 +90,10 @@ class ClusteringState:
             found, stages = dict(content["key"]), dict(content["stages"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not the state of an interrupted clustering ({error})") from error
-        differences = [
-            f"{name} is {found.get(name)!r}, expected {self._key.get(name)!r}"
-            for name in sorted(found.keys() | self._key.keys())
-            if found.get(name) != self._key.get(name)
-        ]
-        if differences:
+        different = differences(found, self._key)
+        if different:
             raise ValueError(
-                f"{path.parent} is what another, interrupted run left: {'; '.join(differences)}. Continue it with "
+                f"{path.parent} is what another, interrupted run left: {different}. Continue it with "
                 f"its own settings, start anew with --overwrite_output_dir true, or choose another folder"
             )
         return stages

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, *, sync: bool = True) -> None:
     """Write a file so that it is either there in full or as it was before.
+
+    Without ``sync`` the system writes it out when it likes, much faster: that holds if the process dies, but not if
+    the machine does, so the content must tell on its own whether it is whole.
 
     Raises:
         OSError: It cannot be written; nothing of it stays behind.
@@ -20,8 +23,9 @@ def write_atomically(path: Path, content: bytes) -> None:
     try:
         with temporary.open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -36,3 +40,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """List every field in which two records differ, as "name is 1, expected 2; ..."; empty where none does."""
+    return "; ".join(
+        f"{name} is {found.get(name)!r}, expected {expected.get(name)!r}"
+        for name in sorted(found.keys() | expected.keys())
+        if found.get(name) != expected.get(name)
+    )

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from fsd_fast.clustering_state import ClusteringState
 from fsd_fast.collectives import Collectives
-from fsd_fast.files import write_atomically
+from fsd_fast.files import differences, write_atomically
 from fsd_fast.lloyd import IterationStats
 from fsd_fast.two_pass import StreamClustering, cluster_stream
 
@@ -100,16 +100,9 @@ class MemoryIdentity:
 
         The teacher's name alone makes no difference: a folder may have been moved, and the fingerprint tells.
         """
-        different = [
-            item.name
-            for item in dataclasses.fields(self)
-            if getattr(self, item.name) != getattr(expected, item.name)
-        ]
-        differences = [
-            f"{name} is {getattr(self, name)!r}, expected {getattr(expected, name)!r}" for name in different
-        ]
-        if set(different) - {"teacher"}:
-            raise ValueError(f"{where} was built for another run: " + "; ".join(differences))
+        found, wanted = dataclasses.asdict(self), dataclasses.asdict(expected)
+        if {**found, "teacher": None} != {**wanted, "teacher": None}:
+            raise ValueError(f"{where} was built for another run: {differences(found, wanted)}")
 
 
 def model_fingerprint(model: nn.Module) -> str:

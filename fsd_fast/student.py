@@ -17,22 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from fsd_fast.layers import LayerPair
 from fsd_fast.losses import FeatureStructureLoss
 from fsd_fast.memory import StudentMemory
-from fsd_fast.teacher import TeacherSignals, input_arguments
-
-
-def _layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Find the encoder's stack of layers: the one module list as long as the configuration says."""
-    depth = model.config.num_hidden_layers
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
-    ]
-    if len(found) != 1:
-        raise ValueError(
-            f"model: expected one stack of {depth} layers in {type(model).__name__}, found {len(found)}"
-        )
-    return found[0]
+from fsd_fast.teacher import TeacherSignals, input_arguments, layer_list
 
 
 def load_classifier(
@@ -70,7 +55,7 @@ def load_classifier(
     )
     if num_layers is None or num_layers == depth:
         return model
-    prefix, _ = _layer_list(model)
+    prefix, _ = layer_list(model)
     small_config = copy.deepcopy(model.config)
     small_config.num_hidden_layers = num_layers
     small = type(model)(small_config)

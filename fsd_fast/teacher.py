@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import contextlib
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,29 @@ class TeacherSignals(NamedTuple):
 def input_arguments(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Pick what a model's forward takes from a batch: everything but the labels."""
     return {name: value for name, value in inputs.items() if name != "labels"}
+
+
+def layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Find the encoder's stack of layers and its name: the one module list as long as the configuration says.
+
+    Raises:
+        ValueError: There is none, or more than one.
+    """
+    depth = model.config.num_hidden_layers
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"model: expected one stack of {depth} layers in {type(model).__name__}, found {len(found)}"
+        )
+    return found[0]
+
+
+class _Reached(Exception):
+    """The forward pass has come to the layer whose input is wanted."""
 
 
 class Teacher:
@@ -89,8 +113,22 @@ class Teacher:
         return output.logits, output.hidden_states
 
     def penultimate(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the hidden state [B, S, D_t] that the memory is built on."""
+        """Return the hidden state [B, S, D_t] that the memory is built on, the input of the last layer.
+
+        The last layer itself is not run.
+        """
         self.check_frozen()
-        with torch.no_grad():
-            output = self.model.base_model(**input_arguments(inputs), output_hidden_states=True)
-        return output.hidden_states[self.num_layers - 1]
+        caught: list[Tensor] = []
+
+        def stop(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            caught.append(arguments[0] if arguments else keywords["hidden_states"])
+            raise _Reached
+
+        layers = layer_list(self.model)[1]
+        handle = layers[-1].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with torch.no_grad(), contextlib.suppress(_Reached):
+                self.model.base_model(**input_arguments(inputs))
+        finally:
+            handle.remove()
+        return caught[0]

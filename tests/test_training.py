@@ -12,7 +12,7 @@ from fsd_fast.cli import run
 from fsd_fast.losses import METHODS
 from fsd_fast.memory import model_fingerprint
 from fsd_fast.student import load_classifier
-from fsd_fast.teacher import Teacher
+from fsd_fast.teacher import Teacher, layer_list
 from fsd_fast.training import commands
 from fsd_fast.training.arguments import parse
 from fsd_fast.training.trainer import FSDTrainer
@@ -243,13 +243,24 @@ def test_a_teacher_that_could_learn_is_refused(tiny):
                 use(inputs)
 
 
-def test_penultimate_is_the_last_hidden_state_but_one(tiny):
-    teacher = Teacher.from_pretrained(str(tiny.teacher))
-    inputs = {"input_ids": torch.tensor([[2, 5, 6, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta"])
+@pytest.mark.parametrize("layers", [1, 4])
+def test_penultimate_is_the_last_hidden_state_but_one(tmp_path, family, layers):
+    teacher = Teacher.from_pretrained(str(save_backbone(tmp_path, family=family, layers=layers)))
+    inputs = {
+        "input_ids": torch.tensor([[2, 5, 6, 3], [2, 7, 3, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+    }
     _, hidden = teacher.hidden_states(inputs)
-    assert len(hidden) == teacher.num_layers + 1
-    assert torch.equal(teacher.penultimate(inputs), hidden[3])
-    assert not torch.equal(hidden[3], hidden[4])
+    assert len(hidden) == teacher.num_layers + 1 == layers + 1
+    assert not torch.equal(hidden[-2], hidden[-1])
+    last, runs = layer_list(teacher.model)[1][-1], []
+    last.register_forward_hook(lambda *_: runs.append(0))
+    assert torch.equal(teacher.penultimate(inputs), hidden[-2])
+    assert runs == []
+    # Nothing is left behind that would stop the next whole forward.
+    assert torch.equal(teacher.hidden_states(inputs)[1][-1], hidden[-1])
+    assert runs == [0]
 
 
 def test_student_memory_started_from_the_teacher(tiny, tmp_path, trainers):
