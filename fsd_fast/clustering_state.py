@@ -1,6 +1,6 @@
 """What a clustering has worked out so far, on disk, so that a killed run continues where it was.
 
-    <folder>/rank<r>.json                        the key, and of each stage its parts, facts and place
+    <folder>/rank<r>.json                        the key, the tally, and of each stage its parts, facts and place
     <folder>/rank<r>-<stage>-<n>.safetensors     tensors of a part
 
 Each process saves the work that it does alone: its readings of the points and, on the first process, k-means of
@@ -17,6 +17,7 @@ import json
 import shutil
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ from fsd_fast.collectives import Collectives
 from fsd_fast.files import differences, write_atomically
 from fsd_fast.stream import PointBatch, PointStream
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass
@@ -57,6 +58,9 @@ class ClusteringState:
         save_every: Batches between two savings of a reading.
         rank: Of this process.
 
+    Attributes:
+        tally: Counts of whatever its user counts, saved along with every stage.
+
     Raises:
         ValueError: The folder holds the state of another clustering; the fields that differ are listed.
     """
@@ -77,17 +81,18 @@ class ClusteringState:
         # As it comes back from the file: tuples become lists.
         self._key: dict[str, Any] = json.loads(json.dumps({"format": _FORMAT, **(key or {})}))
         self._stages: dict[str, dict[str, Any]] = {}
+        self.tally: Counter[str] = Counter()
         if folder is not None and self._manifest(folder).is_file():
-            self._stages = self._read(self._manifest(folder))
+            self._stages, self.tally = self._read(self._manifest(folder))
         self._earlier = {name: record["seconds"] for name, record in self._stages.items()}
 
     def _manifest(self, folder: Path) -> Path:
         return folder / f"rank{self._rank}.json"
 
-    def _read(self, path: Path) -> dict[str, dict[str, Any]]:
+    def _read(self, path: Path) -> tuple[dict[str, dict[str, Any]], Counter[str]]:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            found, stages = dict(content["key"]), dict(content["stages"])
+            found, stages, tally = dict(content["key"]), dict(content["stages"]), Counter(content["tally"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not the state of an interrupted clustering ({error})") from error
         different = differences(found, self._key)
@@ -96,7 +101,7 @@ class ClusteringState:
                 f"{path.parent} is what another, interrupted run left: {different}. Continue it with "
                 f"its own settings, start anew with --overwrite_output_dir true, or choose another folder"
             )
-        return stages
+        return stages, tally
 
     def earlier_seconds(self, stage: str) -> float:
         """Seconds that runs before this one spent in a stage and its sub-stages, up to their last saving."""
@@ -157,7 +162,7 @@ class ClusteringState:
             "seconds": seconds,
             "parts": [*old, part] if append else [part],
         }
-        manifest = {"key": self._key, "stages": self._stages}
+        manifest = {"key": self._key, "tally": self.tally, "stages": self._stages}
         write_atomically(self._manifest(self._folder), json.dumps(manifest, indent=1).encode())
         if not append:
             for part in old:

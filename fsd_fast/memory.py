@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,7 @@ METADATA_FILE = "memory.json"
 STATE_FOLDER = ".state"
 PAD_POLICIES = ("include", "exclude")
 _FORMAT = 1
+_COMPUTED = "computed_samples"
 
 
 @dataclass
@@ -50,11 +52,13 @@ class FeatureBatch:
         features: ``[b, S_b, D]``, floating.
         attention_mask: ``[b, S_b]``, 1 = token, 0 = padding; None: no padding.
         index: int64 ``[b]``: the samples' numbers in the data set, each occurring once over all processes.
+        computed: False where they were read from a cache and the teacher was not run.
     """
 
     features: Tensor
     attention_mask: Tensor | None
     index: Tensor
+    computed: bool = True
 
 
 @dataclass(frozen=True)
@@ -201,15 +205,19 @@ class _Points:
         identity: MemoryIdentity,
         samples: int | None,
         bars: _Bars,
+        tally: Counter[str],
     ) -> None:
-        self._batches, self._identity, self._samples, self._bars = batches, identity, samples, bars
+        self._batches, self._identity, self._samples = batches, identity, samples
+        self._bars, self._tally = bars, tally
 
     def read_from(self, batches: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         self._bars.reading(rows)
         for batch in self._batches(batches):
             yield flatten_features(batch, self._identity), batch.index
-            rows += batch.index.shape[0]
-            self._bars.samples(batch.index.shape[0])
+            size = batch.index.shape[0]
+            rows += size
+            self._tally[_COMPUTED] += size * batch.computed
+            self._bars.samples(size)
         if self._samples is not None and rows != self._samples:
             raise ValueError(f"num_samples: expected {self._samples} samples, the batches held {rows}")
 
@@ -229,6 +237,8 @@ class TeacherMemory:
         iteration_stats: The figures of each epoch: of the restart that was kept (stage "sketch", inertia in the
             sketch), then of the exact ones (stage "refine").
         settings: The arguments of the clustering.
+        teacher_passes: Samples that the teacher was run on / N: 2, or 1 with a new feature cache, 0 with a whole one.
+            What a killed build had not yet saved is not counted.
         seconds: Wall-clock time of each stage, earlier runs of a continued build included.
         versions: Of the libraries that made it.
     """
@@ -242,6 +252,7 @@ class TeacherMemory:
     empty_clusters: int
     iteration_stats: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, int] = field(default_factory=dict)
+    teacher_passes: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -303,7 +314,7 @@ class TeacherMemory:
         bars = _Bars(num_samples, restarts, disable=not progress or collectives.rank > 0)
         with contextlib.closing(bars):
             found = cluster_stream(
-                _Points(batches, identity, num_samples, bars),
+                _Points(batches, identity, num_samples, bars, state.tally),
                 identity.num_centroid,
                 seed=seed,
                 features=identity.features,
@@ -315,11 +326,17 @@ class TeacherMemory:
                 epoch_progress=bars.epoch,
                 state=state,
             )
-        return cls._from_clustering(found, identity, seed, settings)
+        computed = int(collectives.sum_(torch.tensor(state.tally[_COMPUTED])))
+        return cls._from_clustering(found, identity, seed, settings, computed / found.num_samples)
 
     @classmethod
     def _from_clustering(
-        cls, found: StreamClustering, identity: MemoryIdentity, seed: int, settings: dict[str, int]
+        cls,
+        found: StreamClustering,
+        identity: MemoryIdentity,
+        seed: int,
+        settings: dict[str, int],
+        teacher_passes: float,
     ) -> TeacherMemory:
         stages = (("sketch", found.sketch_stats), ("refine", found.refine_stats))
         epochs = [{"stage": name, **dataclasses.asdict(epoch)} for name, stats in stages for epoch in stats]
@@ -333,6 +350,7 @@ class TeacherMemory:
             empty_clusters=sum(epoch["empty_clusters"] for epoch in epochs),
             iteration_stats=epochs,
             settings=settings,
+            teacher_passes=teacher_passes,
             seconds={name: round(value, 3) for name, value in found.seconds.items()},
             versions={
                 "python": platform.python_version(),

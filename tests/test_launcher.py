@@ -164,7 +164,9 @@ def test_resuming_from_a_zero_3_checkpoint(tiny, steady, zero3, tmp_path):
 
 
 def test_a_memory_does_not_depend_on_the_number_of_processes(tiny, tmp_path):
-    launch(["memory", *memory_flags(tiny, tmp_path / "memory")], 29640)
+    # Each process has 12 samples, in batches of 5, 5 and 2.
+    cached = ["--feature_cache_dir", str(tmp_path / "cache"), "--per_device_batch_size", "5"]
+    launch(["memory", *memory_flags(tiny, tmp_path / "memory"), *cached], 29640)
     one = load_file(tiny.memory_exclude / "memory.safetensors")["centroids"]
     two = load_file(tmp_path / "memory" / "memory.safetensors")["centroids"]
     assert one.shape == (CENTROIDS, SEQUENCE * HIDDEN)
@@ -175,3 +177,8 @@ def test_a_memory_does_not_depend_on_the_number_of_processes(tiny, tmp_path):
     assert second["cluster_sizes"] == first["cluster_sizes"]
     assert second["identity"] == first["identity"]
     assert second["inertia"] == pytest.approx(first["inertia"], rel=1e-5)
+    assert (first["teacher_passes"], second["teacher_passes"]) == (2, 1)
+    # What two processes have cached, one reads.
+    run("memory", [*memory_flags(tiny, tmp_path / "again"), *cached])
+    third = json.loads((tmp_path / "again" / "memory.json").read_text())
+    assert (third["teacher_passes"], third["cluster_sizes"]) == (0, first["cluster_sizes"])

@@ -60,7 +60,12 @@ class MemoryArguments:
     output_dir: str = _help("Folder for memory.safetensors and memory.json.")
     num_centroid: int | None = _help("Centroids K. Default: 300 for MNLI and QQP, 100 for the others.", None)
     per_device_batch_size: int = _help("Samples of one teacher pass.", 32)
-    memory_refine: int = _help("Exact Lloyd epochs after the two passes; each runs the teacher once more.", 0)
+    memory_refine: int = _help("Exact Lloyd epochs after the two passes; each is one more pass.", 0)
+    feature_cache_dir: str | None = _help(
+        "Folder for the teacher's features: written as the teacher runs, read instead of running it again, now and "
+        "in later builds.",
+        None,
+    )
     plot: bool = _help("Draw cluster sizes and a t-SNE of the memory into memory_plot.png.", False)
     seed: int = _help("Seed of the sketch and of the first centroids.", 42)
     use_cpu: bool = _help("Use the CPU even where there is a GPU.", False)

@@ -22,7 +22,6 @@ import torch
 import transformers.integrations.deepspeed as hf_deepspeed
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
-from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -35,8 +34,11 @@ from transformers import (
 )
 
 from fsd_fast.clustering_state import discard_state
+from fsd_fast.collectives import Collectives
 from fsd_fast.data import (
     LENGTH_COLUMN,
+    FeatureCache,
+    FeatureIdentity,
     PadCollator,
     Task,
     builtin,
@@ -293,18 +295,55 @@ def _feature_batches(
     batch_size: int,
     device: torch.device,
     first: int = 0,
+    cache: FeatureCache | None = None,
 ) -> Iterator[FeatureBatch]:
-    """Run the teacher over the given training samples, from batch number ``first`` on."""
-    start = first * batch_size
-    loader: DataLoader[Any] = DataLoader(
-        data.train.select(samples[start:]), batch_size=batch_size, collate_fn=data.collator
+    """Features of the given training samples, from batch number ``first`` on: the teacher's, or those it had cached."""
+    for index in list(torch.from_numpy(samples).split(batch_size))[first:]:
+        stored = None if cache is None else cache.read(index)
+        if stored is not None:
+            yield FeatureBatch(stored.to(device), None, index, computed=False)
+            continue
+        inputs = data.collator([data.train[number] for number in index.tolist()])
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        batch = FeatureBatch(teacher_model.penultimate(inputs), inputs.get("attention_mask"), index)
+        yield batch
+        # Not before: who reads refuses features that are not finite.
+        if cache is not None:
+            cache.write(index, batch.features, batch.attention_mask)
+
+
+def _feature_cache(
+    folder: str,
+    teacher_model: Teacher,
+    data: TaskData,
+    identity: MemoryIdentity,
+    samples: np.ndarray[Any, np.dtype[np.int64]],
+    batch_size: int,
+    tokens: str,
+) -> FeatureCache:
+    """Open the cache of a training set's features, on all processes together.
+
+    Raises:
+        ValueError: The folder holds something else, or its disk has not enough room.
+    """
+    record = dataclasses.asdict(identity)
+    kept = {
+        item.name: record[item.name] for item in dataclasses.fields(FeatureIdentity) if item.name in record
+    }
+    dtype = next(teacher_model.model.parameters()).dtype
+    own = FeatureIdentity(
+        **kept, dtype=str(dtype).removeprefix("torch."), num_samples=len(data.train), tokens=tokens
     )
-    for batch in loader:
-        inputs = {name: value.to(device) for name, value in batch.items()}
-        features = teacher_model.penultimate(inputs)
-        index = torch.from_numpy(samples[start : start + len(features)])
-        start += len(features)
-        yield FeatureBatch(features, inputs.get("attention_mask"), index)
+    collectives = Collectives()
+    cache = collectives.agree(lambda: FeatureCache(folder, own))
+    # Short samples take less room only where padding is left out.
+    lengths = torch.tensor(data.train[LENGTH_COLUMN])
+    if identity.pad_features == "include":
+        lengths = torch.full_like(lengths, identity.max_seq_length)
+    missing = [index for index in torch.from_numpy(samples).split(batch_size) if not cache.holds(index)]
+    positions = sum(collectives.gather_sizes(sum(int(lengths[index].sum()) for index in missing)))
+    collectives.agree(lambda: cache.check_room(positions))
+    return cache
 
 
 def _tokens_digest(samples: Dataset) -> str:
@@ -339,19 +378,28 @@ def memory(data_arguments: DataArguments, arguments: MemoryArguments) -> Work:
     samples = _share(data)
 
     batch_size = arguments.per_device_batch_size
+    tokens = _tokens_digest(data.train)
     layout = {
         "samples": hashlib.sha256(samples.tobytes()).hexdigest(),
-        "tokens": _tokens_digest(data.train),
+        "tokens": tokens,
         "batch_size": batch_size,
         "device": state.device.type,
     }
 
+    cache = None
+    if arguments.feature_cache_dir is not None:
+        cache = _feature_cache(
+            arguments.feature_cache_dir, teacher_model, data, identity, samples, batch_size, tokens
+        )
+
     def features_of(chosen: np.ndarray[Any, np.dtype[np.int64]], first: int = 0) -> Iterator[FeatureBatch]:
-        return _feature_batches(teacher_model, data, chosen, batch_size, state.device, first)
+        return _feature_batches(teacher_model, data, chosen, batch_size, state.device, first, cache)
 
     def work() -> dict[str, float]:
         if arguments.overwrite_output_dir:
             discard_state(folder / STATE_FOLDER)
+        if cache is not None:
+            Collectives().agree(cache.create if state.is_main_process else lambda: None)
         built = TeacherMemory.build(
             functools.partial(features_of, samples),
             identity,
@@ -364,9 +412,15 @@ def memory(data_arguments: DataArguments, arguments: MemoryArguments) -> Work:
         if state.is_main_process:
             built.save_pretrained(folder)
             if arguments.plot:
+                if cache is not None:
+                    cache.scan()
                 plot_memory(built, features_of(sample_numbers(len(data.train))), folder / PLOT_FILE)
         discard_state(folder / STATE_FOLDER)
-        return {"memory_inertia": built.inertia, "memory_samples": float(len(data.train))}
+        return {
+            "memory_inertia": built.inertia,
+            "memory_samples": float(len(data.train)),
+            "memory_teacher_passes": built.teacher_passes,
+        }
 
     return work
 
