@@ -54,11 +54,16 @@ def test_texts_stay_within_the_project() -> None:
     """No path of a build machine and no address of a package host in any text file of the project."""
     for path in ROOT.rglob("*"):
         parts = path.relative_to(ROOT).parts
-        if parts[0] in (".git", ".venv", ".cache", "runs", "build") or path.suffix not in (
-            ".py",
-            ".md",
-            ".json",
-            ".sh",
+        if (
+            parts[0].startswith(".venv")
+            or parts[0] in (".git", ".cache", "runs", "build")
+            or path.suffix
+            not in (
+                ".py",
+                ".md",
+                ".json",
+                ".sh",
+            )
         ):
             continue
         if path == Path(__file__).resolve() or "egg-info" in path.as_posix():
