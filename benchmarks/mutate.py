@@ -281,11 +281,7 @@ MUTATIONS = (
     ),
     Mutation("gram", "def _pairs", "for j in range(i + 1)", "for j in range(i)", "diagonal tiles dropped"),
     Mutation(
-        "gram",
-        "def _pairs",
-        "(i >= half) + (j >= half)",
-        "(i > half) + (j >= half)",
-        "pieces cut at the wrong row",
+        "gram", "def _pairs", "range(first, tiles)", "range(first + 1, tiles)", "first row of tiles dropped"
     ),
     Mutation(
         "gram",

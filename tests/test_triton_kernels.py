@@ -274,6 +274,15 @@ def test_intra_cka_of_unrelated_structures() -> None:
     assert_close(ours.distance, right.distance, 1e-5)
 
 
+def test_intra_cka_next_to_one(path: str) -> None:
+    """Where 1 - delta rounds to 1, -log CKA is delta itself."""
+    x = normal(2, 18, 32, seed=1)
+    result = intra_cka(x, x + 1e-5 * normal(2, 18, 32, seed=2), backend="triton")
+    assert (result.distance > 0).all()
+    assert (result.distance < 1e-8).all()
+    torch.testing.assert_close(result.neg_log, result.distance, rtol=1e-5, atol=0.0)
+
+
 def test_intra_cka_keeps_its_promise_on_outlier_features(path: str) -> None:
     x, y = outliers(2, 18, 48, seed=1), outliers(2, 18, 48, seed=2)
     check_intra([x], [y], None, 1e-5)
@@ -437,6 +446,8 @@ def test_gram_reads_any_strides(gram_path: str) -> None:
     memory = transposed(normal(16, 64, seed=2))
     check_gram(features, memory, mask.T, 1e-5)
     check_gram(normal(5, 128, seed=1)[:, ::2], memory, None, 1e-5)
+    # Slices of F that straddle tokens read the mask column by column.
+    check_gram(normal(20, 5, 2, seed=1).permute(1, 2, 0), None, mask.T, 1e-5)
 
 
 def test_gram_gradient_of_one_input_alone(gram_path: str) -> None:

@@ -667,8 +667,10 @@ def backward_config(
         # All of A stays on chip only with tensor cores, much shared memory and, in float32, no mask to carry along.
         panel, block_f, num_stages = 1, 16 if dtype == torch.float32 else 32, 1
     panels = cdiv(tiles, panel) if tiles else 1
-    # Every part reads A: at most an eighth of reading the rows and writing their gradients.
-    affordable = 2 * width * dtype.itemsize // (8 * (2 if dtype == torch.bfloat16 else 4) * total)
+    # Every part reads A: at most an eighth of reading the rows and writing their gradients; in float16, whose A is
+    # float32, a fourteenth.
+    a_size, share = (2 if dtype == torch.bfloat16 else 4), (14 if dtype == torch.float16 else 8)
+    affordable = 2 * width * dtype.itemsize // (share * a_size * total)
     parts = max(1, min(cdiv(target.multiprocessors, panels), affordable, cdiv(width, block_f)))
     num_warps = 8 if block >= 64 else 4
     return Config(block, last, tiles, 1, panel, block_f, parts, num_warps, num_stages)
