@@ -39,7 +39,7 @@ test-triton:
 	@test -x $(VENV)-triton-$(TRITON)/bin/python || $(PYTHON) -m venv $(VENV)-triton-$(TRITON)
 	@$(VENV)-triton-$(TRITON)/bin/pip install -q torch==2.13.0
 	@$(VENV)-triton-$(TRITON)/bin/pip install -q triton==$(TRITON) numpy pytest hypothesis
-	@$(VENV)-triton-$(TRITON)/bin/python -m pytest tests/test_triton_kernels.py
+	@$(VENV)-triton-$(TRITON)/bin/python -m pytest tests/test_triton_kernels.py tests/test_triton_kmeans.py
 
 # What the compiled kernels look like, for GPUs that need not be here.
 kernels-report: $(STAMP)

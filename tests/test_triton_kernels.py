@@ -7,11 +7,7 @@ their own.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,12 +17,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fsd_kernels import frozen_gram, gram, inter_structure, intra_cka, structure
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from tests.interpreted import (
+    INTERPRETED,
+    framed,
+    poison_outputs,
+    record_launches,
+    round_dots,
+    round_like,
+    run_in_interpreter,
+)
 
 if INTERPRETED:
-    from triton.runtime import interpreter
-
     from fsd_kernels import _triton as shared
     from fsd_kernels.gram import triton as gram_kernels
     from fsd_kernels.intra_cka import triton as intra_kernels
@@ -51,17 +52,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill every new buffer with NaN: an element that no kernel writes shows."""
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        original = getattr(owner, name)
-
-        def poisoned(*args: Any, _original: Callable[..., Tensor] = original, **kwargs: Any) -> Tensor:
-            result = _original(*args, **kwargs)
-            if result.is_floating_point() and not isinstance(result, torch._subclasses.FakeTensor):
-                result.fill_(float("nan"))
-            return result
-
-        monkeypatch.setattr(owner, name, poisoned)
+    poison_outputs(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -95,15 +86,7 @@ def path(
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels launched."""
-    names: list[str] = []
-    original = interpreter.GridExecutor.__call__
-
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        names.append(self.fn.__name__)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
-    return names
+    return record_launches(monkeypatch)
 
 
 def backpropagate(total: Tensor) -> None:
@@ -115,13 +98,6 @@ def backpropagate(total: Tensor) -> None:
 def normal(*shape: int, seed: int, offset: float = 1.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator) + offset * torch.randn(shape[-1], generator=generator)
-
-
-def framed(x: Tensor) -> Tensor:
-    """The same values inside a larger buffer of NaN: a read outside the tensor shows."""
-    buffer = torch.full([size + 2 for size in x.shape], float("nan"), dtype=x.dtype)
-    inner = buffer[tuple(slice(1, -1) for _ in x.shape)]
-    return inner.copy_(x)
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -610,31 +586,10 @@ def test_registered_ops_compile_in_one_graph() -> None:
     assert torch.equal(ours.grad, plain.grad)  # type: ignore[arg-type]
 
 
-def round_like(x: Any, bits: int) -> Any:
-    """Round float32 values to ``bits`` bits of mantissa, to nearest even."""
-    drop = 23 - bits
-    raw = torch.from_numpy(x.astype("float32")).view(torch.int32)
-    raw = (raw + ((1 << (drop - 1)) - 1) + ((raw >> drop) & 1)) & ~((1 << drop) - 1)
-    return raw.view(torch.float32).numpy()
-
-
 @pytest.fixture
 def rounded_dots(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Round the operands of every dot in the interpreter, which ignores the precision asked for."""
-
-    def choose(bits: int) -> None:
-        original = interpreter.InterpreterBuilder.create_dot
-
-        def rounded(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-            operands = [
-                interpreter.TensorHandle(round_like(x.data, bits), x.dtype) if x.data.dtype.kind == "f" else x
-                for x in (a, b)
-            ]
-            return original(self, *operands, *rest)
-
-        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", rounded)
-
-    return choose
+    """Round the operands of every dot to this many bits."""
+    return lambda bits: round_dots(monkeypatch, bits)
 
 
 class RoundedProduct(torch.autograd.Function):
@@ -821,20 +776,4 @@ if not INTERPRETED:
 
     def test_in_the_interpreter() -> None:
         """Run everything above with TRITON_INTERPRET=1."""
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            str(Path(__file__).resolve()),
-        ]
-        done = subprocess.run(
-            command,
-            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            cwd=Path(__file__).resolve().parents[1],
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        run_in_interpreter(__file__)

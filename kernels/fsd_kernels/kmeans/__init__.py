@@ -36,7 +36,7 @@ def _assign_fake(points: Tensor, centroids: Tensor, backend: str) -> tuple[Tenso
 
 @torch.library.custom_op("fsd_kernels::kmeans_update_", mutates_args=("sums", "counts"))
 def _update_op(sums: Tensor, counts: Tensor, points: Tensor, labels: Tensor, backend: str) -> None:
-    # On a GPU reading the extremes would wait for the device; counting the labels fails there instead.
+    # On a GPU reading the extremes would wait for the device: there counting the labels fails instead.
     if labels.numel() and labels.device.type == "cpu":
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= sums.shape[0]:
@@ -65,9 +65,12 @@ def assign(points: Tensor, centroids: Tensor, *, backend: str | None = None) -> 
         either input is and float32 otherwise. Two centroids whose squared distances differ by less than the
         rounding of ||x - o||^2 may change places, o a point amid the centroids that shifts away whatever
         offset they share; a point that is very far from all of them costs only itself digits.
+        "triton" rounds x - m and c - m before it multiplies them: to bfloat16 or float16 where points and
+        centroids both are of that dtype, to tf32 where ``torch.get_float32_matmul_precision()`` allows it.
+        A point that holds NaN has distance NaN.
 
     Raises:
-        TypeError: Not tensors of a floating dtype.
+        TypeError: Not tensors of a floating dtype, or float64 with "triton".
         ValueError: Shapes that do not fit, no centroid, or two devices.
         RuntimeError: ``backend="triton"`` where it cannot run.
     """
@@ -104,7 +107,7 @@ def update(
         ``sums`` ``[K, F]``, float64 for float64 points and float32 otherwise, and ``counts`` int64 ``[K]``.
 
     Raises:
-        TypeError: Dtypes that do not fit.
+        TypeError: Dtypes that do not fit, or float64 points with "triton".
         ValueError: Shapes that do not fit, a label out of range, or two devices.
         RuntimeError: ``backend="triton"`` where it cannot run.
     """
@@ -131,7 +134,7 @@ def update_(
         backend: See ``fsd_kernels._backend``.
 
     Raises:
-        TypeError: Dtypes that do not fit.
+        TypeError: Dtypes that do not fit, or float64 points with "triton".
         ValueError: Shapes that do not fit, a label out of range, or two devices.
         RuntimeError: ``backend="triton"`` where it cannot run.
     """
