@@ -103,7 +103,7 @@ SHAPES = [
     cost.Shape(4, 10, 24, 36, 5),
     cost.Shape(3, 7, 40, 40, 9),
     cost.Shape(8, 16, 32, 8, 4),
-    cost.Shape(2, 190, 8, 5, 3),  # its Grams are multiplied block by block
+    cost.Shape(2, 190, 8, 5, 3),  # a quarter of its Grams is copied
 ]
 
 

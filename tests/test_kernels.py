@@ -174,7 +174,8 @@ def test_structure_reads_the_losses_of_the_features_off_gamma() -> None:
 def test_sums_over_chunks_and_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     # Small enough that samples are worked on one by one, and a slice holds one token, or 5 columns without a mask.
     monkeypatch.setattr(intra_eager, "_CHUNK_ELEMENTS", 50)
-    monkeypatch.setattr(gram_eager, "_PART", 2)
+    for name in ("_FORWARD_COLUMNS", "_BACKWARD_COLUMNS"):
+        monkeypatch.setattr(gram_eager, name, 5)
     mask = ragged_mask(4, 6, lengths=[6, 2, 5, 1])
     student, teacher = bert_features(4, 6, 4, seed=1), bert_features(4, 6, 9, seed=2)
     own, given = centroids(3, 8, 4), centroids(3, 8, 9)
@@ -191,24 +192,12 @@ def test_sums_over_chunks_and_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("rows", "expected"), [(64, (4, 16)), (62, (4, 16)), (33, (1, 33)), (48, (3, 16))])
-def test_grams_in_blocks(
-    rows: int, expected: tuple[int, int], masked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(intra_eager, "_BLOCK_ROWS", 16)
-    assert intra_eager.block_sizes(rows) == expected
+@pytest.mark.parametrize(("rows", "first"), [(95, 0), (96, 48), (100, 48), (127, 48), (128, 64)])
+def test_grams_of_which_a_quarter_is_copied(rows: int, first: int, masked: bool) -> None:
+    assert intra_eager.quarter_rows(rows) == first
     mask = ragged_mask(3, rows, lengths=[rows, 20, 7]) if masked else None
     student, teacher = bert_features(3, rows, 4, seed=1), bert_features(3, rows, 9, seed=2)
     assert_same(lambda backend: lambda x: intra_cka(x, teacher, mask, backend=backend), [student])
-
-
-@pytest.mark.parametrize("rows", [0, 1, 63, 64, 65, 100, 128, 160, 192, 300, 512])
-def test_blocks_cover_the_gram_and_save_work(rows: int) -> None:
-    number, size = intra_eager.block_sizes(rows)
-    assert number * size >= rows
-    assert number * (number + 1) // 2 * size**2 <= rows**2
-    if rows in (128, 192, 300, 512):
-        assert number > 1
 
 
 def test_a_large_offset_does_not_come_back_with_the_rounding_of_g() -> None:

@@ -224,18 +224,18 @@ def eager(op: str, shape: Shape) -> dict[str, int]:
     if op == "kmeans":
         return {"assign": stages["assign"].flops}
     if op == "intra":
-        from fsd_kernels.intra_cka.eager import block_sizes
+        from fsd_kernels.intra_cka.eager import quarter_rows
 
-        # Blocks above the diagonal are not multiplied.
-        number, size = block_sizes(shape.rows)
-        square = number * (number + 1) * size**2
+        first = quarter_rows(shape.rows)
+        square = 2 * (shape.rows**2 - first * (shape.rows - first))
         widths = shape.width + (shape.teacher_width or shape.width)
         forward = shape.pairs * shape.batch * square * widths
         return {"forward": forward, "backward": stages["backward"].flops}
     batch, centroids = shape.batch, 0 if op == "local" else shape.centroids
-    # Per feature: features with all rows, then the rows of the means, of which there are two beside a memory.
-    products = batch * (centroids + batch) + (2 * batch + centroids + 3 if centroids else batch + 1)
-    own = centroids**2 + centroids
+    # Per feature: the batch with the rows before and of it, the mean with all; a memory and its mean with themselves.
+    head = centroids + 1 if centroids else 0
+    products = batch * (head + batch) + head + batch + 1
+    own = centroids**2 + head
     weights = (batch + centroids) * (batch + centroids + 2 if centroids else batch)
     flops = {
         "forward": 2 * (products + own) * shape.student_features + 2 * products * shape.teacher_features,

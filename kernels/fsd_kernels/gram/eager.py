@@ -1,10 +1,9 @@
 """The Gram matrix of stacked, centred rows from restructured torch operations, with its backward.
 
 The feature axis is walked in slices. A slice holds all rows, so their means are local to it: the rows are
-copied to a small float32 buffer (float64 for float64 features), centred there and multiplied into Gamma.
-Only the buffer is extra memory; the inputs are never concatenated. Where a slice starts depends on nothing but
-F, so equal memories give equal bits. The buffer's rows are in an order of their own, in which those that are
-multiplied with each other lie together: [memory, features, mean of the memory, mean of the features less it].
+centred into a small float32 buffer (float64 for float64 features) and multiplied into Gamma, float32 within a slice and
+float64 over the slices: near CKA = 1 the losses live in the last bits of Gamma. Only the buffer is extra memory; the
+inputs are never concatenated. Where a slice starts depends on nothing but F, so equal memories give equal bits.
 
 Backward: Z = T [memory; features] with a constant T (centring, block by block, and the means' rows), so
 d[memory; features] = T^T (dGamma + dGamma^T) Z, slice by slice, written straight to the gradients. Without a memory
@@ -18,9 +17,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Columns that one product takes, and how many such products a slice holds. Forward a slice of 34 rows of float32 is
-# 1.7 MB, of 134 rows 6.6 MB; backward, where the gradients are held as well, a third of it.
-_PART, _FORWARD_PARTS, _BACKWARD_PARTS = 2048, 6, 2
+# Columns of a slice. Long slices make few products, of which each pays for its start; the rows of a short one stay in
+# the cache between centring and multiplying, and lose less to rounding. Backward the gradients are held as well.
+_FORWARD_COLUMNS, _BACKWARD_COLUMNS = 24576, 8192
 # The rows of a buffer are this much longer than a slice: a multiple of 1024 apart they would share cache sets.
 _GAP = 16
 
@@ -29,10 +28,10 @@ def _dtype(features: Tensor) -> torch.dtype:
     return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
-def _slices(width: int, parts: int) -> Iterator[slice]:
-    """Cut the feature axis into slices of so many parts."""
-    for start in range(0, width, _PART * parts):
-        yield slice(start, min(start + _PART * parts, width))
+def _slices(width: int, most: int) -> Iterator[slice]:
+    """Cut the feature axis into slices of so many columns."""
+    for start in range(0, width, most):
+        yield slice(start, min(start + most, width))
 
 
 def _dropped(mask: Tensor, columns: slice, width: int) -> Tensor:
@@ -53,81 +52,60 @@ def _centre(rows: Tensor, mean: Tensor, source: Tensor, columns: slice, mask: Te
         rows, mean = rows[:, :inside], mean[:inside]
     if inside == 0:
         return
-    rows.copy_(source[:, columns])
+    part = source[:, columns]
+    if mask is not None or part.dtype != rows.dtype:
+        rows.copy_(part)
+        part = rows
     if mask is not None:
         rows.masked_fill_(_dropped(mask, columns, source.shape[1]), 0.0)
-    torch.mean(rows, dim=0, out=mean)
-    rows -= mean
+    torch.mean(part, dim=0, out=mean)
+    torch.sub(part, mean, out=rows)
 
 
 def _stacked(
-    features: Tensor, memory: Tensor | None, mask: Tensor | None, parts: int
+    features: Tensor, memory: Tensor | None, mask: Tensor | None, most: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (columns, Z[:, columns]) along the feature axis, in the buffer's order; every slice reuses one buffer.
-
-    Z is followed by columns of zeros up to a multiple of a product's.
-    """
-    count = 0 if memory is None else memory.shape[0]
-    last = count + features.shape[0]
+    """Yield (columns, Z[:, columns]) along the feature axis; every slice reuses one buffer."""
+    head = 0 if memory is None else memory.shape[0] + 1
+    last = head + features.shape[0]
     width = features.shape[1] if memory is None else memory.shape[1]
-    part = min(_PART, width)
-    buffer = features.new_empty(
-        (last + (1 if memory is None else 2), part * parts + _GAP), dtype=_dtype(features)
-    )
-    for columns in _slices(width, parts):
-        stacked = buffer[:, : -(-(columns.stop - columns.start) // part) * part]
+    buffer = features.new_empty((last + 1, min(most, width) + _GAP), dtype=_dtype(features))
+    for columns in _slices(width, most):
+        stacked = buffer[:, : columns.stop - columns.start]
         if memory is not None:
-            _centre(stacked[:count], stacked[last], memory, columns, None)
-        _centre(stacked[count:last], stacked[-1], features, columns, mask)
+            _centre(stacked[: head - 1], stacked[head - 1], memory, columns, None)
+        _centre(stacked[head:last], stacked[last], features, columns, mask)
         if memory is not None:
-            stacked[-1] -= stacked[last]
+            stacked[last] -= stacked[head - 1]
         yield columns, stacked
-
-
-def _order(count: int, samples: int, device: torch.device) -> Tensor:
-    """Where the rows of Gamma are in the buffer's order, beside a memory of ``count`` rows."""
-    last = count + samples
-    return torch.tensor([*range(count), last, *range(count, last), last + 1], device=device)
-
-
-def _add_products(gram: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left right^T of [parts, n, columns] to ``gram``: float32 within a part, float64 over the parts.
-
-    Near CKA = 1 the losses live in the last bits of Gamma.
-    """
-    gram += torch.bmm(left, right.mT).sum(dim=0, dtype=torch.float64)
 
 
 def forward(
     features: Tensor, memory: Tensor | None, memory_gram: Tensor | None, mask: Tensor | None
 ) -> Tensor:
     """Gamma of features [B, F] and memory [K, F'] or None, whose own block may be known already."""
-    count = 0 if memory is None else memory.shape[0]
-    last = count + features.shape[0]
-    total = last + (2 if count else 1)
-    own, batch, means = slice(0, count), slice(count, last), slice(last, total)
-    gram = features.new_zeros((total, total), dtype=torch.float64)
-    for _, stacked in _stacked(features, memory, mask, _FORWARD_PARTS):
-        rows = stacked.unflatten(1, (-1, min(_PART, stacked.shape[1]))).transpose(0, 1)
-        # The rows of the means apart: one row more than a multiple of 4 makes a product a third slower. And the
-        # memory's own products apart: they are the same ones whether its block is known already or not.
-        if count and memory_gram is None:
-            _add_products(gram[own, own], rows[:, own], rows[:, own])
-            _add_products(gram[last : last + 1, own], rows[:, last : last + 1], rows[:, own])
-        _add_products(gram[batch, :last], rows[:, batch], rows[:, :last])
-        _add_products(gram[means, batch], rows[:, means], rows[:, batch])
-        if count:
-            _add_products(gram[-1:, own], rows[:, -1:], rows[:, own])
-        for i in range(last, total):
-            _add_products(gram[i : i + 1, last : i + 1], rows[:, i : i + 1], rows[:, last : i + 1])
-    gram[own, batch] = gram[batch, own].T
-    gram[:last, means] = gram[means, :last].T
-    if count:
-        gram[last, -1] = gram[-1, last]
-        order = _order(count, features.shape[0], gram.device)
-        gram = gram[order[:, None], order]
+    head = 0 if memory is None else memory.shape[0] + 1
+    last = head + features.shape[0]
+    # (rows, columns) of the products that make up the lower triangle. The rows of the means apart: one row more than
+    # a multiple of 4 makes a product a third slower. And the memory's own products apart: they are the same ones
+    # whether its block is known already or not.
+    products = [(slice(head, last), slice(0, last)), (slice(last, last + 1), slice(0, last + 1))]
+    if head and memory_gram is None:
+        products += [(slice(0, head - 1), slice(0, head - 1)), (slice(head - 1, head), slice(0, head))]
+    slices: list[list[Tensor]] = [[] for _ in products]
+    for _, stacked in _stacked(features, memory, mask, _FORWARD_COLUMNS):
+        for (rows, columns), done in zip(products, slices, strict=True):
+            done.append(torch.mm(stacked[rows], stacked[columns].T))
+    gram = features.new_zeros((last + 1, last + 1), dtype=torch.float64)
+    for (rows, columns), done in zip(products, slices, strict=True):
+        if done:
+            torch.sum(torch.stack(done), dim=0, dtype=torch.float64, out=gram[rows, columns])
     if memory_gram is not None:
-        gram[: count + 1, : count + 1] = memory_gram
+        gram[:head, :head] = memory_gram
+    elif head:
+        gram[: head - 1, head - 1] = gram[head - 1, : head - 1]
+    gram[:head, head:last] = gram[head:last, :head].T
+    gram[:last, last] = gram[last, :last]
     return gram.to(_dtype(features))
 
 
@@ -144,7 +122,7 @@ def _transposed_map(d_gram: Tensor, head: int) -> tuple[Tensor, Tensor]:
 
 def _uncentred(features: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """Yield (columns, features[:, columns]), 0 where dropped, along the feature axis."""
-    for columns in _slices(features.shape[1], _BACKWARD_PARTS):
+    for columns in _slices(features.shape[1], _BACKWARD_COLUMNS):
         rows = features[:, columns].to(_dtype(features))
         if mask is not None:
             rows = rows.masked_fill(_dropped(mask, columns, features.shape[1]), 0.0)
@@ -152,12 +130,11 @@ def _uncentred(features: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, T
 
 
 def _multiply(left: Tensor, right: Tensor, target: Tensor) -> None:
-    """Write left @ right to ``target``, in its dtype, in parts of the columns that stay in a core's cache."""
-    for part, result in zip(right.split(_PART, dim=1), target.split(_PART, dim=1), strict=True):
-        if result.dtype == left.dtype:
-            torch.mm(left, part, out=result)
-        else:
-            result.copy_(left @ part)
+    """Write left @ right to ``target``, in its dtype."""
+    if target.dtype == left.dtype:
+        torch.mm(left, right, out=target)
+    else:
+        target.copy_(left @ right)
 
 
 def backward(
@@ -173,11 +150,8 @@ def backward(
         from_features = from_memory = own.to(d_gram.dtype)
         slices = _uncentred(features, mask)
     else:
-        order = _order(memory.shape[0], features.shape[0], d_gram.device).argsort()
-        from_features, from_memory = (
-            weights[:, order] for weights in _transposed_map(d_gram, memory.shape[0] + 1)
-        )
-        slices = _stacked(features, memory, mask, _BACKWARD_PARTS)
+        from_features, from_memory = _transposed_map(d_gram, memory.shape[0] + 1)
+        slices = _stacked(features, memory, mask, _BACKWARD_COLUMNS)
     for columns, rows in slices:
         inside = slice(columns.start, min(columns.stop, features.shape[1]))
         length = inside.stop - inside.start
@@ -186,5 +160,5 @@ def backward(
             if mask is not None:
                 d_features[:, inside].masked_fill_(_dropped(mask, inside, features.shape[1]), 0.0)
         if needs[1] and memory is not None:
-            _multiply(from_memory, rows[:, : columns.stop - columns.start], d_memory[:, columns])
+            _multiply(from_memory, rows, d_memory[:, columns])
     return d_features, d_memory
