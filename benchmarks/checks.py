@@ -12,10 +12,10 @@ from typing import NamedTuple
 from benchmarks.growth import growth
 from benchmarks.harness import Spread, ratio
 from benchmarks.inputs import Sizes
+from benchmarks.peers import CKA_PEERS
 from benchmarks.registry import OPS
 from benchmarks.results import WRONG, CheckResult, Result, Row
 
-CKA_PEERS = ("pytorch-cka", "cka-pytorch", "ckatorch")
 GROWTH_OPS = ("intra", "local", "global", "fsd_ilg")
 
 

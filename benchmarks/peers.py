@@ -97,6 +97,9 @@ def _ckatorch(pick: Pick) -> Loss:
     return loss
 
 
+CKA_PEERS = ("pytorch-cka", "cka-pytorch", "ckatorch")
+
+
 def cka_peers(op: str) -> dict[str, tuple[str, Callable[[], Loss]]]:
     """Peers of L_I ("intra") or L_L ("local"): name -> (estimator, how to build the loss)."""
     pick = _per_sample if op == "intra" else _flat

@@ -6,7 +6,9 @@ A provider turns a set of inputs into a contender, or raises ``Unavailable`` wit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -77,6 +79,9 @@ class Op:
         stages = cost.minimum(self.cost_name, shape)
         return stages[mode] if mode in stages else cost.total(stages)
 
+
+# What torch.compile may take for a case, its run included.
+_COMPILE_SECONDS = 60.0
 
 # Beyond this many flops of the minimum the reference in float64 takes longer than all that is timed; its Euclidean
 # distances, which are not products, are what is slow.
@@ -158,12 +163,35 @@ def _contender(loss: Callable[[], Callable[[Inputs], Tensor]]) -> Build:
     return lambda tensors, _: LossContender(loss(), tensors, DIFFERENTIABLE)
 
 
+class _TimeUp(BaseException):
+    """Not an Exception: a compiler that catches those must not take it for an error of its own."""
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise ``_TimeUp`` in the main thread where the block takes longer."""
+
+    def stop(*_: object) -> None:
+        raise _TimeUp
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def _compiled(loss: Callable[[Inputs], Tensor]) -> Callable[[Inputs], Tensor]:
     compiled: Callable[[Inputs], Tensor] = torch.compile(loss, dynamic=False)
 
     def run(tensors: Inputs) -> Tensor:
         try:
-            return compiled(tensors)
+            with _at_most(_COMPILE_SECONDS):
+                return compiled(tensors)
+        except _TimeUp:
+            raise Unavailable(f"torch.compile takes more than {_COMPILE_SECONDS:g} s") from None
         except torch._dynamo.exc.TorchDynamoException as error:
             first = str(error).strip().splitlines()[0]
             raise Unavailable(f"torch.compile fails: {first}") from error

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.growth import Growth, growth
+from benchmarks.peers import CKA_PEERS, KMEANS_PEERS
 from benchmarks.registry import OPS
 from benchmarks.results import OK, CheckResult, Result, Row, write_text
 
 Table = list[list[str]]
+
+PEERS = (*CKA_PEERS, *KMEANS_PEERS)
 
 
 def _milliseconds(seconds: float) -> str:
@@ -149,6 +152,31 @@ def slower_than_others(result: Result) -> list[str]:
     return lines
 
 
+def _times(result: Result, row: Row | None) -> str:
+    times = result.speedup(row) if row is not None else None
+    return "-" if times is None else f"{times.median:.2f} ({times.low:.2f} to {times.high:.2f})"
+
+
+def summary(result: Result) -> Table:
+    """Whole passes of our ops: milliseconds, and how many times as long others take in the same rounds.
+
+    The peer is the fastest of those that compute the same thing and passed the gate.
+    """
+    table = [["op", "case", "ours, ms", "released", "plain torch", "fastest peer"]]
+    for row in result.rows:
+        if row.provider != "ours" or row.mode != "full" or row.status != OK:
+            continue
+        found = {name: result.find(row.op, row.case, "full", name) for name in OPS[row.op].providers}
+        peers = [each for name, each in found.items() if each is not None and name in PEERS]
+        fastest = min(peers, key=lambda each: each.time.median, default=None)
+        others = [_times(result, found.get(name)) for name in ("released", "plain")]
+        if fastest is None and set(others) == {"-"}:
+            continue
+        peer = "-" if fastest is None else f"{_times(result, fastest)} {fastest.provider}"
+        table.append([row.op, row.case, _milliseconds(row.time.median), *others, peer])
+    return table
+
+
 def _plots(result: Result, stem: Path) -> list[Path]:
     import matplotlib
 
@@ -245,6 +273,11 @@ def report(result: Result, stem: Path) -> str:
     ]
     if result.checks:
         parts += ["## Numbers to reach", markdown(checks_table(result.checks))]
+    parts += [
+        "## Whole passes",
+        "Times others take, in units of ours (median of pairs, quartiles).",
+        markdown(summary(result)),
+    ]
     others = slower_than_others(result)
     parts += [
         "## Where something else is faster",

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from benchmarks import __main__ as command
-from benchmarks import checks, gate, harness, report, results
+from benchmarks import checks, gate, harness, registry, report, results
 from benchmarks.contenders import LossContender, Outcome
 from benchmarks.gate import Errors
 from benchmarks.growth import fitted_exponent, growth
 from benchmarks.harness import Canary, Timed
 from benchmarks.inputs import Inputs, Sizes
 from benchmarks.measure import Settings, measure_op
-from benchmarks.peers import Unavailable
+from benchmarks.peers import CKA_PEERS, Unavailable
 from benchmarks.registry import OPS, Op, Provider
 from benchmarks.results import OK, UNAVAILABLE, WRONG, CheckResult, Result, Row
 from fsd_kernels.intra_cka import reference as intra_reference
@@ -65,6 +65,15 @@ def test_providers_are_timed_in_turn_after_a_warm_up() -> None:
     warm_up = ["A", "A", "B", "B"]
     assert clock.order == [*warm_up, *["canary", "A", "B"] * 3]
     assert {name: len(samples) for name, samples in measured.samples.items()} == {"A": 3, "B": 3}
+
+
+def test_a_short_call_is_preceded_by_an_untimed_one() -> None:
+    times = iter([0.4, 0.4, *[9.0, 0.4] * 3])
+    clock = ScriptedClock()
+    contestants = {"short": scripted("short", lambda: next(times)), "long": scripted("long", lambda: 0.6)}
+    measured = harness.measure(contestants, clock, seconds=0, min_rounds=3)  # type: ignore[arg-type]
+    assert clock.order[4:] == ["canary", "short", "short", "long"] * 3
+    assert measured.samples == {"short": [0.4] * 3, "long": [0.6] * 3}
 
 
 def test_the_warm_up_is_not_among_the_samples() -> None:
@@ -249,6 +258,27 @@ def test_a_peer_that_cannot_run_says_why() -> None:
     assert "needs a flux capacitor" in report.text(_result(rows), rows)
 
 
+def test_a_compiler_that_takes_too_long_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiler(loss: Callable[[Inputs], Tensor], **_: object) -> Callable[[Inputs], Tensor]:
+        def compiled(tensors: Inputs) -> Tensor:
+            for _ in range(100):
+                try:
+                    time.sleep(0.1)
+                except Exception:  # a compiler may go on after what it takes for its own error
+                    continue
+            return loss(tensors)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(registry, "_COMPILE_SECONDS", 0.2)
+    slow = registry._compiled(lambda tensors: tensors["student"].sum())
+    started = time.monotonic()
+    with pytest.raises(Unavailable, match=r"takes more than 0\.2 s"):
+        slow({"student": torch.ones(3)})
+    assert time.monotonic() - started < 5
+
+
 def test_unknown_providers_and_modes_are_named() -> None:
     arguments = (OPS["intra"], [SMALL], QUICK, harness.CpuClock(), harness.Ceilings(1e9, 1e9))
     with pytest.raises(ValueError, match="got 'theirs'"):
@@ -326,7 +356,7 @@ def test_registry_is_complete() -> None:
         widths = {(sizes.batch, sizes.rows, sizes.width) for sizes in OPS[name].shapes["paper"]}
         assert widths == {(32, 128, 768), (32, 128, 384)}
     for name in ("intra", "local"):
-        assert set(checks.CKA_PEERS) <= set(OPS[name].providers)
+        assert set(CKA_PEERS) <= set(OPS[name].providers)
     for name in ("global", "fsd_ilg"):
         assert {sizes.centroids for sizes in OPS[name].shapes["paper"]} == {100, 300}
     peers = {"scikit-learn", "faiss-cpu", "fastkmeans", "fast-pytorch-kmeans", "flash-kmeans"}
@@ -470,6 +500,21 @@ def test_compare_reports_what_moved_beyond_the_spread() -> None:
     assert "ours: 1100.00 ms -> 2200.00 ms, 2.00x slower (noisy run)" in line
     (line,) = results.compare(after, before)
     assert "2.00x faster" in line
+
+
+def test_summary_names_the_fastest_peer_that_passed() -> None:
+    rows = [
+        _row("ours", [0.02, 0.02]),
+        _row("released", [0.08, 0.1]),
+        _row("ckatorch", [0.06, 0.06]),
+        _row("pytorch-cka", [0.05, 0.05]),
+        dataclasses.replace(_row("cka-pytorch", [0.01, 0.01]), status=WRONG),
+    ]
+    header, line = report.summary(_result(rows))
+    assert header[:3] == ["op", "case", "ours, ms"]
+    expected = ["intra", "B=32 S=128 D=768", "20", "4.50 (4.25 to 4.75)", "-"]
+    assert line == [*expected, "2.50 (2.50 to 2.50) pytorch-cka"]
+    assert len(report.summary(_result(rows[:1]))) == 1
 
 
 def test_report_says_where_something_else_is_faster(tmp_path: Path) -> None:
