@@ -174,8 +174,8 @@ def test_structure_reads_the_losses_of_the_features_off_gamma() -> None:
 def test_sums_over_chunks_and_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     # Small enough that samples are worked on one by one, and a slice holds one token, or 5 columns without a mask.
     monkeypatch.setattr(intra_eager, "_CHUNK_ELEMENTS", 50)
-    for name in ("_FORWARD_COLUMNS", "_BACKWARD_COLUMNS"):
-        monkeypatch.setattr(gram_eager, name, 5)
+    monkeypatch.setattr(gram_eager, "_FORWARD_COLUMNS", (5, 5))
+    monkeypatch.setattr(gram_eager, "_BACKWARD_COLUMNS", 5)
     mask = ragged_mask(4, 6, lengths=[6, 2, 5, 1])
     student, teacher = bert_features(4, 6, 4, seed=1), bert_features(4, 6, 9, seed=2)
     own, given = centroids(3, 8, 4), centroids(3, 8, 9)
@@ -450,7 +450,7 @@ def public_ops() -> dict[str, tuple[Function, list[Tensor]]]:
     return {
         "intra_cka": (lambda x: tuple(intra_cka([x, x], [teacher, teacher], mask)), [student]),
         "gram": (lambda x, m: gram(x, m, mask), [student, memory]),
-        "structure": (lambda x: tuple(structure(x, gamma_t, 3)), [gram(student, memory)]),
+        "structure": (lambda x: tuple(structure(x, gamma_t.float(), 3)), [gram(student, memory).float()]),
         "inter_structure": (
             lambda x, m: tuple(inter_structure(x, teacher, m, basis, mask)),
             [student, memory],
@@ -680,7 +680,7 @@ ERRORS: list[tuple[Function, type[Exception], str]] = [
         ValueError,
         r"teacher: expected \[7, 7\] .*got \[3, 3\]",
     ),
-    (lambda b: structure(GAMMA, GAMMA.double(), 2, backend=b), ValueError, r"teacher: .*float32.*float64"),
+    (lambda b: structure(GAMMA, GAMMA.float(), 2, backend=b), ValueError, r"teacher: .*float64.*float32"),
     (lambda b: structure(GAMMA.int(), GAMMA, 2, backend=b), TypeError, r"student: expected one of"),
     (lambda b: structure(GAMMA, [1.0], 2, backend=b), TypeError, r"teacher: expected a tensor \[N, N\]"),
     (lambda b: inter_structure([X], X, backend=b), TypeError, r"student: expected a tensor"),

@@ -485,8 +485,8 @@ def test_structure_of_zero_vectors_and_equal_points() -> None:
     """A distance of 0 passes no gradient; the cosine with the zero vector is 0."""
     memory, features = normal(3, 20, seed=1), normal(4, 20, seed=2)
     features[0], features[1], memory[2] = 0.0, memory[0], 0.0
-    student = gram(features, memory, backend="eager").requires_grad_()
-    teacher = gram(normal(4, 20, seed=3), normal(3, 20, seed=4), backend="eager")
+    student = gram(features, memory, backend="eager").float().requires_grad_()
+    teacher = gram(normal(4, 20, seed=3), normal(3, 20, seed=4), backend="eager").float()
     ours = structure(student, teacher, 3, backend="triton")
     (ours.distance + ours.cosine).backward()
     truth = student.detach().clone().requires_grad_()
@@ -500,8 +500,8 @@ def test_structure_passes_no_gradient_through_a_distance_of_zero() -> None:
     """With whole numbers all entries of Gamma are exact, and so is a distance of 0."""
     memory = torch.tensor([[2.0, 0.0, 4.0], [0.0, 2.0, 0.0]])
     features = torch.tensor([[2.0, 0.0, 4.0], [4.0, 6.0, 0.0]])
-    student = gram(features, memory, backend="eager").requires_grad_()
-    teacher = gram(2 * features, memory, backend="eager")
+    student = gram(features, memory, backend="eager").float().requires_grad_()
+    teacher = gram(2 * features, memory, backend="eager").float()
     structure(student, teacher, 2, backend="triton").distance.backward()
     truth = student.detach().clone().requires_grad_()
     structure(truth, teacher, 2, backend="eager").distance.backward()

@@ -27,7 +27,7 @@ class GramBasis(NamedTuple):
     memory: Tensor
     """[K, F]."""
     gram: Tensor
-    """[K + 1, K + 1], float32 (float64 for a float64 memory)."""
+    """[K + 1, K + 1], in the dtype that ``gram`` returns."""
 
 
 @torch.library.custom_op("fsd_kernels::gram_forward", mutates_args=())
@@ -43,7 +43,7 @@ def _(
     features: Tensor, memory: Tensor | None, memory_gram: Tensor | None, mask: Tensor | None, backend: str
 ) -> Tensor:
     total = features.shape[0] + 1 + (0 if memory is None else memory.shape[0] + 1)
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if features.dtype == torch.float64 or backend == "eager" else torch.float32
     return features.new_empty((total, total), dtype=dtype)
 
 
@@ -113,7 +113,8 @@ def gram(
         backend: "auto", "triton", "eager" or "reference".
 
     Returns:
-        [N, N] float32 (float64 for float64 features) with N = (K + 1) + (B + 1), or B + 1 without a memory.
+        [N, N] with N = (K + 1) + (B + 1), or B + 1 without a memory; float32, or float64 for float64 features and
+        from "eager", whose losses would else lose to its rounding what the sums kept.
 
     Raises:
         TypeError: An argument is not a floating tensor.

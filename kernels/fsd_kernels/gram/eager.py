@@ -2,8 +2,10 @@
 
 The feature axis is walked in slices. A slice holds all rows, so their means are local to it: the rows are
 centred into a small float32 buffer (float64 for float64 features) and multiplied into Gamma, float32 within a slice and
-float64 over the slices: near CKA = 1 the losses live in the last bits of Gamma. Only the buffer is extra memory; the
-inputs are never concatenated. Where a slice starts depends on nothing but F, so equal memories give equal bits.
+float64 over the slices, and Gamma stays float64: near CKA = 1, and in the differences of cosines that are all but 0,
+the losses live in its last bits. A diagonal block that holds nothing but the rounding of its features is 0. Only the
+buffer is extra memory; the inputs are never concatenated. Where a slice starts depends on nothing but F and the
+number of a memory's rows, so equal memories give equal bits.
 
 Backward: Z = T [memory; features] with a constant T (centring, block by block, and the means' rows), so
 d[memory; features] = T^T (dGamma + dGamma^T) Z, slice by slice, written straight to the gradients. Without a memory
@@ -18,8 +20,9 @@ import torch
 from torch import Tensor
 
 # Columns of a slice. Long slices make few products, of which each pays for its start; the rows of a short one stay in
-# the cache between centring and multiplying, and lose less to rounding. Backward the gradients are held as well.
-_FORWARD_COLUMNS, _BACKWARD_COLUMNS = 24576, 8192
+# the cache between centring and multiplying, and lose less to rounding: forward a slice is this many numbers, within
+# limits. Backward the gradients are held as well.
+_FORWARD_NUMBERS, _FORWARD_COLUMNS, _BACKWARD_COLUMNS = 1 << 20, (12288, 32768), 8192
 # The rows of a buffer are this much longer than a slice: a multiple of 1024 apart they would share cache sets.
 _GAP = 16
 
@@ -32,6 +35,12 @@ def _slices(width: int, most: int) -> Iterator[slice]:
     """Cut the feature axis into slices of so many columns."""
     for start in range(0, width, most):
         yield slice(start, min(start + most, width))
+
+
+def _forward_columns(rows: int) -> int:
+    """Columns of a slice, whole pages of them: of a memory's rows alone, with a batch beside it or without."""
+    least, most = _FORWARD_COLUMNS
+    return min(most, max(least, _FORWARD_NUMBERS // max(1, rows) // 4096 * 4096))
 
 
 def _dropped(mask: Tensor, columns: slice, width: int) -> Tensor:
@@ -80,10 +89,16 @@ def _stacked(
         yield columns, stacked
 
 
+def _drop_rounding(block: Tensor, mean_energy: Tensor, dtype: torch.dtype) -> None:
+    """Zero the centred Gram of rows that are equal up to rounding of their mean, of squared norm ``mean_energy``."""
+    energy = block.diagonal().sum()
+    block *= energy > (8 * torch.finfo(dtype).eps) ** 2 * block.shape[0] * mean_energy
+
+
 def forward(
     features: Tensor, memory: Tensor | None, memory_gram: Tensor | None, mask: Tensor | None
 ) -> Tensor:
-    """Gamma of features [B, F] and memory [K, F'] or None, whose own block may be known already."""
+    """Gamma, float64, of features [B, F] and memory [K, F'] or None, whose own block may be known already."""
     head = 0 if memory is None else memory.shape[0] + 1
     last = head + features.shape[0]
     # (rows, columns) of the products that make up the lower triangle. The rows of the means apart: one row more than
@@ -93,7 +108,8 @@ def forward(
     if head and memory_gram is None:
         products += [(slice(0, head - 1), slice(0, head - 1)), (slice(head - 1, head), slice(0, head))]
     slices: list[list[Tensor]] = [[] for _ in products]
-    for _, stacked in _stacked(features, memory, mask, _FORWARD_COLUMNS):
+    most = _forward_columns(features.shape[0] if memory is None else memory.shape[0])
+    for _, stacked in _stacked(features, memory, mask, most):
         for (rows, columns), done in zip(products, slices, strict=True):
             done.append(torch.mm(stacked[rows], stacked[columns].T))
     gram = features.new_zeros((last + 1, last + 1), dtype=torch.float64)
@@ -104,9 +120,14 @@ def forward(
         gram[:head, :head] = memory_gram
     elif head:
         gram[: head - 1, head - 1] = gram[head - 1, : head - 1]
+        _drop_rounding(gram[: head - 1, : head - 1], gram[head - 1, head - 1], _dtype(features))
     gram[:head, head:last] = gram[head:last, :head].T
     gram[:last, last] = gram[last, :last]
-    return gram.to(_dtype(features))
+    mean_energy = gram[last, last]
+    if head:
+        mean_energy = mean_energy + 2 * gram[last, head - 1] + gram[head - 1, head - 1]
+    _drop_rounding(gram[head:last, head:last], mean_energy, _dtype(features))
+    return gram
 
 
 def _transposed_map(d_gram: Tensor, head: int) -> tuple[Tensor, Tensor]:
@@ -144,13 +165,15 @@ def backward(
     d_features = torch.empty_like(features) if needs[0] else features.new_empty(0)
     d_memory = torch.empty_like(memory) if memory is not None and needs[1] else features.new_empty(0)
     if memory is None:
-        left, _ = _transposed_map(d_gram.double(), 0)
+        left, _ = _transposed_map(d_gram, 0)
         own, mean = left[:, :-1], left[:, -1:]
         own = own - own.mean(dim=1, keepdim=True) + mean / max(1, features.shape[0])
-        from_features = from_memory = own.to(d_gram.dtype)
+        from_features = from_memory = own.to(_dtype(features))
         slices = _uncentred(features, mask)
     else:
-        from_features, from_memory = _transposed_map(d_gram, memory.shape[0] + 1)
+        from_features, from_memory = (
+            weights.to(_dtype(features)) for weights in _transposed_map(d_gram, memory.shape[0] + 1)
+        )
         slices = _stacked(features, memory, mask, _BACKWARD_COLUMNS)
     for columns, rows in slices:
         inside = slice(columns.start, min(columns.stop, features.shape[1]))

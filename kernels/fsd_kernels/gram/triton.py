@@ -792,7 +792,8 @@ def forward(
         launch(pick(key, _neighbours(default, rows.token), launch))
         block = small_block(total)
         tiles = cdiv(total, block)
-        given = gram if memory_gram is None else memory_gram
+        # One from "eager" is float64.
+        given = gram if memory_gram is None else memory_gram.to(gram.dtype)
         _gram_sum_kernel[(tiles, tiles)](
             partial, given, gram, *given.stride(), total, rows.sizes[2], parts,
             KNOWN=known, BLOCK=block, num_warps=block // 8, **LAUNCH_OPTIONS,

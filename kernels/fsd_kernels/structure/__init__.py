@@ -171,4 +171,6 @@ def inter_structure(
     with torch.no_grad():
         gamma_t = gram(teacher, teacher_memory, mask, backend=chosen)
     gamma_s = gram(student, student_memory, mask, backend=chosen)
-    return structure(gamma_s, gamma_t.to(gamma_s.dtype), num_centroid, backend=chosen)
+    found = structure(gamma_s, gamma_t.to(gamma_s.dtype), num_centroid, backend=chosen)
+    dtype = torch.float64 if own.dtype == torch.float64 else torch.float32
+    return InterStructure(*(value.to(dtype) for value in found))
