@@ -44,7 +44,7 @@ class Judge:
     def __init__(
         self, op: Op, sizes: Sizes, settings: Settings, outliers: bool, truths: Iterable[str]
     ) -> None:
-        self.sizes, self.settings, self.outliers = op.gate_sizes(sizes), settings, outliers
+        self.sizes, self.settings = op.gate_sizes(sizes), settings
         drawn = op.make_inputs(self.sizes, 0, outliers)
         self.inputs = _move(drawn, settings.device, settings.dtype)
         # Truth is computed from the numbers that the contenders get, after rounding to their dtype.
@@ -72,7 +72,6 @@ class Judge:
             self.baselines[provider.truth],
             provider.ours,
             self.settings.dtype,
-            self.outliers,
         )
 
 

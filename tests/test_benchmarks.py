@@ -226,13 +226,11 @@ def test_others_may_lose_digits_that_ours_may_not() -> None:
     exact = Errors(0.0, 0.0)
     assert not gate.judge(slightly_off, truth, exact, True, torch.float32).passed
     assert gate.judge(slightly_off, truth, exact, False, torch.float32).passed
-    # Twice the reference's own error, but not on the features that the promise is about.
-    rough = Errors(3e-5, 3e-5)
-    assert gate.judge(slightly_off, truth, rough, True, torch.float32).passed
-    assert not gate.judge(slightly_off, truth, rough, True, torch.float32, outliers=True).passed
-    assert gate.limits(Errors(0.5, 0.5), False, torch.float32, False) == (1e-2, 1e-2)
-    assert gate.limits(Errors(2e-2, 0.0), True, torch.bfloat16, True) == (4e-2, 1e-5)
-    assert gate.limits(Errors(float("inf"), 0.0), True, torch.bfloat16, False) == (1e-5, 1e-5)
+    # In float32 what the reference itself loses is no excuse; in narrower dtypes it is the measure.
+    assert not gate.judge(slightly_off, truth, Errors(3e-5, 3e-5), True, torch.float32).passed
+    assert gate.limits(Errors(0.5, 0.5), False, torch.float32) == (1e-2, 1e-2)
+    assert gate.limits(Errors(2e-2, 0.0), True, torch.bfloat16) == (4e-2, 1e-5)
+    assert gate.limits(Errors(float("inf"), 0.0), True, torch.bfloat16) == (1e-5, 1e-5)
 
 
 def test_a_missing_gradient_or_another_shape_is_wrong() -> None:
