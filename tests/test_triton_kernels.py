@@ -415,6 +415,13 @@ def test_gram_in_16_bits(types: tuple[torch.dtype, torch.dtype], gram_path: str)
     check_gram(features, memory, None, 1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gram_in_16_bits_of_many_rows(dtype: torch.dtype) -> None:
+    """Programs of the backward then hold a panel of A each, of two tiles of rows."""
+    features, memory = normal(32, 1, 33, seed=1).to(dtype), normal(300, 37, seed=2).to(dtype)
+    check_gram(features, memory, None, 1e-2)
+
+
 def test_gram_reads_any_strides(gram_path: str) -> None:
     mask = make_mask("ragged", 2, 5)
     assert mask is not None
@@ -506,6 +513,25 @@ def test_structure_passes_no_gradient_through_a_distance_of_zero() -> None:
     truth = student.detach().clone().requires_grad_()
     structure(truth, teacher, 2, backend="eager").distance.backward()
     assert_close(student.grad, truth.grad, 1e-5)  # type: ignore[arg-type]
+
+
+def test_structure_of_a_distance_rounded_below_zero() -> None:
+    memory = torch.tensor([[2.0, 0.0, 4.0], [0.0, 2.0, 0.0]])
+    features = torch.tensor([[2.0, 0.0, 4.0], [4.0, 6.0, 0.0]])
+    student = gram(features, memory, backend="eager").float()
+    teacher = gram(2 * features, memory, backend="eager").float()
+    # The product of the first sample with the first centroid, which are equal.
+    student[3, 0] += 1e-5
+    student[0, 3] += 1e-5
+    student.requires_grad_()
+    ours = structure(student, teacher, 2, backend="triton")
+    (ours.distance + ours.cosine).backward()
+    truth = student.detach().clone().requires_grad_()
+    expected = structure(truth, teacher, 2, backend="eager")
+    (expected.distance + expected.cosine).backward()
+    assert torch.stack(ours).isfinite().all()
+    assert_close(torch.stack(ours), torch.stack(expected), 1e-5)
+    assert_close(student.grad, truth.grad, 1e-4)  # type: ignore[arg-type]
 
 
 def test_structure_launches(launches: list[str]) -> None:

@@ -206,6 +206,14 @@ def test_a_large_common_offset_takes_no_digits(bits: int, path: str, monkeypatch
     torch.testing.assert_close(distances.double(), truth.amin(1), rtol=2.0 ** -min(bits, 17), atol=0)
 
 
+def test_a_large_common_offset_of_three_tiles_of_centroids(tf32: None) -> None:
+    points, centroids = (x.float() + 65536.0 for x in clustered(40, 300, 64, spread=0.5, offset=0.0))
+    truth = squared_distances(points, centroids)
+    labels, distances = assign(points, centroids, backend="triton")
+    assert torch.equal(labels, truth.argmin(1))
+    torch.testing.assert_close(distances.double(), truth.amin(1), rtol=1e-2, atol=0)
+
+
 def test_a_point_that_is_no_number_harms_no_other(path: str) -> None:
     points, centroids = (x.float() for x in clustered(40, 20, 66))
     expected = assign(points, centroids, backend="triton")
