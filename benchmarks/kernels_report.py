@@ -36,9 +36,11 @@ from fsd_fast.files import write_atomically
 from fsd_kernels._triton import INTERPRETED, TARGETS, Target
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "kernels_report.json"
-OPS = ("intra_cka", "gram", "structure")
+OPS = ("intra_cka", "gram", "structure", "kmeans")
 # Changes when what is read off the machine code does, and so makes the cache start anew.
 READER = 3
+
+RANK = {name: place for place, name in enumerate(TARGETS)}
 
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
@@ -140,10 +142,14 @@ def record(target: Target, run: Callable[[], None]) -> list[Launch]:
 def cases(
     rows: tuple[int, ...] = (32, 64, 128, 256, 512), centroids: tuple[int, ...] = (0, 50, 100, 300)
 ) -> Iterator[Case]:
-    """The paper's shapes (batch 32, width 768, 128 tokens), other lengths, masks and few samples."""
+    """The paper's shapes (batch 32, width 768, 128 tokens), other lengths, masks and few samples.
+
+    Of k-means: 4,096 whole points, also with padding left out, one batch of them, and the sketches of a large task.
+    """
     intra = importlib.import_module("fsd_kernels.intra_cka.triton")
     gram = importlib.import_module("fsd_kernels.gram.triton")
     structure = importlib.import_module("fsd_kernels.structure.triton")
+    kmeans = importlib.import_module("fsd_kernels.kmeans.triton")
 
     def intra_run(batch: int, tokens: int, dtype: torch.dtype, masked: bool) -> None:
         x = torch.empty(batch, tokens, 768, dtype=dtype)
@@ -164,6 +170,15 @@ def cases(
         gamma = torch.empty(134, 134)
         _, gradients = structure.forward(gamma, gamma, 100)
         structure.backward(gradients, torch.empty(4))
+
+    def kmeans_run(points: int, width: int, features: int, clusters: int, dtype: torch.dtype) -> None:
+        x = torch.empty(points, width, dtype=dtype)
+        # Centroids are float32 as sums and means are, or rounded to the points' own dtype for the tensor cores. Zeros:
+        # of more centroids than a program holds, torch takes the mean.
+        for centroid_dtype in dict.fromkeys((torch.float32, dtype)):
+            kmeans.assign(x, torch.zeros(clusters, features, dtype=centroid_dtype))
+        sums, counts = torch.empty(clusters, features), torch.zeros(clusters, dtype=torch.int64)
+        kmeans.update_(sums, counts, x, torch.zeros(points, dtype=torch.int64))
 
     def later(run: Callable[..., None], *arguments: object) -> Callable[[], None]:
         return functools.partial(run, *arguments)
@@ -190,12 +205,21 @@ def cases(
                 )
         for number in (100, 300):
             yield Case(f"K={number} masked", label, precision, later(gram_run, number, dtype, True, False))
+        for number in (*(k for k in centroids if k), 1000):
+            name, sizes = f"k-means N=4096 K={number}", (4096, 128 * 768, 128 * 768, number)
+            yield Case(name, label, precision, later(kmeans_run, *sizes, dtype))
+        for name, sizes in (
+            ("k-means N=4096 K=100 narrow", (4096, 64 * 768, 128 * 768, 100)),
+            ("k-means N=32 K=100", (32, 128 * 768, 128 * 768, 100)),
+            ("k-means N=400000 K=300 sketch", (400_000, 2048, 2048, 300)),
+        ):
+            yield Case(name, label, precision, later(kmeans_run, *sizes, dtype))
     yield Case("K=100", "fp32", "highest", structure_run)
 
 
 _TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-    torch.int64: "*i64", torch.uint8: "*u8",
+    torch.int64: "*i64", torch.uint8: "*u8", torch.float64: "*fp64",
 }  # fmt: skip
 
 
@@ -362,11 +386,28 @@ COLUMNS = (
 def markdown(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    ordered = sorted(
-        rows, key=lambda row: (row.kernel, row.cases, row.dtype, list(TARGETS).index(row.target))
-    )
+    ordered = sorted(rows, key=lambda row: (row.kernel, row.cases, row.dtype, RANK[row.target]))
     for row in ordered:
         lines.append("| " + " | ".join(str(getattr(row, name)) or "-" for name in COLUMNS) + " |")
+    return "\n".join(lines)
+
+
+def summary(rows: list[Row]) -> str:
+    """The extremes over all configurations of each kernel on each target, as a Markdown table."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.kernel, row.target), []).append(row)
+    lines = [
+        "| kernel | target | compiled | most registers | spills | most shared | matrix | least resident |",
+        "|" + "---|" * 8,
+    ]
+    for (kernel, target), own in sorted(groups.items(), key=lambda item: (item[0][0], RANK[item[0][1]])):
+        kinds = " ".join(sorted({row.kind for row in own} - {""})) or "-"
+        cells = (
+            kernel.strip("_"), target, len(own), max(row.registers for row in own), sum(row.spills for row in own),
+            max(row.shared for row in own), kinds, min(row.resident for row in own),
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
@@ -384,9 +425,10 @@ def main(argv: list[str]) -> int:
     chosen = [case for case in cases() if arguments.kernels in case.name]
     rows = report(arguments.targets, chosen)
     table = markdown(rows)
-    print(table)
+    print(f"{table}\n\n{summary(rows)}")
     if arguments.output is not None:
-        arguments.output.write_text(table + "\n")
+        title = f"# Compiled kernels\n\n`make kernels-report`, triton {triton.__version__}; see ../KERNELS.md.\n\n"
+        arguments.output.write_text(f"{title}{table}\n")
     bad = [(row, problem) for row in rows for problem in row.problems()]
     for row, problem in bad:
         print(f"{row.kernel} ({row.cases}, {row.dtype}, {row.target}): {problem}", file=sys.stderr)

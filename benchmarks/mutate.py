@@ -415,9 +415,125 @@ MUTATIONS = (
     Mutation(
         "structure", "def _structure_bwd_kernel", "range(0, 4)", "range(0, 3)", "fourth gradient dropped"
     ),
+    Mutation(
+        "kmeans",
+        "def _load_points",
+        "tl.minimum(rows, N - 1)",
+        "tl.minimum(rows, N)",
+        "a row past the last point read",
+    ),
+    Mutation(
+        "kmeans",
+        "def _load_points",
+        "(columns < width)[None, :]",
+        "(columns <= width)[None, :]",
+        "< to <= at the points' width",
+    ),
+    Mutation("kmeans", "def _load_points", "* stride_xf", "", "stride of points dropped"),
+    Mutation("kmeans", "def _load_tile", "(clusters < K)", "(clusters <= K)", "< to <= at K in loads"),
+    Mutation("kmeans", "def _load_tile", "* stride_ck", "* stride_cf", "stride of centroids wrong"),
+    Mutation("kmeans", "def _load_centroids", "mean *= inverse", "mean *= 1.0", "mean is a sum"),
+    Mutation(
+        "kmeans",
+        "def _load_centroids",
+        "mean += tl.sum(c_2, axis=0)",
+        "mean += 0.0",
+        "third tile not in the mean",
+    ),
+    Mutation(
+        "kmeans",
+        "def _add_product",
+        "norms += _fold(c * c)",
+        "norms += _fold(c)",
+        "norms of centroids not squared",
+    ),
+    Mutation("kmeans", "def _add_product", "c -= mean[None, :]", "c -= 0.0", "centroids not shifted"),
+    Mutation("kmeans", "def _add_beyond", "(c + mean[None, :])", "c", "zeros beyond the points not shifted"),
+    Mutation(
+        "kmeans", "def _nearer", "(clusters < K)[:, None] & ", "", "centroids past the last one compared"
+    ),
+    Mutation("kmeans", "def _nearer", "lower = lowest < best", "lower = lowest <= best", "< to <= on ties"),
+    Mutation(
+        "kmeans",
+        "def _nearer",
+        "return_indices_tie_break_left=True",
+        "return_indices_tie_break_left=False",
+        "ties within a tile broken to the right",
+        "the interpreter takes the first of equal minima whatever it is told; compiled, False leaves the choice open",
+    ),
+    Mutation("kmeans", "def _finish", "- 2.0 * products", "+ 2.0 * products", "sign of the product"),
+    Mutation(
+        "kmeans",
+        "def _finish",
+        "tl.program_id(1).to(tl.int64) * K + first",
+        "tl.program_id(1).to(tl.int64) * K",
+        "tiles stored over each other",
+    ),
+    Mutation(
+        "kmeans",
+        "def _kmeans_assign_kernel",
+        "last = tl.minimum(first + part_f, width)",
+        "last = tl.minimum(first + part_f - BLOCK_F, width)",
+        "last slice of a part dropped",
+    ),
+    Mutation("kmeans", "def _kmeans_assign_kernel", "x -= mean[None, :]", "x -= 0.0", "points not shifted"),
+    Mutation(
+        "kmeans",
+        "beyond = tl.cdiv",
+        "beyond += part * share",
+        "beyond += share",
+        "share of the first part twice",
+    ),
+    Mutation(
+        "kmeans",
+        "def _kmeans_assign_kernel",
+        "_positive(square + best)",
+        "_positive(best)",
+        "distance without the point's own norm",
+    ),
+    Mutation(
+        "kmeans", "def _kmeans_nearest_kernel", "range(0, parts)", "range(1, parts)", "partial scores dropped"
+    ),
+    Mutation(
+        "kmeans",
+        "best, label = _nearer(best, label, scores, clusters, K)\n    for",
+        "range(0, parts)",
+        "range(1, parts)",
+        "partial norms dropped",
+    ),
+    Mutation(
+        "kmeans",
+        "def _kmeans_update_kernel",
+        "places < last, other",
+        "places <= last, other",
+        "< to <= at a cluster's end",
+    ),
+    Mutation(
+        "kmeans",
+        "def _kmeans_update_kernel",
+        "mask=(places < last)[:, None] & inside[None, :]",
+        "mask=inside[None, :]",
+        "points of the next cluster added",
+    ),
+    Mutation(
+        "kmeans",
+        "def _kmeans_update_kernel",
+        "tl.load(pointers, mask=inside, other=0.0) + total",
+        "total",
+        "earlier sums dropped",
+    ),
+    Mutation("kmeans", "def _kmeans_update_kernel", "* stride_sf", "", "stride of sums dropped"),
+    Mutation("kmeans", "def update_", "stable=True", "descending=True", "points in another order"),
 )
 
-SELECTION = {"intra_cka": "intra_cka", "gram": "gram and not programs", "structure": "structure"}
+LOSSES, KMEANS = "tests/test_triton_kernels.py", "tests/test_triton_kmeans.py"
+TESTS = {
+    "intra_cka": (LOSSES, "intra_cka"),
+    "gram": (LOSSES, "gram and not programs"),
+    "structure": (LOSSES, "structure"),
+    "kmeans": (KMEANS, ""),
+}
+"""By op, the file of its tests and which of them."""
 
 
 def mutated(mutation: Mutation, text: str) -> str | None:
@@ -438,9 +554,9 @@ def caught_by(mutation: Mutation, folder: Path) -> str | None:
     if text is None:
         return ""
     path.write_text(text)
+    tests, selection = TESTS[mutation.op]
     command = [
-        sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-k", SELECTION[mutation.op],
-        "tests/test_triton_kernels.py",
+        sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-k", selection, tests
     ]  # fmt: skip
     environment = {
         **os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder / "kernels"),
@@ -455,7 +571,7 @@ def caught_by(mutation: Mutation, folder: Path) -> str | None:
 def main(argv: list[str]) -> int:
     """Print which test catches each mutation; 1 if too few are caught."""
     parser = argparse.ArgumentParser(prog="mutate", description=__doc__)
-    parser.add_argument("--op", choices=list(SELECTION), help="only this op's mutations")
+    parser.add_argument("--op", choices=list(TESTS), help="only this op's mutations")
     parser.add_argument("--first", type=int, help="only this many")
     arguments = parser.parse_args(argv)
     chosen = [m for m in MUTATIONS if arguments.op in (None, m.op)][: arguments.first]

@@ -97,3 +97,16 @@ def test_every_problem_is_named(change: dict[str, int], problem: str) -> None:
     assert GOOD.problems() == []
     assert any(problem in found for found in GOOD._replace(**change).problems())
     assert GOOD._replace(matrix=0, needs_matrix=False).problems() == []
+
+
+def test_the_summary_has_the_extremes() -> None:
+    rows = [
+        GOOD,
+        GOOD._replace(registers=80, shared=512, kind="IMMA", resident=4),
+        GOOD._replace(target="gfx942", kind="", spills=3),
+    ]
+    lines = kernels_report.summary(rows).splitlines()
+    assert lines[2:] == [
+        "| k | sm_80 | 2 | 80 | 0 | 1024 | HMMA IMMA | 4 |",
+        "| k | gfx942 | 1 | 64 | 3 | 1024 | - | 8 |",
+    ]

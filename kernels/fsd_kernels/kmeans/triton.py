@@ -371,9 +371,18 @@ def _rows_held(accumulators: int, blocks: tuple[int, ...]) -> int:
 
 
 def assign_config(
-    rows: int, clusters: int, width: int, dtype: torch.dtype, precision: str, target: Target
+    rows: int,
+    clusters: int,
+    width: int,
+    dtype: torch.dtype,
+    precision: str,
+    target: Target,
+    beyond: bool = False,
 ) -> AssignConfig:
-    """Configuration of the assignment; ``dtype`` is that of the dot, ``parts`` 1 keeps the minimum on chip."""
+    """Configuration of the assignment; ``dtype`` is that of the dot, ``parts`` 1 keeps the minimum on chip.
+
+    ``beyond``: centroids are wider than points, which takes a second loop, and its registers.
+    """
     ieee = precision == "ieee" and dtype == torch.float32
     small = small_shared_memory(target)
     blocks = _tiles(clusters, ieee)
@@ -382,8 +391,10 @@ def assign_config(
     # 128 x 256 accumulators take half of a multiprocessor's registers, narrow slices leave room for a quarter more.
     # Where minima are taken, and the best of earlier groups of centroids kept, there is room for fewer.
     most = _rows_held(128 * (192 if target.arch == 80 and len(blocks) > 1 else 320), blocks)
-    most_for_split = min(64 if ieee else 256, most)
+    most_for_split = min(64 if ieee else 128 if beyond and target.arch == 100 else 256, most)
     most_for_minima = min(64 if ieee else 128, _rows_held(128 * 192, blocks))
+    if ieee and target.arch == 80 and clusters > sum(blocks):
+        most_for_minima = 32
     # Programs at a time: blocks without tensor cores are small enough for two on a multiprocessor.
     slots = target.multiprocessors * (2 if ieee else 1)
 
@@ -402,8 +413,9 @@ def assign_config(
             choices.append(found)
     _, _, negative, parts = min(choices)
     block_n = -negative
-    narrow = narrow or (len(blocks) > 1 and block_n * sum(blocks) > 192 * 128)
-    num_warps = 8 if max(block_n, sum(blocks)) >= 128 else 4
+    several = len(blocks) > 1 or dtype == torch.float32
+    narrow = narrow or (several and block_n * sum(blocks) > 192 * 128)
+    num_warps = 8 if max(block_n, sum(blocks)) >= (64 if ieee else 128) else 4
     return AssignConfig(block_n, blocks, 16 if narrow else 32, parts, num_warps, 2 if small or ieee else 3)
 
 
@@ -444,7 +456,7 @@ def assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     if rows == 0:
         return labels, squared_distance
     dot, precision, target = dot_type(points.dtype, centroids.dtype), dot_precision(), target_of(device)
-    default = assign_config(rows, clusters, max(1, width), dot, precision, target)
+    default = assign_config(rows, clusters, max(1, width), dot, precision, target, width < features)
     # Parts begin where slices of every configuration do.
     part_f = cdiv(cdiv(max(1, width), default.parts), 2 * default.block_f) * 2 * default.block_f
     parts = cdiv(max(1, width), part_f)
