@@ -24,7 +24,7 @@ from fsd_fast.losses import (
     IntraFeatureLoss,
     LocalInterFeatureLoss,
 )
-from fsd_kernels import assign, cost, update
+from fsd_kernels import cost, nearest, update
 
 Build = Callable[[Inputs, Sizes], Contender]
 DIFFERENTIABLE = ("student", "student_memory")
@@ -276,7 +276,7 @@ def _loss_shapes(memories: bool) -> tuple[list[Sizes], list[Sizes], list[Sizes]]
 
 def _kmeans(backend: str) -> Callable[[Inputs], Tensor]:
     def iteration(tensors: Inputs) -> Tensor:
-        labels, _ = assign(tensors["points"], tensors["centroids"], backend=backend)
+        labels = nearest(tensors["points"], tensors["centroids"], backend=backend)
         sums, counts = update(tensors["points"], labels, len(tensors["centroids"]), backend=backend)
         return sums / counts[:, None]
 

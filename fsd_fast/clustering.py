@@ -21,7 +21,7 @@ from fsd_fast.lloyd import IterationStats, fetch_rows, lloyd, survey
 from fsd_fast.seeding import k_means_plus_plus, sort_centred_
 from fsd_fast.sketch import CountSketch
 from fsd_fast.stream import PointStream, Source
-from fsd_kernels.kmeans import assign, update
+from fsd_kernels.kmeans import assign, nearest, update
 
 # k-means++ draws by distances in a sketch this wide, or by the points' own where they are narrower.
 _SEEDING_WIDTH = 1024
@@ -271,7 +271,7 @@ class MiniBatchKMeans:
         centroids, stream = self._fitted(points)
         labels = [torch.empty(0, dtype=torch.int64, device=centroids.device)]
         labels += [
-            assign(batch.points.to(centroids.device), centroids, backend=self.backend)[0]
+            nearest(batch.points.to(centroids.device), centroids, backend=self.backend)
             for batch in stream.read()
         ]
         return torch.cat(labels)

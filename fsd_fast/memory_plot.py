@@ -16,7 +16,7 @@ import torch
 
 from fsd_fast.memory import FeatureBatch, TeacherMemory, flatten_features
 from fsd_fast.sketch import CountSketch
-from fsd_kernels.kmeans import assign
+from fsd_kernels.kmeans import nearest
 
 PLOT_FILE = "memory_plot.png"
 _SAMPLE = 1000
@@ -51,7 +51,7 @@ def plot_memory(memory: TeacherMemory, batches: Iterable[FeatureBatch], path: Pa
     for batch in batches:
         points = flatten_features(batch, memory.identity)
         sketches.append(sketch(points).cpu())
-        labels.append(assign(points, memory.centroids.to(points.device))[0].cpu())
+        labels.append(nearest(points, memory.centroids.to(points.device)).cpu())
     if not labels:
         raise ValueError("batches: expected at least one batch of points to draw, got none")
     both = torch.cat(sketches)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fsd_kernels.kmeans import assign, eager, reference, update, update_
+from fsd_kernels.kmeans import assign, eager, nearest, reference, update, update_
 
 BACKENDS = ["reference", "eager"]
 # rows, clusters, features; blocks of eager are 4096 rows, its products 512 and 49152 features where points lie, and
@@ -42,6 +42,7 @@ def test_assign_is_the_nearest_centroid(
         points.double(), centroids.double(), compute_mode="donot_use_mm_for_euclid_dist"
     ).square()
     labels, distances = assign(points, centroids, backend=backend)
+    assert torch.equal(nearest(points, centroids, backend=backend), labels)
     assert labels.dtype == torch.int64
     assert distances.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     # Equal up to rounding, where two centroids may be equally near (few features in a narrow dtype).
@@ -250,6 +251,7 @@ def test_compiles_whole_and_is_registered_properly() -> None:
     torch.testing.assert_close(compiled(points, centroids), step(points, centroids))
     ops = torch.ops.fsd_kernels
     torch.library.opcheck(ops.kmeans_assign.default, (points, centroids, "eager"))
+    torch.library.opcheck(ops.kmeans_nearest.default, (points, centroids, "eager"))
     labels = assign(points, centroids)[0]
     state = (torch.zeros(5, 30), torch.zeros(5, dtype=torch.int64))
     torch.library.opcheck(ops.kmeans_update_.default, (*state, points, labels, "eager"))
@@ -271,8 +273,9 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_assign_says_what_is_wrong(arguments: tuple[Tensor, Tensor], error: type, message: str) -> None:
-    with pytest.raises(error, match=message):
-        assign(*arguments)
+    for function in (assign, nearest):
+        with pytest.raises(error, match=message):
+            function(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fsd_kernels.kmeans import assign, update, update_
+from fsd_kernels.kmeans import assign, nearest, update, update_
 from tests.interpreted import (
     INTERPRETED,
     forbid_stray_accesses,
@@ -412,6 +412,7 @@ def test_compiles_whole_and_is_registered_properly() -> None:
     torch.testing.assert_close(compiled(points, centroids), step(points, centroids))
     ops = torch.ops.fsd_kernels
     torch.library.opcheck(ops.kmeans_assign.default, (points, centroids, "triton"))
+    assert torch.equal(nearest(points, centroids, backend="triton"), assign(points, centroids)[0])
     labels = assign(points, centroids, backend="triton")[0]
     state = (torch.zeros(5, 30), torch.zeros(5, dtype=torch.int64))
     torch.library.opcheck(ops.kmeans_update_.default, (*state, points, labels, "triton"))

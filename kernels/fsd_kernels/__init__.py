@@ -9,7 +9,7 @@ this package needs torch alone.
 from fsd_kernels._backend import resolve_backend
 from fsd_kernels.gram import GramBasis, frozen_gram, gram
 from fsd_kernels.intra_cka import IntraCKA, intra_cka
-from fsd_kernels.kmeans import assign, update
+from fsd_kernels.kmeans import assign, nearest, update
 from fsd_kernels.structure import InterStructure, inter_structure, structure
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "gram",
     "inter_structure",
     "intra_cka",
+    "nearest",
     "resolve_backend",
     "structure",
     "update",

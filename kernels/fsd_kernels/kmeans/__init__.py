@@ -1,12 +1,15 @@
 """k-means over wide points: ``assign`` each to its nearest centroid, ``update`` the clusters' sums.
 
+``nearest`` assigns without the distances.
+
     l_i = argmin_k ||x_i - c_k||^2,    s_k = sum of x_i over l_i = k,    n_k = number of i with l_i = k
 
 Shapes: points x ``[N, F]``, centroids c ``[K, F]``, labels l ``[N]``, sums s ``[K, F]``, counts n ``[K]``. Points
 may be narrower than the centroids: their missing columns are zero and are never materialised, which is what a
 batch padded only to its own longest sample needs. No gradients: clustering is not trained through.
 
-Registered with ``torch.library`` as ``fsd_kernels::kmeans_assign`` and ``fsd_kernels::kmeans_update_``.
+Registered with ``torch.library`` as ``fsd_kernels::kmeans_assign``, ``fsd_kernels::kmeans_nearest`` and
+``fsd_kernels::kmeans_update_``.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from torch import Tensor
 from fsd_kernels._backend import implementation, resolve_backend
 from fsd_kernels._checks import check_features, check_same_device
 
-__all__ = ["assign", "update", "update_"]
+__all__ = ["assign", "nearest", "update", "update_"]
 
 
 @torch.library.custom_op("fsd_kernels::kmeans_assign", mutates_args=())
@@ -32,6 +35,18 @@ def _assign_fake(points: Tensor, centroids: Tensor, backend: str) -> tuple[Tenso
     dtype = torch.promote_types(torch.promote_types(points.dtype, centroids.dtype), torch.float32)
     rows = points.shape[0]
     return points.new_empty(rows, dtype=torch.int64), points.new_empty(rows, dtype=dtype)
+
+
+@torch.library.custom_op("fsd_kernels::kmeans_nearest", mutates_args=())
+def _nearest_op(points: Tensor, centroids: Tensor, backend: str) -> Tensor:
+    chosen = resolve_backend(backend, points.device, "kmeans")
+    labels: Tensor = implementation("kmeans", chosen).nearest(points, centroids)
+    return labels
+
+
+@_nearest_op.register_fake
+def _nearest_fake(points: Tensor, centroids: Tensor, backend: str) -> Tensor:
+    return points.new_empty(points.shape[0], dtype=torch.int64)
 
 
 @torch.library.custom_op("fsd_kernels::kmeans_update_", mutates_args=("sums", "counts"))
@@ -74,6 +89,31 @@ def assign(points: Tensor, centroids: Tensor, *, backend: str | None = None) -> 
         ValueError: Shapes that do not fit, no centroid, or two devices.
         RuntimeError: ``backend="triton"`` where it cannot run.
     """
+    _check_assignment(points, centroids)
+    labels, squared_distance = _assign_op(points.detach(), centroids.detach(), backend or "auto")
+    return labels, squared_distance
+
+
+def nearest(points: Tensor, centroids: Tensor, *, backend: str | None = None) -> Tensor:
+    """The labels of ``assign`` without the distances, which on a CPU take another read of the points.
+
+    Args:
+        points: x ``[N, F_p]``, F_p <= F, as in ``assign``.
+        centroids: c ``[K, F]`` with K >= 1.
+        backend: See ``fsd_kernels._backend``.
+
+    Returns:
+        int64 ``[N]``, the lowest index on ties.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As ``assign``.
+    """
+    _check_assignment(points, centroids)
+    labels: Tensor = _nearest_op(points.detach(), centroids.detach(), backend or "auto")
+    return labels
+
+
+def _check_assignment(points: Tensor, centroids: Tensor) -> None:
     check_features("points", points, 2, "[N, F]")
     check_features("centroids", centroids, 2, "[K, F]")
     check_same_device([("points", points), ("centroids", centroids)])
@@ -84,8 +124,6 @@ def assign(points: Tensor, centroids: Tensor, *, backend: str | None = None) -> 
             f"points: {points.shape[1]} features, but the centroids have only {centroids.shape[1]}: "
             f"expected at most as many"
         )
-    labels, squared_distance = _assign_op(points.detach(), centroids.detach(), backend or "auto")
-    return labels, squared_distance
 
 
 def update(

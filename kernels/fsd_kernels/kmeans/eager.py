@@ -34,6 +34,16 @@ _WIDENED = 1 << 20
 
 def assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest centroid (lowest index on ties) and squared distance to it; memory O(N + K + F + tiles)."""
+    return _assign(points, centroids, True)
+
+
+def nearest(points: Tensor, centroids: Tensor) -> Tensor:
+    """Nearest centroid alone: the points' own norms, another read of them, are not needed."""
+    return _assign(points, centroids, False)[0]
+
+
+def _assign(points: Tensor, centroids: Tensor, distances: bool) -> tuple[Tensor, Tensor]:
+    """Labels, and squared distances or nothing."""
     rows, width = points.shape
     clusters = len(centroids)
     dtype = torch.promote_types(torch.promote_types(points.dtype, centroids.dtype), torch.float32)
@@ -54,7 +64,7 @@ def assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     norms = _squared_norms(centroids[:, width:].to(dtype))
     products = origin.new_empty(clusters * min(rows, _BLOCK))
     labels = torch.empty(rows, dtype=torch.int64, device=points.device)
-    squared_distance = origin.new_zeros(rows)
+    squared_distance = origin.new_zeros(rows if distances else 0)
     for top in range(0, rows, _BLOCK):
         batches = list(_batches(top, min(top + _BLOCK, rows), together, alone))
         outputs = [
@@ -67,13 +77,15 @@ def assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
                 norms += _squared_norms(c)
             for (first, last, each), out in zip(batches, outputs, strict=True):
                 x = shifted(points[first:last, start:stop], start, point_tile)
-                squared_distance[first:last] += _squared_norms(x)
+                if distances:
+                    squared_distance[first:last] += _squared_norms(x)
                 out.baddbmm_(c.expand(len(out), -1, -1), x.unflatten(0, (-1, each)).mT)
         for (first, last, _), out in zip(batches, outputs, strict=True):
             scores = out.mul_(-2).add_(norms[:, None])
-            nearest = scores.argmin(dim=1, keepdim=True)
-            labels[first:last] = nearest.flatten()
-            squared_distance[first:last] += scores.gather(1, nearest).flatten()
+            lowest = scores.argmin(dim=1, keepdim=True)
+            labels[first:last] = lowest.flatten()
+            if distances:
+                squared_distance[first:last] += scores.gather(1, lowest).flatten()
     return labels, squared_distance.clamp_(min=0)
 
 

@@ -23,6 +23,11 @@ def assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     return nearest, distances.gather(1, nearest[:, None]).squeeze(1).square()
 
 
+def nearest(points: Tensor, centroids: Tensor) -> Tensor:
+    """Nearest centroid alone."""
+    return assign(points, centroids)[0]
+
+
 def update_(sums: Tensor, counts: Tensor, points: Tensor, labels: Tensor) -> None:
     """Add every point to its cluster's row of ``sums`` and to its cluster's count, one cluster at a time."""
     for cluster in range(sums.shape[0]):

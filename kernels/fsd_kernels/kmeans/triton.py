@@ -491,6 +491,11 @@ def assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     return labels, squared_distance
 
 
+def nearest(points: Tensor, centroids: Tensor) -> Tensor:
+    """Nearest centroid alone; its distance costs the kernel next to nothing."""
+    return assign(points, centroids)[0]
+
+
 def update_(sums: Tensor, counts: Tensor, points: Tensor, labels: Tensor) -> None:
     """Add every point to its cluster's row of ``sums`` and count it.
 
