@@ -21,8 +21,9 @@ from torch import Tensor
 
 # Columns of a slice. Long slices make few products, of which each pays for its start; the rows of a short one stay in
 # the cache between centring and multiplying, and lose less to rounding: forward a slice is this many numbers, within
-# limits. Backward the gradients are held as well.
-_FORWARD_NUMBERS, _FORWARD_COLUMNS, _BACKWARD_COLUMNS = 1 << 20, (12288, 32768), 8192
+# limits. Backward the gradients are held as well, so that the buffer beside a memory is small.
+_FORWARD_NUMBERS, _FORWARD_COLUMNS = 1 << 20, (12288, 32768)
+_BACKWARD_COLUMNS, _UNCENTRED_COLUMNS = 4096, 8192
 # The rows of a buffer are this much longer than a slice: a multiple of 1024 apart they would share cache sets.
 _GAP = 16
 
@@ -143,7 +144,7 @@ def _transposed_map(d_gram: Tensor, head: int) -> tuple[Tensor, Tensor]:
 
 def _uncentred(features: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """Yield (columns, features[:, columns]), 0 where dropped, along the feature axis."""
-    for columns in _slices(features.shape[1], _BACKWARD_COLUMNS):
+    for columns in _slices(features.shape[1], _UNCENTRED_COLUMNS):
         rows = features[:, columns].to(_dtype(features))
         if mask is not None:
             rows = rows.masked_fill(_dropped(mask, columns, features.shape[1]), 0.0)
