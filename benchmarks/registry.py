@@ -243,7 +243,7 @@ def _loss_op(
     baseline: Callable[[baselines.Cka], Callable[[Inputs], Tensor]],
     memories: bool,
 ) -> Op:
-    paper, small, growth = _loss_shapes(memories)
+    paper, small, growth = _loss_shapes({"global": (100, 300), "fsd_ilg": (100,)}.get(name, ()))
     truths: dict[str, Build] = {"biased": _contender(lambda: ours("reference"))}
     if name in ("intra", "local"):
         truths["unbiased"] = _contender(lambda: baseline(baselines.unbiased_cka))
@@ -260,16 +260,17 @@ def _loss_op(
     )
 
 
-def _loss_shapes(memories: bool) -> tuple[list[Sizes], list[Sizes], list[Sizes]]:
+def _loss_shapes(centroids: tuple[int, ...]) -> tuple[list[Sizes], list[Sizes], list[Sizes]]:
+    """The paper's shapes, a small one for the tests, and those that differ from the first in one size each."""
     base = Sizes(32, 128, 768, 100)
     paper = [base._replace(width=width) for width in (768, 384)]
-    if memories:
-        paper = [sizes._replace(centroids=k) for sizes in paper for k in (100, 300)]
+    if centroids:
+        paper = [sizes._replace(centroids=k) for sizes in paper for k in centroids]
     small = [Sizes(8, 16, 32, 6)]
     growth = [base._replace(batch=batch) for batch in (8, 16, 32, 64, 128, 256)]
     growth += [base._replace(rows=rows) for rows in (32, 64, 256, 512)]
     growth += [base._replace(width=width) for width in (256, 512, 1024)]
-    if memories:
+    if centroids:
         growth += [base._replace(centroids=k) for k in (50, 200, 300, 500, 1000)]
     return paper, small, growth
 

@@ -256,13 +256,18 @@ def counted(name: str, kind: Kind, count: Callable[[], dict[str, Traffic]]) -> d
     digest = hashlib.sha256(
         repr((COUNTER, [path.read_bytes() for path in sorted(sources)])).encode()
     ).hexdigest()
-    known: dict[str, Any] = json.loads(CACHE.read_text()) if CACHE.exists() else {}
     key = f"{name}, {kind.name}, {digest}"
-    if key not in known:
-        known[key] = {kernel: list(part) for kernel, part in count().items()}
+    found = _cached().get(key)
+    if found is None:
+        found = {kernel: list(part) for kernel, part in count().items()}
         CACHE.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(CACHE, json.dumps(known).encode())
-    return {kernel: Traffic(*part) for kernel, part in known[key].items()}
+        # Read again: another process may have counted other rows meanwhile.
+        write_atomically(CACHE, json.dumps(_cached() | {key: found}).encode())
+    return {kernel: Traffic(*part) for kernel, part in found.items()}
+
+
+def _cached() -> dict[str, Any]:
+    return dict(json.loads(CACHE.read_text())) if CACHE.exists() else {}
 
 
 class Kind(NamedTuple):

@@ -355,8 +355,8 @@ def test_registry_is_complete() -> None:
         assert widths == {(32, 128, 768), (32, 128, 384)}
     for name in ("intra", "local"):
         assert set(CKA_PEERS) <= set(OPS[name].providers)
-    for name in ("global", "fsd_ilg"):
-        assert {sizes.centroids for sizes in OPS[name].shapes["paper"]} == {100, 300}
+    for name, centroids in (("global", {100, 300}), ("fsd_ilg", {100})):
+        assert {sizes.centroids for sizes in OPS[name].shapes["paper"]} == centroids
     peers = {"scikit-learn", "faiss-cpu", "fastkmeans", "fast-pytorch-kmeans", "flash-kmeans"}
     assert peers <= set(OPS["kmeans"].providers)
     steps = {
