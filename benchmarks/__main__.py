@@ -253,7 +253,7 @@ def _cost(argv: Sequence[str]) -> int:
 
     for op in cost.OPS:
         add(f"{op}, minimum", cost.minimum(op, shape))
-        if device.target is not None and op != "kmeans":
+        if device.target is not None:
             add(f"{op}, kernels", cost.triton(op, shape, device.target, options.precision))
     print(report.aligned(lines))
     return 0

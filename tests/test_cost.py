@@ -184,6 +184,7 @@ sys.path[:0] = [sys.argv[1], sys.argv[1] + "/kernels"]
 from benchmarks import traffic
 from fsd_kernels.gram import triton as gram
 from fsd_kernels.intra_cka import triton as intra
+from fsd_kernels.kmeans import triton as kmeans
 torch.set_num_threads(1)
 traffic.UNIFORM.clear()  # every program runs: parts need not be of equal size
 counted = []
@@ -201,6 +202,13 @@ for batch, rows, width, centroids in json.loads(sys.argv[3]):
         gram.forward(x, memory, known, None)
         gram.backward(x, memory, None, gamma, (True, True))
     counted.append({name: part.issued for name, part in totals.items()})
+for points, rows, width, centroids in json.loads(sys.argv[4]):
+    x, c = torch.ones(points, rows * width), torch.ones(centroids, rows * width)
+    sums, counts = torch.zeros(centroids, rows * width), torch.zeros(centroids, dtype=torch.int64)
+    with traffic.counting() as totals:
+        kmeans.assign(x, c)
+        kmeans.update_(sums, counts, x, torch.arange(points) % centroids)
+    counted.append({name: part.issued for name, part in totals.items()})
 print(json.dumps(counted))
 """
 
@@ -217,6 +225,9 @@ _KERNELS = {
     "_gram_rows_kernel": ("gram_rows",),
     "_gram_bwd_kernel": ("gram_backward",),
     "_gram_bwd_tile_kernel": ("gram_backward",),
+    "_kmeans_assign_kernel": ("assign",),
+    "_kmeans_nearest_kernel": ("nearest",),
+    "_kmeans_update_kernel": ("update",),
 }
 
 
@@ -224,6 +235,7 @@ def test_bytes_are_those_counted_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     intras = [(18, 16, 32), (3, 24, 32), (1, 150, 16)]
     grams = [(6, 8, 32, 10), (4, 2, 64, 200)]
+    clusterings = [(64, 8, 64, 20), (160, 2, 32, 150)]
     done = subprocess.run(
         [
             sys.executable,
@@ -234,6 +246,7 @@ def test_bytes_are_those_counted_in_the_interpreter() -> None:
             str(ROOT),
             json.dumps(intras),
             json.dumps(grams),
+            json.dumps(clusterings),
         ],
         capture_output=True,
         text=True,
@@ -247,6 +260,10 @@ def test_bytes_are_those_counted_in_the_interpreter() -> None:
     predicted += [
         cost.triton("inter", cost.Shape(b, s, d, centroids=k), precision="ieee") for b, s, d, k in grams
     ]
+    predicted += [
+        cost.triton("kmeans", cost.Shape(rows=s, width=d, centroids=k, points=n), precision="ieee")
+        for n, s, d, k in clusterings
+    ]
     seen = set()
     for kernels, stages in zip(counted, predicted, strict=True):
         for kernel, issued in kernels.items():
@@ -254,7 +271,7 @@ def test_bytes_are_those_counted_in_the_interpreter() -> None:
             # Addresses and strides of the layers, which the model leaves out, are some bytes a program.
             assert model == pytest.approx(issued, rel=0.03), kernel
             seen.add(kernel)
-    assert len(seen) >= 8
+    assert len(seen) >= 11
 
 
 def test_kernels_of_the_paper_shape_come_near_the_minimum() -> None:

@@ -355,20 +355,22 @@ def _gram_backward_triton(shape: Shape, centroids: int, target: Target, precisio
     config = backward_config(
         total=size, width=width, masked=False, dtype=shape.dtype, precision=precision, target=target
     )
+    # A is rounded to what it is multiplied in; float16 would not hold its range.
     small = size**2 * _FLOAT32
+    weights = size**2 * (shape.size if shape.dtype == torch.bfloat16 else _FLOAT32)
     rows = (centroids + shape.batch) * width * shape.size
     tiles = _cdiv(size, small_block(size))
-    stages = {"gram_rows": Cost(2 * small * (tiles + 1), small, 0)}
+    stages = {"gram_rows": Cost(2 * small * (tiles + 1), weights, 0)}
     if config.tiles:
         part = _cdiv(_cdiv(width, config.parts), config.block_f) * config.block_f
         panels = _cdiv(config.tiles, config.panel)
         columns = (config.tiles - 1) * config.block + config.last
         own = columns if panels == 1 else panels * config.panel * config.block
-        read = panels * rows + _cdiv(width, part) * small
+        read = panels * rows + _cdiv(width, part) * weights
         stages["gram_backward"] = Cost(read, rows, 2 * own * columns * width)
     else:
         blocks = _cdiv(size, config.block)
-        read = 2 * blocks * rows + _cdiv(width, config.block_f) * small
+        read = 2 * blocks * rows + _cdiv(width, config.block_f) * weights
         stages["gram_backward"] = Cost(read, rows, 2 * (blocks * config.block) ** 2 * width)
     return stages
 
@@ -388,6 +390,34 @@ def _inter_triton(shape: Shape, centroids: int, target: Target, precision: str) 
     }
 
 
+def _kmeans_triton(shape: Shape, target: Target, precision: str) -> dict[str, Cost]:
+    """One assignment and one update, no cluster empty, centroids in the points' dtype; torch sorts the labels."""
+    from fsd_kernels.kmeans.triton import assign_config, update_config
+
+    points, clusters, width = shape.points, shape.centroids, shape.student_features
+    config = assign_config(points, clusters, width, shape.dtype, precision, target)
+    part = _cdiv(_cdiv(width, config.parts), 2 * config.block_f) * 2 * config.block_f
+    parts, group = _cdiv(width, part), sum(config.blocks)
+    groups, blocks = _cdiv(clusters, group), _cdiv(points, config.block_n)
+    # Rows past the last one repeat it.
+    read = blocks * (groups * config.block_n + clusters) * width * shape.size
+    labels = 12 * points
+    scores = parts * (clusters + 1) * points * _FLOAT32 if parts > 1 else 0
+    stages: dict[str, Cost] = {}
+    if groups > 1:
+        read += blocks * groups * width * _FLOAT32
+        stages["mean"] = Cost(clusters * width * shape.size, width * _FLOAT32, 0)
+    flops = 2 * blocks * config.block_n * groups * group * width
+    stages["assign"] = Cost(read, scores or labels, flops)
+    if parts > 1:
+        stages["nearest"] = Cost(scores, labels, 0)
+    slices = _cdiv(width, update_config(clusters, width, shape.dtype, target).block_f)
+    sums = clusters * width * _FLOAT32
+    order = slices * (points + 2 * clusters) * 8
+    stages["update"] = Cost(points * width * shape.size + sums + order, sums, points * width)
+    return stages
+
+
 def triton(op: str, shape: Shape, target: str = "sm_90", precision: str = "tf32") -> dict[str, Cost]:
     """What the fused kernels load, store and multiply on a target, launch by launch.
 
@@ -395,7 +425,7 @@ def triton(op: str, shape: Shape, target: str = "sm_90", precision: str = "tf32"
     the padding of the last tile.
 
     Args:
-        op: As for ``minimum``, except "kmeans".
+        op: As for ``minimum``.
         shape: Sizes and dtype (float32, bfloat16 or float16).
         target: "sm_80", "sm_90", "sm_100" or "gfx942".
         precision: "tf32" or "ieee", for float32.
@@ -408,8 +438,6 @@ def triton(op: str, shape: Shape, target: str = "sm_90", precision: str = "tf32"
         RuntimeError: Triton is not installed.
     """
     _check_op(op)
-    if op == "kmeans":
-        raise ValueError("op: the k-means kernels are costed by minimum('kmeans', shape)")
     try:
         from fsd_kernels._triton import TARGETS
     except ImportError as error:
@@ -419,6 +447,8 @@ def triton(op: str, shape: Shape, target: str = "sm_90", precision: str = "tf32"
     if target not in TARGETS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
     limits = TARGETS[target]
+    if op == "kmeans":
+        return _kmeans_triton(shape, limits, precision)
     stages: dict[str, Cost] = {}
     if op in ("intra", "fsd_ilg"):
         intra = _intra_triton(shape, limits, precision)
