@@ -102,6 +102,10 @@ def layers(widths: Sequence[int], batch: int, rows: int, seed: int, **kwargs: An
     return [bert_features(batch, rows, width, seed=seed + i, **kwargs) for i, width in enumerate(widths)]
 
 
+def make_generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 # --- values and gradients in float64 -----------------------------------------------------------------------------
 
 
@@ -193,12 +197,83 @@ def test_sums_over_chunks_and_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("rows", "first"), [(95, 0), (96, 48), (100, 48), (127, 48), (128, 64)])
-def test_grams_of_which_a_quarter_is_copied(rows: int, first: int, masked: bool) -> None:
-    assert intra_eager.quarter_rows(rows) == first
+@pytest.mark.parametrize(("rows", "count"), [(48, 1), (49, 2), (96, 2), (100, 3), (128, 3)])
+def test_grams_in_strips(rows: int, count: int, masked: bool) -> None:
+    assert len(intra_eager.strips(rows)) == count
     mask = ragged_mask(3, rows, lengths=[rows, 20, 7]) if masked else None
     student, teacher = bert_features(3, rows, 4, seed=1), bert_features(3, rows, 9, seed=2)
     assert_same(lambda backend: lambda x: intra_cka(x, teacher, mask, backend=backend), [student])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("guess", [False, True])
+def test_features_or_grams_are_centred(guess: bool, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intra_eager, "_has_offset", lambda features, kept: guess)
+    mask = ragged_mask(4, 12, lengths=[12, 5, 9, 1]) if masked else None
+    student, teacher = (torch.randn(4, 12, 6, generator=make_generator(i)).double() for i in (0, 1))
+    student[1] += 40.0
+    teacher[2] += 40.0
+    assert_same(lambda backend: lambda x: intra_cka(x, teacher, mask, backend=backend), [student])
+
+
+def test_the_guess_sees_an_offset_of_most_samples() -> None:
+    features = torch.randn(9, 40, 30, generator=make_generator(0))
+    assert not intra_eager._has_offset(features, None)
+    offset = torch.zeros(9, 1, 1)
+    offset[:8] = 2.0
+    assert intra_eager._has_offset(features + offset, None)
+    offset[2:] = 0.0
+    assert not intra_eager._has_offset(features + offset, None)
+    # What dropped tokens hold is not looked at.
+    kept = torch.arange(40).expand(9, 40) < 10
+    features[:, 10:] = 1e6
+    assert intra_eager._has_offset(features, None)
+    assert not intra_eager._has_offset(features, kept)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 0.5, 40.0])
+def test_gram_of_features_with_an_offset(offset: float, masked: bool) -> None:
+    features = torch.randn(7, 12, 6, generator=make_generator(0)).double() + offset
+    mask = ragged_mask(7, 12, lengths=[12, 5, 9, 1, 12, 3, 2]) if masked else None
+    assert_same(lambda backend: lambda x: gram(x, mask=mask, backend=backend), [features], 1e-9)
+    narrow, teacher = features.float(), torch.randn(7, 12, 6, generator=make_generator(1))
+    _, (truth,) = value_and_gradient(
+        lambda x: inter_structure(x, teacher.double(), mask=mask).local, [narrow.double()]
+    )
+    _, (gradient,) = value_and_gradient(lambda x: inter_structure(x, teacher, mask=mask).local, [narrow])
+    assert relative_error(gradient, truth) < 1e-5
+
+
+def test_an_offset_that_only_later_slices_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gram_eager, "_UNCENTRED_COLUMNS", 16)
+    features = torch.randn(7, 48, generator=make_generator(0))
+    features[:, 32:] += 1000.0
+    truth = gram(features.double(), backend="reference")
+    own = slice(0, 7)
+    assert relative_error(gram(features)[own, own], truth[own, own]) < 1e-4
+
+
+def test_a_frozen_gram_is_the_block_of_any_batch() -> None:
+    memory = torch.randn(6, 30, generator=make_generator(0))
+    for batch in (1, 5):
+        whole = gram(torch.randn(batch, 30, generator=make_generator(batch)), memory)
+        assert torch.equal(frozen_gram(memory).gram, whole[:7, :7])
+
+
+@pytest.mark.parametrize("energy", [0.0, 0.9, 1.1, 30.0])
+def test_gradients_of_features_with_an_offset(energy: float) -> None:
+    """Relative to the energy of what sets the tokens apart; from 1 on the rows are centred first."""
+    student, teacher = (torch.randn(3, 128, 256, generator=make_generator(i)) for i in (0, 1))
+    offset = energy**0.5 * torch.randn(256, generator=make_generator(2))
+    offset *= energy**0.5 * 16 / offset.norm().clamp(min=1e-9)
+    # Of one sample alone, so that the guess does not see it.
+    student[1] += offset
+    teacher[1] += offset
+    _, (truth,) = value_and_gradient(lambda x: intra_cka(x, teacher.double()).neg_log, [student.double()])
+    _, (gradient,) = value_and_gradient(lambda x: intra_cka(x, teacher).neg_log, [student])
+    for sample in range(3):
+        assert relative_error(gradient[sample], truth[sample]) < 1e-5
 
 
 def test_a_large_offset_does_not_come_back_with_the_rounding_of_g() -> None:
@@ -400,7 +475,8 @@ def op_calls(dtype: torch.dtype, masked: bool) -> dict[str, tuple[Any, ...]]:
     memory = centroids(count, rows, own, dtype=dtype)
     mask = ragged_mask(batch, rows, lengths=[4, 2, 1]).bool() if masked else None
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    gamma_s, gamma_t = gram(student, memory), gram(teacher, centroids(count, rows, given, dtype=dtype))
+    given_memory = centroids(count, rows, given, dtype=dtype)
+    gamma_s, gamma_t = gram(student, memory), gram(teacher, given_memory)
     noise = torch.Generator().manual_seed(0)
     flat = student.flatten(1)
     pair_gradient = torch.randn(1, batch, rows, rows, dtype=wide, generator=noise)
@@ -422,6 +498,25 @@ def op_calls(dtype: torch.dtype, masked: bool) -> dict[str, tuple[Any, ...]]:
             torch.randn(4, dtype=wide, generator=noise),
             "eager",
         ),
+        "inter_structure_forward": (
+            flat.clone().requires_grad_(),
+            teacher.flatten(1),
+            memory.clone().requires_grad_(),
+            given_memory,
+            frozen_gram(given_memory).gram,
+            mask,
+            "eager",
+        ),
+        "inter_structure_backward": (
+            torch.randn(4, *gamma_s.shape, dtype=gamma_s.dtype, generator=noise),
+            torch.randn(4, dtype=wide, generator=noise),
+            flat,
+            memory,
+            mask,
+            True,
+            True,
+            "eager",
+        ),
     }
 
 
@@ -434,11 +529,13 @@ def test_opcheck(name: str, dtype: torch.dtype, masked: bool) -> None:
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
-def test_opcheck_of_a_gradient_that_is_not_needed(needs: tuple[bool, bool]) -> None:
-    arguments = list(op_calls(torch.float32, True)["gram_backward"])
-    arguments[4:6] = needs
-    torch.library.opcheck(torch.ops.fsd_kernels.gram_backward.default, tuple(arguments))
-    d_features, d_memory = torch.ops.fsd_kernels.gram_backward(*arguments)
+@pytest.mark.parametrize("name", ["gram_backward", "inter_structure_backward"])
+def test_opcheck_of_a_gradient_that_is_not_needed(name: str, needs: tuple[bool, bool]) -> None:
+    op = getattr(torch.ops.fsd_kernels, name)
+    arguments = list(op_calls(torch.float32, True)[name])
+    arguments[-3:-1] = needs
+    torch.library.opcheck(op.default, tuple(arguments))
+    d_features, d_memory = op(*arguments)
     assert (d_features.numel() > 0, d_memory.numel() > 0) == needs
 
 
@@ -705,6 +802,11 @@ ERRORS: list[tuple[Function, type[Exception], str]] = [
         lambda b: inter_structure(X, X, MEMORY[:, :-1], MEMORY, backend=b),
         ValueError,
         r"student_memory: expected \[K, F\] .*F >= 20 .*got \[2, 19\]",
+    ),
+    (
+        lambda b: inter_structure(X, X, MEMORY, GramBasis(MEMORY, torch.ones(2, 2)), backend=b),
+        ValueError,
+        r"teacher_memory.gram: expected \[K \+ 1, K \+ 1\], got \[2, 2\]",
     ),
     (
         lambda b: inter_structure(X, X, MEMORY, frozen_gram(MEMORY[:, :-1]), backend=b),

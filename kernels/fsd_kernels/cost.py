@@ -224,19 +224,21 @@ def eager(op: str, shape: Shape) -> dict[str, int]:
     if op == "kmeans":
         return {"assign": stages["assign"].flops}
     if op == "intra":
-        from fsd_kernels.intra_cka.eager import quarter_rows
+        from fsd_kernels.intra_cka.eager import strips
 
-        first = quarter_rows(shape.rows)
-        square = 2 * (shape.rows**2 - first * (shape.rows - first))
+        entries = sum(strip.stop * (strip.stop - strip.start) for strip in strips(shape.rows))
         widths = shape.width + (shape.teacher_width or shape.width)
-        forward = shape.pairs * shape.batch * square * widths
+        # Beside the Grams their products with one another: <K, K>, <K, L> twice and <L, L>.
+        forward = shape.pairs * shape.batch * (2 * entries * widths + 8 * shape.rows**2)
         return {"forward": forward, "backward": stages["backward"].flops}
     batch, centroids = shape.batch, 0 if op == "local" else shape.centroids
-    # Per feature: the batch with the rows before and of it, the mean with all; a memory and its mean with themselves.
-    head = centroids + 1 if centroids else 0
-    products = batch * (head + batch) + head + batch + 1
-    own = centroids**2 + head
-    weights = (batch + centroids) * (batch + centroids + 2 if centroids else batch)
+    products, own, weights = batch**2, 0, batch**2
+    if centroids:
+        # Per feature: the batch with the memory and itself, the mean with all; a memory and its mean with themselves.
+        head = centroids + 1
+        products = batch * (head + batch) + head + batch + 1
+        own = centroids**2 + head
+        weights = (batch + centroids) * (batch + centroids + 2)
     flops = {
         "forward": 2 * (products + own) * shape.student_features + 2 * products * shape.teacher_features,
         "backward": 2 * weights * shape.student_features,

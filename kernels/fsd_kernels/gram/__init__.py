@@ -121,18 +121,7 @@ def gram(
         ValueError: Shapes or devices do not fit.
     """
     flat, kept = flatten_features(features, mask)
-    rows = memory.memory.detach() if isinstance(memory, GramBasis) else memory
-    known = memory.gram if isinstance(memory, GramBasis) else None
-    if rows is not None:
-        check_features("memory", rows, 2, "[K, F]")
-        check_same_device([("features", features), ("memory", rows)])
-        if rows.shape[1] < flat.shape[1] or rows.shape[0] < 1:
-            raise ValueError(
-                f"memory: expected [K, F] with K >= 1 and F >= {flat.shape[1]} like the features, "
-                f"got {list(rows.shape)}"
-            )
-        if known is not None and known.shape != (rows.shape[0] + 1, rows.shape[0] + 1):
-            raise ValueError(f"memory.gram: expected [K + 1, K + 1], got {list(known.shape)}")
+    rows, known = (None, None) if memory is None else check_memory("memory", memory, "features", flat)
     chosen = resolve_backend(backend, features.device, "gram")
     if chosen == "reference":
         with torch.autocast(features.device.type, enabled=False):
@@ -152,6 +141,24 @@ def flatten_features(features: Tensor, mask: Tensor | None) -> tuple[Tensor, Ten
     return features, None
 
 
+def check_memory(
+    name: str, memory: Tensor | GramBasis, of: str, features: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Check a memory against the features [B, F] called ``of``; return its rows and, if known, their own block."""
+    known = memory.gram if isinstance(memory, GramBasis) else None
+    rows = memory.memory.detach() if isinstance(memory, GramBasis) else memory
+    check_features(name, rows, 2, "[K, F]")
+    check_same_device([(of, features), (name, rows)])
+    if rows.shape[0] < 1 or rows.shape[1] < features.shape[1]:
+        raise ValueError(
+            f"{name}: expected [K, F] with K >= 1 and F >= {features.shape[1]} like the features, "
+            f"got {list(rows.shape)}"
+        )
+    if known is not None and known.shape != (rows.shape[0] + 1, rows.shape[0] + 1):
+        raise ValueError(f"{name}.gram: expected [K + 1, K + 1], got {list(known.shape)}")
+    return rows, known
+
+
 def frozen_gram(memory: Tensor, *, backend: str | None = None) -> GramBasis:
     """Compute, once, what ``gram`` needs of a memory [K, F] that never changes.
 
@@ -163,4 +170,5 @@ def frozen_gram(memory: Tensor, *, backend: str | None = None) -> GramBasis:
     if memory.shape[0] < 1:
         raise ValueError(f"memory: expected [K, F] with K >= 1, got {list(memory.shape)}")
     memory = memory.detach()
-    return GramBasis(memory, gram(memory, backend=backend))
+    # Beside a batch of nothing, so that it is the very block that ``gram`` makes of this memory beside any batch.
+    return GramBasis(memory, gram(memory[:0], memory, backend=backend)[:-1, :-1].contiguous())

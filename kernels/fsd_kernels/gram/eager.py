@@ -7,6 +7,9 @@ the losses live in its last bits. A diagonal block that holds nothing but the ro
 buffer is extra memory; the inputs are never concatenated. Where a slice starts depends on nothing but F and the
 number of a memory's rows, so equal memories give equal bits.
 
+Without a memory the features are multiplied as they are and Gamma is centred, in float64, where that loses little: not
+where their mean row has more energy than all that sets them apart. Then they are read once and written nowhere.
+
 Backward: Z = T [memory; features] with a constant T (centring, block by block, and the means' rows), so
 d[memory; features] = T^T (dGamma + dGamma^T) Z, slice by slice, written straight to the gradients. Without a memory
 it is (T^T (dGamma + dGamma^T) T) features, whose small matrix centres them.
@@ -23,7 +26,11 @@ from torch import Tensor
 # the cache between centring and multiplying, and lose less to rounding: forward a slice is this many numbers, within
 # limits. Backward the gradients are held as well, so that the buffer beside a memory is small.
 _FORWARD_NUMBERS, _FORWARD_COLUMNS = 1 << 20, (12288, 32768)
-_BACKWARD_COLUMNS, _UNCENTRED_COLUMNS = 4096, 8192
+_BACKWARD_COLUMNS = 4096
+# Without a memory nothing is held but what a mask or a dtype changes; forward a slice is as short as rounding wants it.
+_UNCENTRED_COLUMNS = 8192
+# Rows are centred before they are multiplied where their energy, uncentred, is more than so many times their own.
+_MOST_ENERGY = 2.0
 # The rows of a buffer are this much longer than a slice: a multiple of 1024 apart they would share cache sets.
 _GAP = 16
 
@@ -90,16 +97,58 @@ def _stacked(
         yield columns, stacked
 
 
+def _uncentred(features: Tensor, mask: Tensor | None, most: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (columns, features[:, columns]), 0 where dropped, along the feature axis."""
+    for columns in _slices(features.shape[1], most):
+        rows = features[:, columns].to(_dtype(features))
+        if mask is not None:
+            rows = rows.masked_fill(_dropped(mask, columns, features.shape[1]), 0.0)
+        yield columns, rows
+
+
 def _drop_rounding(block: Tensor, mean_energy: Tensor, dtype: torch.dtype) -> None:
     """Zero the centred Gram of rows that are equal up to rounding of their mean, of squared norm ``mean_energy``."""
     energy = block.diagonal().sum()
     block *= energy > (8 * torch.finfo(dtype).eps) ** 2 * block.shape[0] * mean_energy
 
 
+def _has_offset(gram: Tensor) -> bool:
+    """Whether rows with this Gram, which are not centred, must be centred before they are multiplied."""
+    energy = gram.diagonal().sum()
+    return not energy <= _MOST_ENERGY * (energy - len(gram) * gram.mean())
+
+
+def _forward_uncentred(features: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Gamma of features [B, F] without a memory, multiplied as they are; None where they must be centred first."""
+    products: list[Tensor] = []
+    for _, rows in _uncentred(features, mask, _UNCENTRED_COLUMNS):
+        products.append(torch.mm(rows, rows.T))
+        # Most probably the other slices are no better than the first.
+        if len(products) == 1 and _has_offset(products[0]):
+            return None
+    if not products:
+        return None
+    gram = torch.sum(torch.stack(products), dim=0, dtype=torch.float64)
+    if _has_offset(gram):
+        return None
+    row_mean = gram.mean(dim=1)
+    mean_energy = row_mean.mean()
+    to_mean = row_mean - mean_energy
+    gamma = gram.new_empty((len(gram) + 1, len(gram) + 1))
+    torch.sub(gram - row_mean[:, None], to_mean, out=gamma[:-1, :-1])
+    gamma[:-1, -1] = gamma[-1, :-1] = to_mean
+    gamma[-1, -1] = mean_energy
+    return gamma
+
+
 def forward(
     features: Tensor, memory: Tensor | None, memory_gram: Tensor | None, mask: Tensor | None
 ) -> Tensor:
     """Gamma, float64, of features [B, F] and memory [K, F'] or None, whose own block may be known already."""
+    if memory is None and features.shape[0]:
+        gamma = _forward_uncentred(features, mask)
+        if gamma is not None:
+            return gamma
     head = 0 if memory is None else memory.shape[0] + 1
     last = head + features.shape[0]
     # (rows, columns) of the products that make up the lower triangle. The rows of the means apart: one row more than
@@ -142,15 +191,6 @@ def _transposed_map(d_gram: Tensor, head: int) -> tuple[Tensor, Tensor]:
     return features, own - own.mean(dim=0) + (own_mean - mean) / (head - 1)
 
 
-def _uncentred(features: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (columns, features[:, columns]), 0 where dropped, along the feature axis."""
-    for columns in _slices(features.shape[1], _UNCENTRED_COLUMNS):
-        rows = features[:, columns].to(_dtype(features))
-        if mask is not None:
-            rows = rows.masked_fill(_dropped(mask, columns, features.shape[1]), 0.0)
-        yield columns, rows
-
-
 def _multiply(left: Tensor, right: Tensor, target: Tensor) -> None:
     """Write left @ right to ``target``, in its dtype."""
     if target.dtype == left.dtype:
@@ -170,7 +210,8 @@ def backward(
         own, mean = left[:, :-1], left[:, -1:]
         own = own - own.mean(dim=1, keepdim=True) + mean / max(1, features.shape[0])
         from_features = from_memory = own.to(_dtype(features))
-        slices = _uncentred(features, mask)
+        unchanged = mask is None and features.dtype == _dtype(features)
+        slices = _uncentred(features, mask, features.shape[1] if unchanged else _UNCENTRED_COLUMNS)
     else:
         from_features, from_memory = (
             weights.to(_dtype(features)) for weights in _transposed_map(d_gram, memory.shape[0] + 1)

@@ -1,16 +1,19 @@
 """Intra-feature CKA from restructured torch operations, with the backward written by hand.
 
-Per layer pair and sample, with the rows centred first (X_c = C X, so that X_c X_c^T = C K C):
+Per layer pair and sample, with K_c = C K C the teacher's and L_c = C L C the student's centred Gram matrix:
 
-    A = K_c / |K_c|,  B = L_c / |L_c|          (Frobenius norms)
-    1 - CKA = 1/2 |A - B|^2                     used where CKA is near 1: no difference of two numbers near 1
-    G = d CKA / d L_c = (A - CKA B) / |L_c| = ((A - B) + (1 - CKA) B) / |L_c|
+    R = K_c - rho L_c,  rho = <K_c, L_c> / |L_c|^2      (Frobenius products: R is what L_c does not explain)
+    1 - CKA = (|R| / |K_c|)^2 / (1 + CKA)               no difference of two numbers near 1
+    G = d CKA / d L_c = R / (|K_c| |L_c|)
     dY = 2 c G Y,   c = dCKA_upstream - dNegLog_upstream / CKA
 
+The Gram is centred, and not the features, where that loses little: a sample whose mean token would have more energy
+than all that sets its tokens apart is centred before it is multiplied. That keeps float32 gradients within 1e-5, and
+features without such an offset are read once. A Gram is symmetric: strips of one triangle are copied to the other.
+
 The rows of G sum to zero, which is why the backward need not centre Y; ``_balance`` sees to it that they still do
-after rounding. A Gram is symmetric: of a large one the lower left quarter is copied from the upper right.
-G [P, B, S, S] is kept, the centred features are not. Arithmetic is in float32 (float64 for float64 features),
-whatever the features' dtype.
+after rounding. G [P, B, S, S] is kept. Arithmetic is in float32 (float64 for float64 features), whatever the
+features' dtype.
 """
 
 from __future__ import annotations
@@ -25,8 +28,10 @@ CKA_FLOOR = 1e-8
 
 # Features of one side worked on at once: few chunks make few small operations, small ones stay in the cache.
 _CHUNK_ELEMENTS = 1 << 22
-# From so many rows on the lower left quarter of a Gram is copied: a smaller one is multiplied whole in less time.
-_QUARTER_ROWS = 96
+# Columns of a strip of a Gram: narrower ones multiply less twice, but more slowly.
+_STRIP = 48
+# A sample is centred before it is multiplied where its energy, uncentred, is more than so many times its own.
+_MOST_ENERGY = 2.0
 
 
 def compute_dtype(features: Tensor) -> torch.dtype:
@@ -46,49 +51,104 @@ def _view(buffer: Tensor, *shape: int) -> Tensor:
     return buffer[: math.prod(shape)].view(shape)
 
 
-def _centre(centred: Tensor, features: Tensor, dropped: Tensor | None, count: Tensor | float) -> Tensor:
-    """Write [b, S, D], centred over the kept rows, with 0 for dropped ones; returns the mean [b, 1, D]."""
-    if dropped is not None or features.dtype != centred.dtype:
-        centred.copy_(features)
-        features = centred
+def strips(rows: int) -> list[slice]:
+    """The strips of columns in which a Gram of so many rows is multiplied, each down from the diagonal."""
+    return [slice(start, min(start + _STRIP, rows)) for start in range(0, rows, _STRIP)]
+
+
+def _grams(gram: Tensor, features: Tensor) -> None:
+    """Write the Grams [b, S, S] of [b, S, D]."""
+    for strip in strips(gram.shape[1]):
+        # Into a part of ``gram`` itself bmm would multiply one sample after the other.
+        product = torch.bmm(features[:, : strip.stop], features[:, strip].mT)
+        gram[:, : strip.stop, strip] = product
+        gram[:, strip, : strip.start] = product[:, : strip.start].mT
+
+
+def _count(kept: Tensor | None, rows: int) -> Tensor | int:
+    """How many rows a mean is over: [b, 1, 1], or all of them."""
+    return rows if kept is None else kept.sum(dim=1).clamp(min=1)[:, None, None]
+
+
+def _trace(grams: Tensor) -> Tensor:
+    """The traces of [..., S, S]."""
+    return grams.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+
+
+def _has_offset(features: Tensor, kept: Tensor | None) -> bool:
+    """Whether most samples of [b, S, D] look like ones to centre first, by about 8 tokens of about 8 of them."""
+    batch, rows, _ = features.shape
+    some = slice(None, None, max(1, batch // 8)), slice(None, None, max(1, rows // 8))
+    tokens = features[some].float()
+    count: Tensor | int = max(2, tokens.shape[1])
+    if kept is not None:
+        tokens = tokens.masked_fill(~kept[some][:, :, None], 0.0)
+        count = kept[some].sum(dim=1).clamp(min=2)
+    energy = tokens.square().sum(dim=(1, 2))
+    own = (energy - tokens.sum(dim=1).square().sum(dim=1) / count) * (count / (count - 1))
+    return 2 * int((energy > _MOST_ENERGY * own).sum()) > len(tokens)
+
+
+def _grams_of_centred(gram: Tensor, features: Tensor, kept: Tensor | None) -> Tensor:
+    """Write the Grams [b, S, S] of [b, S, D] whose rows are centred first; returns |mean row|^2, [b]."""
+    dropped = None if kept is None else ~kept[:, :, None]
+    centred = gram.new_empty(features.shape)
+    if dropped is not None or features.dtype != gram.dtype:
+        features = centred.copy_(features)
     if dropped is not None:
-        centred.masked_fill_(dropped, 0.0)
-    mean = features.sum(dim=1, keepdim=True) / count
+        features.masked_fill_(dropped, 0.0)
+    mean = features.sum(dim=1, keepdim=True) / _count(kept, features.shape[1])
     torch.sub(features, mean, out=centred)
     if dropped is not None:
         centred.masked_fill_(dropped, 0.0)
-    return mean
+    _grams(gram, centred)
+    return mean.square().sum(dim=(1, 2))
 
 
-def quarter_rows(rows: int) -> int:
-    """How many of the first rows of a Gram are copied to its columns instead of multiplied again."""
-    return rows // 32 * 16 if rows >= _QUARTER_ROWS else 0
+def _centred_grams(grams: Tensor, sides: tuple[Tensor, Tensor], kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Write the centred Grams [2, b, S, S] of two [b, S, D]; returns their traces and |mean row|^2, [2, b] each."""
+    count = _count(kept, grams.shape[2])
+    dropped = None if kept is None else ~(kept[:, :, None] & kept[:, None, :])
+    removed: Tensor | float = 0.0
+    if _has_offset(sides[0], kept):
+        removed = torch.stack([_grams_of_centred(g, x, kept) for g, x in zip(grams, sides, strict=True)])
+    else:
+        for gram, features in zip(grams, sides, strict=True):
+            _grams(gram, features.to(gram.dtype))
+        if dropped is not None:
+            grams.masked_fill_(dropped, 0.0)
+    uncentred = _trace(grams)
+    row_mean = grams.sum(dim=3, keepdim=True) / count
+    mean_energy = row_mean.sum(dim=2, keepdim=True) / count
+    grams -= row_mean
+    grams += mean_energy - row_mean.mT
+    if dropped is not None:
+        grams.masked_fill_(dropped, 0.0)
+    energy = _trace(grams)
+    mean_energy = mean_energy.flatten(1) + removed
+    near = uncentred <= _MOST_ENERGY * energy
+    if not near.all():
+        for side, features in enumerate(sides):
+            far = torch.nonzero(~near[side]).flatten()
+            again = grams.new_empty((len(far), *grams.shape[2:]))
+            own = None if kept is None else kept[far]
+            mean_energy[side, far] = _grams_of_centred(again, features[far], own)
+            grams[side, far], energy[side, far] = again, _trace(again)
+    return energy, mean_energy
 
 
-def _grams(gram: Tensor, centred: Tensor) -> None:
-    """Write the Grams [b, S, S] of [b, S, D]."""
-    first = quarter_rows(gram.shape[1])
-    if first == 0:
-        torch.bmm(centred, centred.mT, out=gram)
-        return
-    upper, lower = slice(0, first), slice(first, None)
-    # Into a part of ``gram`` itself bmm would multiply one sample after the other.
-    gram[:, upper] = torch.bmm(centred[:, upper], centred.mT)
-    gram[:, lower, lower] = torch.bmm(centred[:, lower], centred[:, lower].mT)
-    gram[:, lower, upper] = gram[:, upper, lower].mT
+def _products(grams: Tensor) -> Tensor:
+    """The Frobenius products [b, 2, 2] of Grams [2, b, S, S], summed row by row: shorter sums round less."""
+    rows = grams.flatten(1, 2)
+    return torch.bmm(rows.transpose(0, 1), rows.permute(1, 2, 0)).unflatten(0, grams.shape[1:3]).sum(dim=1)
 
 
-def _norm(grams: Tensor) -> Tensor:
-    """|K| of matrices [..., S, S]."""
-    return torch.linalg.vector_norm(grams.flatten(-2), dim=-1)
-
-
-def _balance(gram: Tensor, kept: Tensor | None, count: Tensor | float) -> None:
+def _balance(gram: Tensor, kept: Tensor | None) -> None:
     """Take out of every row of [b, S, S] the mean over kept columns that rounding left in it.
 
     A mean of the rounding's size would bring back an offset common to all tokens.
     """
-    left = gram.sum(dim=2, keepdim=True) / count
+    left = gram.sum(dim=2, keepdim=True) / _count(kept, gram.shape[1])
     gram -= left if kept is None else left * kept[:, None]
 
 
@@ -101,45 +161,35 @@ def forward(
     dtype = compute_dtype(students[0])
     rounding = (8 * torch.finfo(dtype).eps) ** 2
     gradient = students[0].new_empty((pairs, batch, rows, rows), dtype=dtype)
-    delta, product = gradient.new_empty((2, pairs, batch))
-    exists = torch.empty_like(delta, dtype=torch.bool)
+    distance, cka = gradient.new_empty((2, pairs, batch))
+    exists = torch.empty_like(distance, dtype=torch.bool)
     for p, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
-        width = max(student.shape[2], teacher.shape[2])
-        chunks = _chunks(batch, rows * width)
-        most = chunks[0].stop if chunks else 0
-        buffer = gradient.new_empty(most * rows * width)
-        gram_buffer = gradient.new_empty(2 * most * rows**2)
+        chunks = _chunks(batch, rows * max(student.shape[2], teacher.shape[2]))
+        buffer = gradient.new_empty(2 * (chunks[0].stop if chunks else 0) * rows**2)
         for part in chunks:
             samples = part.stop - part.start
             kept = None if mask is None else mask[part]
-            dropped = None if kept is None else ~kept[:, :, None]
-            count: Tensor | float = rows if kept is None else kept.sum(dim=1).clamp(min=1)[:, None, None]
-            units = _view(gram_buffer, 2, samples, rows, rows)
-            floor = gradient.new_empty((2, samples))
-            for side, features in enumerate((teacher[part], student[part])):
-                centred = _view(buffer, samples, rows, features.shape[2])
-                mean = _centre(centred, features, dropped, count)
-                floor[side] = (mean.square() * (rounding * count)).sum(dim=(1, 2))
-                _grams(units[side], centred)
-            energy = units.diagonal(dim1=2, dim2=3).sum(dim=2)
-            differ = energy > floor
+            units = _view(buffer, 2, samples, rows, rows)
+            energy, mean_energy = _centred_grams(units, (teacher[part], student[part]), kept)
+            count = rows if kept is None else kept.sum(dim=1)
+            differ = energy > rounding * count * mean_energy
             # Dividing by the trace first keeps the fourth powers of the features out of overflow and underflow.
             units *= torch.where(differ, 1 / energy, 0.0)[..., None, None]
-            norm = _norm(units)
-            # Both scaled before they are subtracted: equal ones are then exactly equal.
-            units *= torch.where(differ, 1 / norm, 0.0)[..., None, None]
             torch.all(differ, dim=0, out=exists[p, part])
-            product[p, part] = torch.linalg.vecdot(*units.flatten(2))
-            result = torch.sub(*units, out=gradient[p, part])
-            delta[p, part] = 0.5 * _norm(result).square()
-            result.addcmul_(units[1], delta[p, part][:, None, None])
-            scale = torch.where(exists[p, part], 1 / (norm[1] * energy[1]), 0.0)
+            products = _products(units)
+            # Equal Grams have equal products, so rho is exactly 1 and R exactly 0.
+            rho = torch.where(exists[p, part], products[:, 0, 1] / products[:, 1, 1], 0.0)
+            result = torch.addcmul(units[0], units[1], rho[:, None, None], value=-1, out=gradient[p, part])
+            norm = products.diagonal(dim1=1, dim2=2).sqrt()
+            torch.div(products[:, 0, 1], norm[:, 0] * norm[:, 1], out=cka[p, part])
+            sine = torch.linalg.vector_norm(result.flatten(1), dim=1) / norm[:, 0]
+            torch.div(sine.square(), 1 + cka[p, part], out=distance[p, part])
+            scale = torch.where(exists[p, part], 1 / (norm[:, 0] * norm[:, 1] * energy[1]), 0.0)
             result *= scale[:, None, None]
-            _balance(result, kept, count)
-    near = delta < 0.5
-    distance = torch.where(near, delta, 1 - product)
-    log1p = -torch.log1p(-torch.where(near, delta, 0.0))
-    neg_log = torch.where(near, log1p, -torch.log(product.clamp(min=CKA_FLOOR)))
+            _balance(result, kept)
+    near = distance < 0.5
+    log1p = -torch.log1p(-torch.where(near, distance, 0.0))
+    neg_log = torch.where(near, log1p, -torch.log(cka.clamp(min=CKA_FLOOR)))
     return torch.where(exists, distance, 0.0), torch.where(exists, neg_log, 0.0), gradient
 
 

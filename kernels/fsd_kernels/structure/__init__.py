@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fsd_kernels._backend import implementation, resolve_backend
 from fsd_kernels._checks import check_features, check_same_device
-from fsd_kernels.gram import GramBasis, flatten_features, gram
+from fsd_kernels.gram import GramBasis, check_memory, flatten_features
 
 
 class InterStructure(NamedTuple):
@@ -54,10 +54,14 @@ def _(gradients: Tensor, d_values: Tensor, backend: str) -> Tensor:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.backend = inputs[3]
     ctx.mark_non_differentiable(output[1])
+    # Or the backward would be given zeros for the gradient of the gradients.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
 
 
-def _autograd(ctx: Any, d_values: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+def _autograd(ctx: Any, d_values: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None]:
+    if d_values is None:
+        return None, None, None, None
     (gradients,) = ctx.saved_tensors
     return _backward(gradients, d_values, ctx.backend), None, None, None
 
@@ -108,6 +112,108 @@ def structure(
     return InterStructure(*_forward(student, teacher, num_centroid, chosen)[0].unbind())
 
 
+@torch.library.custom_op("fsd_kernels::inter_structure_forward", mutates_args=())
+def _inter_forward(
+    student: Tensor,
+    teacher: Tensor,
+    student_memory: Tensor | None,
+    teacher_memory: Tensor | None,
+    teacher_gram: Tensor | None,
+    mask: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    gamma = implementation("gram", backend).forward
+    with torch.autocast(student.device.type, enabled=False):
+        given = gamma(teacher, teacher_memory, teacher_gram, mask)
+        own = gamma(student, student_memory, None, mask)
+        num_centroid = 0 if student_memory is None else student_memory.shape[0]
+        values, gradients = implementation("structure", backend).forward(
+            own, given.to(own.dtype), num_centroid
+        )
+    return values.to(_value_dtype(student)), gradients
+
+
+@_inter_forward.register_fake
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    student_memory: Tensor | None,
+    teacher_memory: Tensor | None,
+    teacher_gram: Tensor | None,
+    mask: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    total = student.shape[0] + 1 + (0 if student_memory is None else student_memory.shape[0] + 1)
+    dtype = torch.float64 if backend == "eager" else _value_dtype(student)
+    return student.new_empty(4, dtype=_value_dtype(student)), student.new_empty(
+        (4, total, total), dtype=dtype
+    )
+
+
+@torch.library.custom_op("fsd_kernels::inter_structure_backward", mutates_args=())
+def _inter_backward(
+    gradients: Tensor,
+    d_values: Tensor,
+    student: Tensor,
+    student_memory: Tensor | None,
+    mask: Tensor | None,
+    need_student: bool,
+    need_memory: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(student.device.type, enabled=False):
+        d_gamma = implementation("structure", backend).backward(gradients, d_values)
+        return implementation("gram", backend).backward(
+            student, student_memory, mask, d_gamma, (need_student, need_memory)
+        )
+
+
+@_inter_backward.register_fake
+def _(
+    gradients: Tensor,
+    d_values: Tensor,
+    student: Tensor,
+    student_memory: Tensor | None,
+    mask: Tensor | None,
+    need_student: bool,
+    need_memory: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    nothing = student.new_empty(0)
+    d_memory = torch.empty_like(student_memory) if student_memory is not None and need_memory else None
+    return (
+        torch.empty_like(student) if need_student else nothing,
+        torch.empty_like(nothing) if d_memory is None else d_memory,
+    )
+
+
+def _inter_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    student, _, student_memory, _, _, mask, backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.backend, ctx.present = backend, (student_memory is not None, mask is not None)
+    present = (tensor for tensor in (student_memory, mask) if tensor is not None)
+    ctx.save_for_backward(output[1], student, *present)
+
+
+def _inter_autograd(ctx: Any, d_values: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if d_values is None:
+        return (None,) * 7
+    gradients, student, *rest = ctx.saved_tensors
+    memory = rest.pop(0) if ctx.present[0] else None
+    mask = rest.pop(0) if ctx.present[1] else None
+    needs = (ctx.needs_input_grad[0], ctx.present[0] and ctx.needs_input_grad[2])
+    d_student, d_memory = _inter_backward(gradients, d_values, student, memory, mask, *needs, ctx.backend)
+    return d_student if needs[0] else None, None, d_memory if needs[1] else None, None, None, None, None
+
+
+_inter_forward.register_autograd(_inter_autograd, setup_context=_inter_setup_context)
+
+
+def _value_dtype(features: Tensor) -> torch.dtype:
+    return torch.float64 if features.dtype == torch.float64 else torch.float32
+
+
 def _flat(name: str, features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """As ``flatten_features``, with errors that name the student's or the teacher's features."""
     ndim = 2 if isinstance(features, Tensor) and features.ndim == 2 else 3
@@ -147,30 +253,22 @@ def inter_structure(
         raise ValueError(f"teacher: expected {own.shape[0]} samples like the student, got {given.shape[0]}")
     if (student_memory is None) != (teacher_memory is None):
         raise ValueError("student_memory, teacher_memory: expected both or neither")
-    rows = teacher_memory.memory if isinstance(teacher_memory, GramBasis) else teacher_memory
-    num_centroid = 0
-    if student_memory is not None and rows is not None:
-        for name, memory, flat in (("student_memory", student_memory, own), ("teacher_memory", rows, given)):
-            check_features(name, memory, 2, "[K, F]")
-            if memory.shape[0] < 1 or memory.shape[1] < flat.shape[1]:
-                raise ValueError(
-                    f"{name}: expected [K, F] with K >= 1 and F >= {flat.shape[1]} like the features, "
-                    f"got {list(memory.shape)}"
-                )
-        num_centroid = student_memory.shape[0]
-        if rows.shape[0] != num_centroid:
+    check_same_device([("student", own), ("teacher", given)])
+    rows, known = None, None
+    if student_memory is not None and teacher_memory is not None:
+        student_memory, _ = check_memory("student_memory", student_memory, "student", own)
+        rows, known = check_memory("teacher_memory", teacher_memory, "teacher", given)
+        if rows.shape[0] != student_memory.shape[0]:
             raise ValueError(
-                f"teacher_memory: expected {num_centroid} centroids like student_memory, got {rows.shape[0]}"
+                f"teacher_memory: expected {student_memory.shape[0]} centroids like student_memory, "
+                f"got {rows.shape[0]}"
             )
+        rows = rows.detach()
     chosen = resolve_backend(backend, student.device, "structure")
     if chosen == "reference":
         reference = implementation("structure", chosen)
-        rows = None if rows is None else rows.detach()
         with torch.autocast(student.device.type, enabled=False):
             return InterStructure(*reference.inter_structure(own, given.detach(), student_memory, rows, kept))
-    with torch.no_grad():
-        gamma_t = gram(teacher, teacher_memory, mask, backend=chosen)
-    gamma_s = gram(student, student_memory, mask, backend=chosen)
-    found = structure(gamma_s, gamma_t.to(gamma_s.dtype), num_centroid, backend=chosen)
-    dtype = torch.float64 if own.dtype == torch.float64 else torch.float32
-    return InterStructure(*(value.to(dtype) for value in found))
+    # One op for what ``gram`` and ``structure`` do in three: calling one costs as much as a small batch's products.
+    values, _ = _inter_forward(own, given.detach(), student_memory, rows, known, kept, chosen)
+    return InterStructure(*values.unbind())

@@ -2,9 +2,10 @@
 
 Gamma = Z Z^T of Z = [centred memory, its mean mu_m, centred features, mu_h - mu_m] (``fsd_kernels.gram``).
 
-L_L and F_MM, from a diagonal block with A = K_c / |K_c|, B = L_c / |L_c| (teacher, student):
+L_L and F_MM, from the teacher's and the student's diagonal block K_c and L_c, as in ``fsd_kernels.intra_cka.eager``:
 
-    delta = 1 - CKA = 1/2 |A - B|^2,   loss = -log1p(-delta),   G = d CKA / d L_c = ((A - B) + delta B) / |L_c|
+    R = K_c - <K_c, L_c> / |L_c|^2 L_c,   delta = 1 - CKA = (|R| / |K_c|)^2 / (1 + CKA),   loss = -log1p(-delta)
+    G = d CKA / d L_c = R / (|K_c| |L_c|)
 
 F^E and F^C, with q_ij = |h_i - m_j|^2, u_i = |h_i|^2, v_j = |m_j|^2 summed from entries of Gamma, a = sqrt(u),
 b = sqrt(v), r = a - b = (u - v) / (a + b):
@@ -15,39 +16,48 @@ b = sqrt(v), r = a - b = (u - v) / (a + b):
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 CKA_FLOOR = 1e-8
 
 
-def _mean_energies(gammas: Tensor, num_centroid: int) -> tuple[Tensor, Tensor]:
-    """Return |mu_h|^2 and |mu_m|^2 of both sides, [2] each."""
+def _mean_energies(gammas: Tensor, num_centroid: int) -> tuple[list[float], list[float]]:
+    """Return |mu_h|^2 and |mu_m|^2 of both sides."""
     k, last = num_centroid, gammas[:, -1]
     if not k:
-        return last[:, -1], last[:, -1]
-    return last[:, -1] + 2 * last[:, k] + gammas[:, k, k], gammas[:, k, k]
+        own = last[:, -1].tolist()
+        return own, own
+    mean_m = gammas[:, k, k]
+    return (last[:, -1] + 2 * last[:, k] + mean_m).tolist(), mean_m.tolist()
 
 
-def _neg_log_cka(gammas: Tensor, block: slice, mean_energy: Tensor) -> tuple[Tensor, Tensor]:
-    """-log CKA of a diagonal block of student and teacher [2, N, N], and its gradient in the student's block."""
+def _neg_log_cka(gammas: Tensor, block: slice, mean_energy: list[float]) -> tuple[float, Tensor | None]:
+    """-log CKA of a diagonal block of student and teacher [2, N, N], and its gradient in the student's block.
+
+    The gradient is None where a side has no structure or CKA sits on its floor. The few scalars are Python's floats:
+    an operation on a tensor takes longer than all of them.
+    """
     units = gammas[:, block, block]
     energy = units.diagonal(dim1=1, dim2=2).sum(dim=1)
-    differ = energy > (8 * torch.finfo(gammas.dtype).eps) ** 2 * (block.stop - block.start) * mean_energy
+    floor = (8 * torch.finfo(gammas.dtype).eps) ** 2 * (block.stop - block.start)
+    scales = energy.tolist()
+    if not all(own > floor * mean for own, mean in zip(scales, mean_energy, strict=True)):
+        return 0.0, None
     # Dividing by the trace first keeps fourth powers of the features out of overflow and underflow.
-    units = units * torch.where(differ, 1 / energy, 0.0)[:, None, None]
-    norm = torch.linalg.vector_norm(units, dim=(1, 2))
-    units *= torch.where(differ, 1 / norm, 0.0)[:, None, None]
-    own, given = units
-    difference = given - own
-    delta = 0.5 * torch.linalg.vector_norm(difference).square()
-    cka = (given * own).sum()
-    floored = cka.clamp(min=CKA_FLOOR)
-    near = delta < 0.5
-    value = torch.where(near, -torch.log1p(-torch.where(near, delta, 0.0)), -torch.log(floored))
-    exists = differ.all()
-    scale = torch.where(exists & (cka > CKA_FLOOR), -1 / (floored * norm[0] * energy[0]), 0.0)
-    return torch.where(exists, value, 0.0), difference.addcmul_(delta, own).mul_(scale)
+    student, teacher = (units / energy[:, None, None]).double()
+    both = torch.stack((student.flatten(), teacher.flatten()))
+    (own, product), (_, given) = torch.mm(both, both.T).tolist()
+    # What the student's block does not explain of the teacher's; exactly 0 for equal blocks.
+    rest = torch.sub(teacher, student, alpha=product / own)
+    cka = product / math.sqrt(own * given)
+    delta = float(torch.linalg.vector_norm(rest)) ** 2 / (given * (1 + cka))
+    value = -math.log1p(-delta) if delta < 0.5 else -math.log(max(cka, CKA_FLOOR))
+    if cka <= CKA_FLOOR:
+        return value, None
+    return value, rest.mul_(-1 / (cka * math.sqrt(own * given) * scales[0])).to(gammas.dtype)
 
 
 class _Distances:
@@ -106,12 +116,16 @@ def forward(student: Tensor, teacher: Tensor, num_centroid: int) -> tuple[Tensor
     gammas = torch.stack((student, teacher))
     mean_h, mean_m = _mean_energies(gammas, num_centroid)
     if batch > 1:
-        values[0], gradients[0, samples, samples] = _neg_log_cka(gammas, samples, mean_h)
+        values[0], gradient = _neg_log_cka(gammas, samples, mean_h)
+        if gradient is not None:
+            gradients[0, samples, samples] = gradient
     if not num_centroid:
         return values, gradients
     centroids = slice(0, num_centroid)
     if num_centroid > 1:
-        values[1], gradients[1, centroids, centroids] = _neg_log_cka(gammas, centroids, mean_m)
+        values[1], gradient = _neg_log_cka(gammas, centroids, mean_m)
+        if gradient is not None:
+            gradients[1, centroids, centroids] = gradient
     if batch == 0:
         return values, gradients
     own, given = _Distances(student, num_centroid), _Distances(teacher, num_centroid)
