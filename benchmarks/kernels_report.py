@@ -15,7 +15,6 @@ import argparse
 import functools
 import hashlib
 import importlib
-import json
 import os
 import re
 import subprocess
@@ -28,14 +27,15 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fsd_fast.files import write_atomically
+from benchmarks.cache import JsonCache
 from fsd_kernels._triton import INTERPRETED, TARGETS, Target
 
-CACHE = Path(__file__).resolve().parents[1] / ".cache" / "kernels_report.json"
+CACHE = JsonCache(Path(__file__).resolve().parents[1] / ".cache" / "kernels_report.json")
 OPS = ("intra_cka", "gram", "structure", "kmeans")
 # Changes when what is read off the machine code does, and so makes the cache start anew.
 READER = 3
@@ -326,31 +326,25 @@ def _key(launch: Launch, target: str) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def report(targets: list[str], chosen: list[Case], cache: Path | None = CACHE) -> list[Row]:
+def report(targets: list[str], chosen: list[Case], cache: JsonCache = CACHE) -> list[Row]:
     """Compile every distinct kernel of the cases for every target; results are kept in ``cache``."""
-    known: dict[str, Any] = json.loads(cache.read_text()) if cache is not None and cache.exists() else {}
+    known = cache.read()
     rows: dict[str, Row] = {}
     before = torch.get_float32_matmul_precision()
     try:
-        for target in targets:
-            for case in chosen:
-                torch.set_float32_matmul_precision(case.precision)
-                for launch in record(TARGETS[target], case.run):
-                    key = _key(launch, target)
-                    if key not in known:
-                        known[key] = compile_launch(launch, target)
-                        _save(cache, known)
-                    rows[key] = _row(launch, case, target, known[key], rows.get(key))
+        pairs = [(target, case) for target in targets for case in chosen]
+        # On a terminal only: compiling everything takes about 40 minutes.
+        for target, case in tqdm(pairs, desc="compile", unit="case", disable=None):
+            torch.set_float32_matmul_precision(case.precision)
+            for launch in record(TARGETS[target], case.run):
+                key = _key(launch, target)
+                if key not in known:
+                    known[key] = compile_launch(launch, target)
+                    cache.keep(key, known[key])
+                rows[key] = _row(launch, case, target, known[key], rows.get(key))
     finally:
         torch.set_float32_matmul_precision(before)
     return list(rows.values())
-
-
-def _save(cache: Path | None, known: dict[str, Any]) -> None:
-    if cache is None:
-        return
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(cache, json.dumps(known).encode())
 
 
 def _row(launch: Launch, case: Case, target: str, read: dict[str, Any], before: Row | None) -> Row:

@@ -2,9 +2,9 @@
 
 Every load and store of a program is counted with the lanes that its mask lets through, in Triton's interpreter,
 at the paper's shapes (batch 32, 128 tokens, width 768) for forward + backward, partial sums included, and for one
-assignment and update of 4,096 points by 100 centroids of k-means. Where all
-programs along one axis of the grid do the same work on slices of equal size, two of them are run and counted for
-all (the last slice may be smaller: the count is then too high by less than one slice).
+assignment and update of 4,096 points by 100 centroids of k-means. Where all programs along one axis of the grid do
+the same work on slices of equal size, two of them are run and counted for all (the last slice may be smaller: the
+count is then too high by less than one slice).
 
 "issued" counts every access of every program: what the multiprocessors ask their caches for. "device" counts what
 device memory has to move: an address that programs on one slice read repeatedly counts once for the slice, since
@@ -12,18 +12,16 @@ they are launched side by side, and an address that every slice reads (the matri
 counts once for the launch. Minimum: every input read once per pass, every output written once.
 
 Ends with 1 if "device" is above 1.15 times the minimum anywhere (k-means: 1.2), or "issued" is where one program
-holds all rows and Gamma stays on chip (L_I, and L_G + L_L with K = 100) or where a program holds all centroids, on
-tensor cores. With K = 300 the triangle of Gamma alone
-takes 261 KB of accumulators, more than the 256 KB of registers of a multiprocessor, and A another 446 KB: rows have
-to be read, or A has to be, more than once. IEEE float32 has no tensor cores to feed from shared memory, and takes
-one tile of Gamma per program. Nothing is timed. Counts are kept in ``.cache`` until a kernel changes: all of them take
-about half an hour.
+holds all rows and Gamma stays on chip (L_I, and L_G + L_L with K = 100) or all centroids, on tensor cores. With
+K = 300 the triangle of Gamma alone takes 261 KB of accumulators, more than the 256 KB of registers of a
+multiprocessor, and A another 446 KB: rows have to be read, or A has to be, more than once. IEEE float32 has no tensor
+cores to feed from shared memory. Nothing is timed. Counts are kept in ``.cache`` until a kernel changes: all of them
+take about half an hour.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -44,7 +42,7 @@ from triton import language
 from triton.runtime import interpreter
 
 from benchmarks import baselines
-from fsd_fast.files import write_atomically
+from benchmarks.cache import JsonCache
 from fsd_kernels import _triton, cost
 from fsd_kernels.gram import triton as gram
 from fsd_kernels.intra_cka import triton as intra
@@ -54,7 +52,7 @@ from fsd_kernels.structure import triton as structure
 # The interpreter is chosen when triton is first imported.
 IN_TIME = isinstance(language.sum, interpreter.InterpretedFunction)
 
-CACHE = Path(__file__).resolve().parents[1] / ".cache" / "traffic.json"
+CACHE = JsonCache(Path(__file__).resolve().parents[1] / ".cache" / "traffic.json")
 # Changes when the way of counting does, and so makes the cache start anew.
 COUNTER = 1
 
@@ -257,17 +255,11 @@ def counted(name: str, kind: Kind, count: Callable[[], dict[str, Traffic]]) -> d
         repr((COUNTER, [path.read_bytes() for path in sorted(sources)])).encode()
     ).hexdigest()
     key = f"{name}, {kind.name}, {digest}"
-    found = _cached().get(key)
+    found = CACHE.read().get(key)
     if found is None:
         found = {kernel: list(part) for kernel, part in count().items()}
-        CACHE.parent.mkdir(parents=True, exist_ok=True)
-        # Read again: another process may have counted other rows meanwhile.
-        write_atomically(CACHE, json.dumps(_cached() | {key: found}).encode())
+        CACHE.keep(key, found)
     return {kernel: Traffic(*part) for kernel, part in found.items()}
-
-
-def _cached() -> dict[str, Any]:
-    return dict(json.loads(CACHE.read_text())) if CACHE.exists() else {}
 
 
 class Kind(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 
 from benchmarks import kernels_report
+from benchmarks.cache import JsonCache
 from benchmarks.kernels_report import Case, Launch, Row
 from fsd_kernels._triton import TARGETS
 
@@ -47,7 +49,7 @@ def test_a_subset_compiles_to_what_it_should_be(target: str, tmp_path: Path) -> 
         for case in kernels_report.cases(rows=(32,), centroids=(50,))
         if case.dtype == "bf16" and case.name in ("S=32", "K=50")
     ]
-    rows = kernels_report.report([target], chosen, tmp_path / "cache.json")
+    rows = kernels_report.report([target], chosen, JsonCache(tmp_path / "cache.json"))
     kernels = {row.kernel: row for row in rows}
     assert {"_gram_fwd_kernel", "_gram_sum_kernel", "_gram_rows_kernel", "_gram_bwd_kernel"} < set(kernels)
     assert [problem for row in rows for problem in row.problems()] == []
@@ -57,8 +59,23 @@ def test_a_subset_compiles_to_what_it_should_be(target: str, tmp_path: Path) -> 
         assert kernels[name].resident > 0
     assert kernels["_gram_sum_kernel"].matrix == 0
     # The second report reads what the first one wrote.
-    again = kernels_report.report([target], chosen, tmp_path / "cache.json")
+    again = kernels_report.report([target], chosen, JsonCache(tmp_path / "cache.json"))
     assert again == rows
+
+
+def test_the_extremes_in_the_docs_are_those_of_the_whole_table() -> None:
+    docs = Path(kernels_report.__file__).parents[1] / "docs"
+    lines = (docs / "results" / "kernels_report.md").read_text().splitlines()
+    table = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    rows = []
+    for cells in table[1:]:
+        read = {
+            name: cell.replace("-", "") if name == "kind" else cell
+            for name, cell in zip(table[0], cells, strict=True)
+        }
+        numbers = {name: int(read[name]) for name in ("registers", "spills", "shared", "resident")}
+        rows.append(SimpleNamespace(**{**read, **numbers}))
+    assert kernels_report.summary(rows) in (docs / "KERNELS.md").read_text()  # type: ignore[arg-type]
 
 
 def test_an_empty_kernel_is_refused() -> None:

@@ -256,6 +256,11 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def _part(width: int, parts: int, block: int) -> int:
+    """How much of a width cut into so many parts one of them is: whole blocks."""
+    return _cdiv(_cdiv(width, parts), block) * block
+
+
 def _triangle(size: int) -> int:
     return size * (size + 1) // 2
 
@@ -277,7 +282,7 @@ def _intra_triton(shape: Shape, target: Target, precision: str) -> dict[str, Cos
     else:
         whole = blocks == 1
         tiles = _triangle(blocks)
-        part = _cdiv(_cdiv(max(widths), config.splits), config.block_d) * config.block_d
+        part = _part(max(widths), config.splits, config.block_d)
         splits = _cdiv(max(widths), part)
         lower = _triangle(rows) * _FLOAT32
         means = sum(widths) * _FLOAT32
@@ -297,7 +302,7 @@ def _intra_triton(shape: Shape, target: Target, precision: str) -> dict[str, Cos
     back_blocks = _cdiv(rows, back.block_s)
     flops = items * 2 * (back_blocks * back.block_s) ** 2 * shape.width
     if rows <= back.block_s:
-        part = _cdiv(_cdiv(shape.width, back.splits), back.block_d) * back.block_d
+        part = _part(shape.width, back.splits, back.block_d)
         splits = _cdiv(shape.width, part)
         stages["backward"] = Cost(items * (own + splits * (gram + _FLOAT32)), items * own, flops)
     else:
@@ -324,7 +329,7 @@ def _gram_triton(
     head = centroids + 1 if centroids else 0
     size = head + shape.batch + 1
     config = forward_config(size, width, shape.dtype, precision, target, head if known else 0)
-    part = _cdiv(_cdiv(width, config.parts), 2 * config.block_f) * 2 * config.block_f
+    part = _part(width, config.parts, 2 * config.block_f)
     parts = _cdiv(width, part)
     lower = _triangle(size) - (_triangle(head) if known else 0)
     rows = centroids + shape.batch
@@ -364,7 +369,7 @@ def _gram_backward_triton(shape: Shape, centroids: int, target: Target, precisio
     tiles = _cdiv(size, small_block(size))
     stages = {"gram_rows": Cost(2 * small * (tiles + 1), weights, 0)}
     if config.tiles:
-        part = _cdiv(_cdiv(width, config.parts), config.block_f) * config.block_f
+        part = _part(width, config.parts, config.block_f)
         panels = _cdiv(config.tiles, config.panel)
         columns = (config.tiles - 1) * config.block + config.last
         own = columns if panels == 1 else panels * config.panel * config.block
@@ -398,7 +403,7 @@ def _kmeans_triton(shape: Shape, target: Target, precision: str) -> dict[str, Co
 
     points, clusters, width = shape.points, shape.centroids, shape.student_features
     config = assign_config(points, clusters, width, shape.dtype, precision, target)
-    part = _cdiv(_cdiv(width, config.parts), 2 * config.block_f) * 2 * config.block_f
+    part = _part(width, config.parts, 2 * config.block_f)
     parts, group = _cdiv(width, part), sum(config.blocks)
     groups, blocks = _cdiv(clusters, group), _cdiv(points, config.block_n)
     # Rows past the last one repeat it.
