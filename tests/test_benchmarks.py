@@ -308,6 +308,25 @@ def test_check_exits_1_on_a_wrong_gradient(
 
 
 @pytest.mark.usefixtures("quick_ceilings")
+@pytest.mark.parametrize("whose", ["ours", "theirs"])
+def test_bench_exits_1_where_ours_is_wrong(
+    whose: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    op = OPS["intra"]
+    providers = {"ours": op.providers["ours"], "broken": _wrong(gradient=1.5, ours=whose == "ours")}
+    shapes = {"paper": [SMALL], "growth": [SMALL]}
+    for name in list(OPS):
+        monkeypatch.delitem(OPS, name)
+    monkeypatch.setitem(OPS, "intra", dataclasses.replace(op, providers=providers, shapes=shapes))
+    monkeypatch.setattr(checks, "evaluate", lambda result: [])
+    monkeypatch.setattr(checks, "GROWTH_OPS", ("intra",))
+    path = tmp_path / "result.json"
+    arguments = ["bench", "--seconds", "0", "--min-rounds", "2", "--json", str(path)]
+    assert command.main(arguments) == (1 if whose == "ours" else 0)
+    assert {row.status for row in results.load(path).rows if row.provider == "broken"} == {WRONG}
+
+
+@pytest.mark.usefixtures("quick_ceilings")
 def test_command_writes_json_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "folder" / "result.json"
     assert _main("intra", "--providers", "ours,released", "--json", str(path)) == 0
