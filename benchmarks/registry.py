@@ -165,6 +165,20 @@ def _contender(loss: Callable[[], Callable[[Inputs], Tensor]]) -> Build:
     return lambda tensors, _: LossContender(loss(), tensors, DIFFERENTIABLE)
 
 
+def _with_offset(build: Build) -> Build:
+    """The same on features that all have one vector in common, which CKA does not see, of three times their energy."""
+
+    def built(tensors: Inputs, sizes: Sizes) -> Contender:
+        shifted = dict(tensors)
+        for name in ("student", "teacher"):
+            features = tensors[name]
+            common = torch.randn(features.shape[-1], generator=torch.Generator().manual_seed(0))
+            shifted[name] = features + (3**0.5 * features.std() * common.to(features))
+        return build(shifted, sizes)
+
+    return built
+
+
 class _TimeUp(BaseException):
     """Not an Exception: a compiler that catches those must not take it for an error of its own."""
 
@@ -231,6 +245,9 @@ def _loss_providers(
         "compiled": Provider(_contender(lambda: compiled), note="torch.compile of plain"),
     }
     if op in ("intra", "local"):
+        providers["ours-offset"] = Provider(
+            _with_offset(providers["ours"].build), ours=True, note="ours where features must be centred first"
+        )
         for name, (estimator, build) in peers.cka_peers(op).items():
             providers[name] = Provider(_contender(build), truth=estimator, note=f"peer, {estimator} CKA")
     return providers
