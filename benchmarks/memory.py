@@ -391,7 +391,13 @@ def peak(options: argparse.Namespace) -> tuple[list[Number], dict[str, Any]]:
         done = subprocess.run(
             [sys.executable, "-c", _PEAK, str(number), str(features), str(width)],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"},
+            env=os.environ
+            | {
+                "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+                "OMP_NUM_THREADS": "1",
+                # Blocks go back to the system when they are freed; else what lies free in the heap hides some of them.
+                "MALLOC_MMAP_THRESHOLD_": str(1 << 16),
+            },
             capture_output=True,
             text=True,
             check=True,
