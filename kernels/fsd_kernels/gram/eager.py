@@ -23,12 +23,9 @@ import torch
 from torch import Tensor
 
 # Columns of a slice. Long slices make few products, of which each pays for its start; the rows of a short one stay in
-# the cache between centring and multiplying, and lose less to rounding: forward a slice is this many numbers, within
-# limits. Backward the gradients are held as well, so that the buffer beside a memory is small.
-_FORWARD_NUMBERS, _FORWARD_COLUMNS = 1 << 20, (12288, 32768)
-_BACKWARD_COLUMNS = 4096
-# Without a memory nothing is held but what a mask or a dtype changes; forward a slice is as short as rounding wants it.
-_UNCENTRED_COLUMNS = 8192
+# the cache between centring and multiplying, and lose less to rounding. Backward the gradients are held as well, so
+# that the buffer beside a memory is small.
+_FORWARD_COLUMNS, _BACKWARD_COLUMNS = 8192, 4096
 # Rows are centred before they are multiplied where their energy, uncentred, is more than so many times their own.
 _MOST_ENERGY = 2.0
 # The rows of a buffer are this much longer than a slice: a multiple of 1024 apart they would share cache sets.
@@ -43,12 +40,6 @@ def _slices(width: int, most: int) -> Iterator[slice]:
     """Cut the feature axis into slices of so many columns."""
     for start in range(0, width, most):
         yield slice(start, min(start + most, width))
-
-
-def _forward_columns(rows: int) -> int:
-    """Columns of a slice, whole pages of them: of a memory's rows alone, with a batch beside it or without."""
-    least, most = _FORWARD_COLUMNS
-    return min(most, max(least, _FORWARD_NUMBERS // max(1, rows) // 4096 * 4096))
 
 
 def _dropped(mask: Tensor, columns: slice, width: int) -> Tensor:
@@ -121,7 +112,7 @@ def _has_offset(gram: Tensor) -> bool:
 def _forward_uncentred(features: Tensor, mask: Tensor | None) -> Tensor | None:
     """Gamma of features [B, F] without a memory, multiplied as they are; None where they must be centred first."""
     products: list[Tensor] = []
-    for _, rows in _uncentred(features, mask, _UNCENTRED_COLUMNS):
+    for _, rows in _uncentred(features, mask, _FORWARD_COLUMNS):
         products.append(torch.mm(rows, rows.T))
         # Most probably the other slices are no better than the first.
         if len(products) == 1 and _has_offset(products[0]):
@@ -158,8 +149,7 @@ def forward(
     if head and memory_gram is None:
         products += [(slice(0, head - 1), slice(0, head - 1)), (slice(head - 1, head), slice(0, head))]
     slices: list[list[Tensor]] = [[] for _ in products]
-    most = _forward_columns(features.shape[0] if memory is None else memory.shape[0])
-    for _, stacked in _stacked(features, memory, mask, most):
+    for _, stacked in _stacked(features, memory, mask, _FORWARD_COLUMNS):
         for (rows, columns), done in zip(products, slices, strict=True):
             done.append(torch.mm(stacked[rows], stacked[columns].T))
     gram = features.new_zeros((last + 1, last + 1), dtype=torch.float64)
@@ -211,7 +201,7 @@ def backward(
         own = own - own.mean(dim=1, keepdim=True) + mean / max(1, features.shape[0])
         from_features = from_memory = own.to(_dtype(features))
         unchanged = mask is None and features.dtype == _dtype(features)
-        slices = _uncentred(features, mask, features.shape[1] if unchanged else _UNCENTRED_COLUMNS)
+        slices = _uncentred(features, mask, features.shape[1] if unchanged else _FORWARD_COLUMNS)
     else:
         from_features, from_memory = (
             weights.to(_dtype(features)) for weights in _transposed_map(d_gram, memory.shape[0] + 1)
