@@ -129,9 +129,9 @@ class Source:
             pad_features=pad_features,
         )
 
-    def cache(self, folder: Path, pad_features: str) -> FeatureCache:
+    def cache(self, folder: Path, own: MemoryIdentity) -> FeatureCache:
         """A feature cache in a folder."""
-        record = dataclasses.asdict(self.identity(pad_features))
+        record = dataclasses.asdict(own)
         names = {item.name for item in dataclasses.fields(FeatureIdentity)} & record.keys()
         identity = FeatureIdentity(
             **{name: record[name] for name in names},
@@ -296,10 +296,11 @@ def _built(source: Source, pad_features: str, cached: bool) -> tuple[TeacherMemo
     source.forwards, source.forward_seconds = 0, 0.0
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        cache = source.cache(Path(folder) / "features", pad_features) if cached else None
+        identity = source.identity(pad_features)
+        cache = source.cache(Path(folder) / "features", identity) if cached else None
         memory = TeacherMemory.build(
             lambda start: source.batches(pad_features, start, cache=cache),
-            source.identity(pad_features),
+            identity,
             seed=0,
             progress=False,
             num_samples=len(source),
