@@ -1,6 +1,6 @@
 """Timing: providers in turn within one run, ratios pair by pair, ceilings and a contention canary from the same run.
 
-    round 1:  canary A B C    round 2:  canary A B C    ...
+    round 1:  canary A B C    round 2:  canary B C A    ...
 
 A sample of a provider is one timed call (or the mean of a few, where a call is short), after one that is not timed:
 otherwise a provider would pay for what the one before it left behind, such as a heap that has been given back to the
@@ -9,7 +9,8 @@ round by round, b_1 / a_1, b_2 / a_2, ..., so that a slow moment of the machine 
 the middle, the quartiles for the spread.
 
 The canary is a fixed matrix product timed at the start of every round. Where its times spread, or where the
-process did not get the processor time it asked for, something else was running: the rows are marked.
+process did not get the processor time it asked for, something else was running: the rows are marked. It is also the
+product rate that a round's times are held against, so that a slow moment falls on both there too.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from torch import Tensor
 CANARY_SPREAD = 0.10
 CANARY_SHARE = 0.90
 
-# A call that takes longer than so many seconds is not preceded by an untimed one, against which that debt is small.
+# A call that takes longer than so many seconds is warmed up by one call, and no untimed one precedes it later, against
+# which that debt is small.
 _LONG = 0.5
 
-_CANARY_SIZE = 768
+# 2.4 GFLOP: as many as L_I has at the paper's shape.
+_CANARY_SIZE = 1064
 _L2_FLUSH_BYTES = 256 << 20
 
 
@@ -83,6 +86,13 @@ class Canary:
 
     seconds: Sequence[float] = ()
     shares: Sequence[float] = ()
+    flops: int = 0
+    """Of the product."""
+
+    def percent(self, flops: int, seconds: Sequence[float]) -> float:
+        """Median percentage that so many flops in these times, one per round, are of the product's rate."""
+        rates = [flops / own / (self.flops / each) for own, each in zip(seconds, self.seconds, strict=True)]
+        return 100 * statistics.median(rates)
 
     @property
     def noisy(self) -> bool:
@@ -113,6 +123,8 @@ class Measurement:
 class CpuClock:
     """Wall-clock time of calls that run on the CPU."""
 
+    canary_flops = 2 * _CANARY_SIZE**3
+
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
         self._a = torch.randn(_CANARY_SIZE, _CANARY_SIZE, generator=generator)
@@ -141,6 +153,8 @@ class CpuClock:
 
 class CudaClock:
     """Time between two events on the current stream, with a cold L2 cache before every call."""
+
+    canary_flops = 2 * (4 * _CANARY_SIZE) ** 3
 
     def __init__(self, device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -200,11 +214,14 @@ def measure(
     repeats: dict[str, int] = {}
     long: set[str] = set()
     for name, sets in contestants.items():
-        first = [clock.time(timed, 1) for timed in sets] + [clock.time(sets[0], 1)]
+        first = [clock.time(timed, 1) for timed in sets]
+        if first[-1] <= _LONG:
+            first.append(clock.time(sets[0], 1))
         repeats[name] = max(1, min(50, round(shortest / max(first[-1], 1e-7))))
         if first[-1] > _LONG:
             long.add(name)
-    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
+    samples: dict[str, list[float]] = {name: [] for name in names}
     canary_seconds: list[float] = []
     canary_shares: list[float] = []
     collecting = gc.isenabled()
@@ -218,7 +235,10 @@ def measure(
             second, share = clock.canary()
             canary_seconds.append(second)
             canary_shares.append(share)
-            for name, sets in contestants.items():
+            # Each comes first, and after each other one, in its turn.
+            first_one = round_ % max(1, len(names))
+            for name in names[first_one:] + names[:first_one]:
+                sets = contestants[name]
                 timed = sets[round_ % len(sets)]
                 if name not in long:
                     clock.time(timed, 1)
@@ -226,7 +246,7 @@ def measure(
     finally:
         if collecting:
             gc.enable()
-    return Measurement(samples, Canary(canary_seconds, canary_shares))
+    return Measurement(samples, Canary(canary_seconds, canary_shares, clock.canary_flops))
 
 
 class Ceilings(NamedTuple):

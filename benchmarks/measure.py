@@ -141,10 +141,9 @@ def measure_case(
                     "canary_share": samples.canary.share,
                 }
                 if minimum is not None:
-                    median = harness.spread(times).median
                     fact |= {
-                        "matmul_percent": 100 * minimum.flops / median / ceilings.matmul,
-                        "copy_percent": 100 * minimum.bytes / median / ceilings.copy,
+                        "matmul_percent": samples.canary.percent(minimum.flops, times),
+                        "copy_percent": 100 * minimum.bytes / harness.spread(times).median / ceilings.copy,
                         "minimal_flops": minimum.flops,
                     }
                 if settings.memory and mode == "full" and chosen[name].memory:

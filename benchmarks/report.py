@@ -260,8 +260,8 @@ def report(result: Result, stem: Path) -> str:
         f"{environment['date']}, commit {environment['commit']}{modified}, {environment['threads']} threads; "
         f"{versions}.",
         f"In the same run this machine reached {result.ceilings['matmul'] / 1e9:.0f} GFLOP/s in a large product and "
-        f"{result.ceilings['copy'] / 1e9:.1f} GB/s in a large copy; percentages are against these, for the minimal "
-        "work of each op.",
+        f"{result.ceilings['copy'] / 1e9:.1f} GB/s in a large copy. Percentages are of that copy, and of a product of "
+        "2.4 GFLOP timed in the same rounds, for the minimal work of each op.",
         "Providers are timed in turn within one run; ratios are taken pair by pair; ms are medians. Errors are of "
         "value / gradient, relative to the reference in float64, on ordinary features and on features with BERT's "
         "outlier dimensions. What is wrong is not timed.",

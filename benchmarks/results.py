@@ -52,7 +52,7 @@ class Row:
     """On features with BERT's outlier dimensions."""
     outlier_gradient_error: float | None = None
     matmul_percent: float | None = None
-    """Minimal flops per second against the machine's own product rate."""
+    """Minimal flops per second against the rate of the canary, a product of 2.4 GFLOP timed in the same rounds."""
     copy_percent: float | None = None
     """Minimal bytes per second against the machine's own copy."""
     minimal_flops: int | None = None

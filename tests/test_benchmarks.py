@@ -36,6 +36,8 @@ QUICK = Settings(CPU, seconds=0.0, min_rounds=2)
 class ScriptedClock:
     """A clock that runs nothing and remembers in which order it was asked."""
 
+    canary_flops = 1000
+
     def __init__(self, canary: Iterator[tuple[float, float]] | None = None) -> None:
         self.order: list[str] = []
         self._canary = canary
@@ -62,8 +64,8 @@ def test_providers_are_timed_in_turn_after_a_warm_up() -> None:
     clock = ScriptedClock()
     contestants = {name: scripted(name, lambda: 1.0) for name in "AB"}
     measured = harness.measure(contestants, clock, seconds=0, min_rounds=3)  # type: ignore[arg-type]
-    warm_up = ["A", "A", "B", "B"]
-    assert clock.order == [*warm_up, *["canary", "A", "B"] * 3]
+    warm_up = ["A", "B"]
+    assert clock.order == [*warm_up, "canary", "A", "B", "canary", "B", "A", "canary", "A", "B"]
     assert {name: len(samples) for name, samples in measured.samples.items()} == {"A": 3, "B": 3}
 
 
@@ -72,12 +74,14 @@ def test_a_short_call_is_preceded_by_an_untimed_one() -> None:
     clock = ScriptedClock()
     contestants = {"short": scripted("short", lambda: next(times)), "long": scripted("long", lambda: 0.6)}
     measured = harness.measure(contestants, clock, seconds=0, min_rounds=3)  # type: ignore[arg-type]
-    assert clock.order[4:] == ["canary", "short", "short", "long"] * 3
+    in_turn = ["canary", "short", "short", "long"], ["canary", "long", "short", "short"]
+    assert clock.order[:3] == ["short", "short", "long"]
+    assert clock.order[3:] == [*in_turn[0], *in_turn[1], *in_turn[0]]
     assert measured.samples == {"short": [0.4] * 3, "long": [0.6] * 3}
 
 
 def test_the_warm_up_is_not_among_the_samples() -> None:
-    times = iter([100.0, 50.0, 1.0, 1.0, 1.0])
+    times = iter([100.0, 1.0, 1.0, 1.0])
     clock = ScriptedClock()
     measured = harness.measure({"A": scripted("A", lambda: next(times))}, clock, seconds=0, min_rounds=3)  # type: ignore[arg-type]
     assert measured.samples["A"] == [1.0, 1.0, 1.0]
@@ -126,6 +130,14 @@ def test_spread_is_median_and_quartiles() -> None:
 )
 def test_canary_sees_contention(seconds: list[float], shares: list[float], noisy: bool) -> None:
     assert Canary(seconds, shares).noisy is noisy
+
+
+def test_product_rates_are_compared_round_by_round() -> None:
+    # 500 flops in the time of the canary's 1000 are half of its rate, however fast a round is.
+    canary = Canary([1.0, 3.0, 2.0], [1.0] * 3, 1000)
+    assert canary.percent(500, [1.0, 3.0, 2.0]) == pytest.approx(50)
+    assert canary.percent(500, [2.0, 3.0, 1.0]) == pytest.approx(50)
+    assert canary.percent(500, [2.0, 6.0, 4.0]) == pytest.approx(25)
 
 
 def test_a_noisy_run_is_marked() -> None:
