@@ -25,7 +25,7 @@ from torch import Tensor
 # Columns of a slice. Long slices make few products, of which each pays for its start; the rows of a short one stay in
 # the cache between centring and multiplying, and lose less to rounding. Backward the gradients are held as well, so
 # that the buffer beside a memory is small.
-_FORWARD_COLUMNS, _BACKWARD_COLUMNS = 8192, 4096
+_FORWARD_COLUMNS, _BACKWARD_COLUMNS = 8192, 3072
 # Rows are centred before they are multiplied where their energy, uncentred, is more than so many times their own.
 _MOST_ENERGY = 2.0
 # The rows of a buffer are this much longer than a slice: a multiple of 1024 apart they would share cache sets.
