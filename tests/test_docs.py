@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
+from benchmarks import report, results
 from fsd_fast.cli import COMMANDS
 from fsd_fast.demo import results_table
 from fsd_fast.losses import METHODS
@@ -46,8 +47,27 @@ def test_readme_names_no_flag_that_does_not_exist() -> None:
 
 
 def test_demo_table_is_the_one_of_its_file() -> None:
-    results = json.loads((ROOT / "docs" / "results" / "demo.json").read_text(encoding="utf-8"))
-    assert results_table(results["rows"]) in README
+    demo = json.loads((ROOT / "docs" / "results" / "demo.json").read_text(encoding="utf-8"))
+    assert results_table(demo["rows"]) in README
+
+
+def test_speed_table_is_the_one_of_its_file() -> None:
+    files = re.findall(r"\]\((benchmarks/results/\S+\.json)\)", README)
+    assert len(files) == 1
+    assert report.markdown(report.summary(results.load(ROOT / files[0]))) in README
+    assert f"({files[0].removesuffix('.json')}.md)" in README
+
+
+def test_memory_table_is_that_of_its_file() -> None:
+    docs = ROOT / "docs"
+    found = json.loads((docs / "results" / "memory_quality.json").read_text(encoding="utf-8"))["quality"]
+    text = (docs / "MEMORY.md").read_text(encoding="utf-8")
+    for task, name in {"rte": "RTE", "cola": "CoLA", "reviews": "reviews"}.items():
+        of = found[task]
+        mean = sum(of["scikit-learn"]) / len(of["scikit-learn"])
+        ratios = [inertia / mean for inertia in of["ours"]]
+        cells = f"{of['samples']:,}", of["longest"], f"{sum(ratios) / len(ratios):.4f}", f"{max(ratios):.4f}"
+        assert f"| {name} | " + " | ".join(map(str, cells)) + " |" in text
 
 
 def test_texts_stay_within_the_project() -> None:
