@@ -207,7 +207,7 @@ def test_grams_in_strips(rows: int, count: int, masked: bool) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("guess", [False, True])
 def test_features_or_grams_are_centred(guess: bool, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(intra_eager, "_has_offset", lambda features, kept: guess)
+    monkeypatch.setattr(intra_eager, "_likely_has_offset", lambda features, kept: guess)
     mask = ragged_mask(4, 12, lengths=[12, 5, 9, 1]) if masked else None
     student, teacher = (torch.randn(4, 12, 6, generator=make_generator(i)).double() for i in (0, 1))
     student[1] += 40.0
@@ -217,17 +217,17 @@ def test_features_or_grams_are_centred(guess: bool, masked: bool, monkeypatch: p
 
 def test_the_guess_sees_an_offset_of_most_samples() -> None:
     features = torch.randn(9, 40, 30, generator=make_generator(0))
-    assert not intra_eager._has_offset(features, None)
+    assert not intra_eager._likely_has_offset(features, None)
     offset = torch.zeros(9, 1, 1)
     offset[:8] = 2.0
-    assert intra_eager._has_offset(features + offset, None)
+    assert intra_eager._likely_has_offset(features + offset, None)
     offset[2:] = 0.0
-    assert not intra_eager._has_offset(features + offset, None)
+    assert not intra_eager._likely_has_offset(features + offset, None)
     # What dropped tokens hold is not looked at.
     kept = torch.arange(40).expand(9, 40) < 10
     features[:, 10:] = 1e6
-    assert intra_eager._has_offset(features, None)
-    assert not intra_eager._has_offset(features, kept)
+    assert intra_eager._likely_has_offset(features, None)
+    assert not intra_eager._likely_has_offset(features, kept)
 
 
 @pytest.mark.parametrize("masked", [False, True])

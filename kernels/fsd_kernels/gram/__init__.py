@@ -19,6 +19,8 @@ from torch import Tensor
 
 from fsd_kernels._backend import implementation, resolve_backend
 from fsd_kernels._checks import check_features, check_mask, check_same_device
+from fsd_kernels._numerics import compute_dtype
+from fsd_kernels._saved import save, saved
 
 
 class GramBasis(NamedTuple):
@@ -42,8 +44,13 @@ def _forward(
 def _(
     features: Tensor, memory: Tensor | None, memory_gram: Tensor | None, mask: Tensor | None, backend: str
 ) -> Tensor:
+    return fake_gamma(features, memory, backend)
+
+
+def fake_gamma(features: Tensor, memory: Tensor | None, backend: str) -> Tensor:
+    """A tensor of Gamma's shape and dtype."""
     total = features.shape[0] + 1 + (0 if memory is None else memory.shape[0] + 1)
-    dtype = torch.float64 if features.dtype == torch.float64 or backend == "eager" else torch.float32
+    dtype = torch.float64 if backend == "eager" else compute_dtype(features)
     return features.new_empty((total, total), dtype=dtype)
 
 
@@ -73,22 +80,27 @@ def _(
     need_memory: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    nothing = features.new_empty(0)
-    d_memory = torch.empty_like(memory) if memory is not None and need_memory else torch.empty_like(nothing)
-    return torch.empty_like(features) if need_features else nothing, d_memory
+    return fake_gradients(features, memory, need_features, need_memory)
+
+
+def fake_gradients(
+    features: Tensor, memory: Tensor | None, need_features: bool, need_memory: bool
+) -> tuple[Tensor, Tensor]:
+    """Tensors of the shapes and dtypes of d features and d memory; empty where not needed."""
+    d_features = torch.empty_like(features) if need_features else features.new_empty(0)
+    d_memory = torch.empty_like(memory) if memory is not None and need_memory else features.new_empty(0)
+    return d_features, d_memory
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     features, memory, _, mask, backend = inputs
-    ctx.backend, ctx.present = backend, (memory is not None, mask is not None)
-    ctx.save_for_backward(features, *(tensor for tensor in (memory, mask) if tensor is not None))
+    ctx.backend = backend
+    save(ctx, features, memory, mask)
 
 
 def _autograd(ctx: Any, d_gram: Tensor) -> tuple[Tensor | None, ...]:
-    features, *rest = ctx.saved_tensors
-    memory = rest.pop(0) if ctx.present[0] else None
-    mask = rest.pop(0) if ctx.present[1] else None
-    needs = (ctx.needs_input_grad[0], ctx.present[0] and ctx.needs_input_grad[1])
+    features, memory, mask = saved(ctx)
+    needs = (ctx.needs_input_grad[0], memory is not None and ctx.needs_input_grad[1])
     d_features, d_memory = _backward(features, memory, mask, d_gram, *needs, ctx.backend)
     return d_features if needs[0] else None, d_memory if needs[1] else None, None, None, None
 

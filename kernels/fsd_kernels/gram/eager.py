@@ -4,8 +4,8 @@ The feature axis is walked in slices. A slice holds all rows, so their means are
 centred into a small float32 buffer (float64 for float64 features) and multiplied into Gamma, float32 within a slice and
 float64 over the slices, and Gamma stays float64: near CKA = 1, and in the differences of cosines that are all but 0,
 the losses live in its last bits. A diagonal block that holds nothing but the rounding of its features is 0. Only the
-buffer is extra memory; the inputs are never concatenated. Where a slice starts depends on nothing but F and the
-number of a memory's rows, so equal memories give equal bits.
+buffer is extra memory; the inputs are never concatenated. Where a slice starts depends on nothing but F, so
+equal memories give equal bits.
 
 Without a memory the features are multiplied as they are and Gamma is centred, in float64, where that loses little: not
 where their mean row has more energy than all that sets them apart. Then they are read once and written nowhere.
@@ -22,18 +22,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fsd_kernels._numerics import MOST_ENERGY, compute_dtype, rounding_energy
+
 # Columns of a slice. Long slices make few products, of which each pays for its start; the rows of a short one stay in
 # the cache between centring and multiplying, and lose less to rounding. Backward the gradients are held as well, so
 # that the buffer beside a memory is small.
 _FORWARD_COLUMNS, _BACKWARD_COLUMNS = 8192, 3072
-# Rows are centred before they are multiplied where their energy, uncentred, is more than so many times their own.
-_MOST_ENERGY = 2.0
 # The rows of a buffer are this much longer than a slice: a multiple of 1024 apart they would share cache sets.
 _GAP = 16
-
-
-def _dtype(features: Tensor) -> torch.dtype:
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
 def _slices(width: int, most: int) -> Iterator[slice]:
@@ -77,7 +73,7 @@ def _stacked(
     head = 0 if memory is None else memory.shape[0] + 1
     last = head + features.shape[0]
     width = features.shape[1] if memory is None else memory.shape[1]
-    buffer = features.new_empty((last + 1, min(most, width) + _GAP), dtype=_dtype(features))
+    buffer = features.new_empty((last + 1, min(most, width) + _GAP), dtype=compute_dtype(features))
     for columns in _slices(width, most):
         stacked = buffer[:, : columns.stop - columns.start]
         if memory is not None:
@@ -91,7 +87,7 @@ def _stacked(
 def _uncentred(features: Tensor, mask: Tensor | None, most: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield (columns, features[:, columns]), 0 where dropped, along the feature axis."""
     for columns in _slices(features.shape[1], most):
-        rows = features[:, columns].to(_dtype(features))
+        rows = features[:, columns].to(compute_dtype(features))
         if mask is not None:
             rows = rows.masked_fill(_dropped(mask, columns, features.shape[1]), 0.0)
         yield columns, rows
@@ -100,13 +96,13 @@ def _uncentred(features: Tensor, mask: Tensor | None, most: int) -> Iterator[tup
 def _drop_rounding(block: Tensor, mean_energy: Tensor, dtype: torch.dtype) -> None:
     """Zero the centred Gram of rows that are equal up to rounding of their mean, of squared norm ``mean_energy``."""
     energy = block.diagonal().sum()
-    block *= energy > (8 * torch.finfo(dtype).eps) ** 2 * block.shape[0] * mean_energy
+    block *= energy > rounding_energy(dtype) * block.shape[0] * mean_energy
 
 
 def _has_offset(gram: Tensor) -> bool:
     """Whether rows with this Gram, which are not centred, must be centred before they are multiplied."""
     energy = gram.diagonal().sum()
-    return not energy <= _MOST_ENERGY * (energy - len(gram) * gram.mean())
+    return not energy <= MOST_ENERGY * (energy - len(gram) * gram.mean())
 
 
 def _forward_uncentred(features: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -160,13 +156,13 @@ def forward(
         gram[:head, :head] = memory_gram
     elif head:
         gram[: head - 1, head - 1] = gram[head - 1, : head - 1]
-        _drop_rounding(gram[: head - 1, : head - 1], gram[head - 1, head - 1], _dtype(features))
+        _drop_rounding(gram[: head - 1, : head - 1], gram[head - 1, head - 1], compute_dtype(features))
     gram[:head, head:last] = gram[head:last, :head].T
     gram[:last, last] = gram[last, :last]
     mean_energy = gram[last, last]
     if head:
         mean_energy = mean_energy + 2 * gram[last, head - 1] + gram[head - 1, head - 1]
-    _drop_rounding(gram[head:last, head:last], mean_energy, _dtype(features))
+    _drop_rounding(gram[head:last, head:last], mean_energy, compute_dtype(features))
     return gram
 
 
@@ -199,12 +195,12 @@ def backward(
         left, _ = _transposed_map(d_gram, 0)
         own, mean = left[:, :-1], left[:, -1:]
         own = own - own.mean(dim=1, keepdim=True) + mean / max(1, features.shape[0])
-        from_features = from_memory = own.to(_dtype(features))
-        unchanged = mask is None and features.dtype == _dtype(features)
+        from_features = from_memory = own.to(compute_dtype(features))
+        unchanged = mask is None and features.dtype == compute_dtype(features)
         slices = _uncentred(features, mask, features.shape[1] if unchanged else _FORWARD_COLUMNS)
     else:
         from_features, from_memory = (
-            weights.to(_dtype(features)) for weights in _transposed_map(d_gram, memory.shape[0] + 1)
+            weights.to(compute_dtype(features)) for weights in _transposed_map(d_gram, memory.shape[0] + 1)
         )
         slices = _stacked(features, memory, mask, _BACKWARD_COLUMNS)
     for columns, rows in slices:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fsd_kernels._backend import implementation, resolve_backend
 from fsd_kernels._checks import check_features, check_mask, check_same_device
+from fsd_kernels._numerics import compute_dtype
+from fsd_kernels._saved import save, saved
 
 
 class IntraCKA(NamedTuple):
@@ -37,7 +39,7 @@ def _(
     students: Sequence[Tensor], teachers: Sequence[Tensor], mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, rows = students[0].shape[:2]
-    dtype = torch.float64 if students[0].dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(students[0])
     values = students[0].new_empty((len(students), batch), dtype=dtype)
     gradient = students[0].new_empty((len(students), batch, rows, rows), dtype=dtype)
     return values, torch.empty_like(values), gradient
@@ -63,13 +65,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     _, neg_log, gradient = output
     ctx.mark_non_differentiable(gradient)
     ctx.set_materialize_grads(False)
-    ctx.backend, ctx.masked, ctx.teachers = backend, mask is not None, len(teachers)
-    ctx.save_for_backward(neg_log, gradient, *([mask] if mask is not None else []), *students)
+    ctx.backend, ctx.teachers = backend, len(teachers)
+    save(ctx, neg_log, gradient, mask, *students)
 
 
 def _autograd(ctx: Any, d_distance: Tensor | None, d_neg_log: Tensor | None, _: None) -> tuple[Any, ...]:
-    neg_log, gradient, *rest = ctx.saved_tensors
-    mask, students = (rest[0], rest[1:]) if ctx.masked else (None, rest)
+    neg_log, gradient, mask, *students = saved(ctx)
     # d distance = -d CKA and d(-log CKA) = -d CKA / CKA. Where -log CKA sits on its floor it is constant.
     coefficient = torch.zeros_like(neg_log)
     if d_distance is not None:

@@ -8,8 +8,9 @@ Per layer pair and sample, with K_c = C K C the teacher's and L_c = C L C the st
     dY = 2 c G Y,   c = dCKA_upstream - dNegLog_upstream / CKA
 
 The Gram is centred, and not the features, where that loses little: a sample whose mean token would have more energy
-than all that sets its tokens apart is centred before it is multiplied. That keeps float32 gradients within 1e-5, and
-features without such an offset are read once. A Gram is symmetric: strips of one triangle are copied to the other.
+than all that sets its tokens apart is centred before it is multiplied. That keeps float32 gradients within about
+1e-5 unless CKA is near 1, and features without such an offset are read once. A Gram is symmetric: strips of one
+triangle are copied to the other.
 
 The rows of G sum to zero, which is why the backward need not centre Y; ``_balance`` sees to it that they still do
 after rounding. G [P, B, S, S] is kept. Arithmetic is in float32 (float64 for float64 features), whatever the
@@ -24,19 +25,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-CKA_FLOOR = 1e-8
+from fsd_kernels._numerics import CKA_FLOOR, MOST_ENERGY, compute_dtype, rounding_energy
 
 # Features of one side worked on at once: few chunks make few small operations, small ones stay in the cache.
 _CHUNK_ELEMENTS = 1 << 22
 # Columns of a strip of a Gram: narrower ones multiply less twice, but more slowly.
 _STRIP = 48
-# A sample is centred before it is multiplied where its energy, uncentred, is more than so many times its own.
-_MOST_ENERGY = 2.0
-
-
-def compute_dtype(features: Tensor) -> torch.dtype:
-    """float64 for float64 features, float32 for all others."""
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
 def _chunks(batch: int, elements: int) -> list[slice]:
@@ -75,7 +69,7 @@ def _trace(grams: Tensor) -> Tensor:
     return grams.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
 
 
-def _has_offset(features: Tensor, kept: Tensor | None) -> bool:
+def _likely_has_offset(features: Tensor, kept: Tensor | None) -> bool:
     """Whether most samples of [b, S, D] look like ones to centre first, by about 8 tokens of about 8 of them."""
     batch, rows, _ = features.shape
     some = slice(None, None, max(1, batch // 8)), slice(None, None, max(1, rows // 8))
@@ -86,7 +80,7 @@ def _has_offset(features: Tensor, kept: Tensor | None) -> bool:
         count = kept[some].sum(dim=1).clamp(min=2)
     energy = tokens.square().sum(dim=(1, 2))
     own = (energy - tokens.sum(dim=1).square().sum(dim=1) / count) * (count / (count - 1))
-    return 2 * int((energy > _MOST_ENERGY * own).sum()) > len(tokens)
+    return 2 * int((energy > MOST_ENERGY * own).sum()) > len(tokens)
 
 
 def _grams_of_centred(gram: Tensor, features: Tensor, kept: Tensor | None) -> Tensor:
@@ -110,7 +104,7 @@ def _centred_grams(grams: Tensor, sides: tuple[Tensor, Tensor], kept: Tensor | N
     count = _count(kept, grams.shape[2])
     dropped = None if kept is None else ~(kept[:, :, None] & kept[:, None, :])
     removed: Tensor | float = 0.0
-    if _has_offset(sides[0], kept):
+    if _likely_has_offset(sides[0], kept):
         removed = torch.stack([_grams_of_centred(g, x, kept) for g, x in zip(grams, sides, strict=True)])
     else:
         for gram, features in zip(grams, sides, strict=True):
@@ -126,7 +120,7 @@ def _centred_grams(grams: Tensor, sides: tuple[Tensor, Tensor], kept: Tensor | N
         grams.masked_fill_(dropped, 0.0)
     energy = _trace(grams)
     mean_energy = mean_energy.flatten(1) + removed
-    near = uncentred <= _MOST_ENERGY * energy
+    near = uncentred <= MOST_ENERGY * energy
     if not near.all():
         for side, features in enumerate(sides):
             far = torch.nonzero(~near[side]).flatten()
@@ -159,7 +153,7 @@ def forward(
     batch, rows = students[0].shape[:2]
     pairs = len(students)
     dtype = compute_dtype(students[0])
-    rounding = (8 * torch.finfo(dtype).eps) ** 2
+    rounding = rounding_energy(dtype)
     gradient = students[0].new_empty((pairs, batch, rows, rows), dtype=dtype)
     distance, cka = gradient.new_empty((2, pairs, batch))
     exists = torch.empty_like(distance, dtype=torch.bool)

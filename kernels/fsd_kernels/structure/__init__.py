@@ -14,7 +14,9 @@ from torch import Tensor
 
 from fsd_kernels._backend import implementation, resolve_backend
 from fsd_kernels._checks import check_features, check_same_device
-from fsd_kernels.gram import GramBasis, check_memory, flatten_features
+from fsd_kernels._numerics import compute_dtype
+from fsd_kernels._saved import save, saved
+from fsd_kernels.gram import GramBasis, check_memory, fake_gamma, fake_gradients, flatten_features
 
 
 class InterStructure(NamedTuple):
@@ -130,7 +132,7 @@ def _inter_forward(
         values, gradients = implementation("structure", backend).forward(
             own, given.to(own.dtype), num_centroid
         )
-    return values.to(_value_dtype(student)), gradients
+    return values.to(compute_dtype(student)), gradients
 
 
 @_inter_forward.register_fake
@@ -143,11 +145,8 @@ def _(
     mask: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    total = student.shape[0] + 1 + (0 if student_memory is None else student_memory.shape[0] + 1)
-    dtype = torch.float64 if backend == "eager" else _value_dtype(student)
-    return student.new_empty(4, dtype=_value_dtype(student)), student.new_empty(
-        (4, total, total), dtype=dtype
-    )
+    gamma = fake_gamma(student, student_memory, backend)
+    return student.new_empty(4, dtype=compute_dtype(student)), gamma.new_empty((4, *gamma.shape))
 
 
 @torch.library.custom_op("fsd_kernels::inter_structure_backward", mutates_args=())
@@ -179,39 +178,27 @@ def _(
     need_memory: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    nothing = student.new_empty(0)
-    d_memory = torch.empty_like(student_memory) if student_memory is not None and need_memory else None
-    return (
-        torch.empty_like(student) if need_student else nothing,
-        torch.empty_like(nothing) if d_memory is None else d_memory,
-    )
+    return fake_gradients(student, student_memory, need_student, need_memory)
 
 
 def _inter_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     student, _, student_memory, _, _, mask, backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.backend, ctx.present = backend, (student_memory is not None, mask is not None)
-    present = (tensor for tensor in (student_memory, mask) if tensor is not None)
-    ctx.save_for_backward(output[1], student, *present)
+    ctx.backend = backend
+    save(ctx, output[1], student, student_memory, mask)
 
 
 def _inter_autograd(ctx: Any, d_values: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if d_values is None:
         return (None,) * 7
-    gradients, student, *rest = ctx.saved_tensors
-    memory = rest.pop(0) if ctx.present[0] else None
-    mask = rest.pop(0) if ctx.present[1] else None
-    needs = (ctx.needs_input_grad[0], ctx.present[0] and ctx.needs_input_grad[2])
+    gradients, student, memory, mask = saved(ctx)
+    needs = (ctx.needs_input_grad[0], memory is not None and ctx.needs_input_grad[2])
     d_student, d_memory = _inter_backward(gradients, d_values, student, memory, mask, *needs, ctx.backend)
     return d_student if needs[0] else None, None, d_memory if needs[1] else None, None, None, None, None
 
 
 _inter_forward.register_autograd(_inter_autograd, setup_context=_inter_setup_context)
-
-
-def _value_dtype(features: Tensor) -> torch.dtype:
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
 def _flat(name: str, features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-CKA_FLOOR = 1e-8
+from fsd_kernels._numerics import CKA_FLOOR, rounding_energy
 
 
 def _mean_energies(gammas: Tensor, num_centroid: int) -> tuple[list[float], list[float]]:
@@ -42,7 +42,7 @@ def _neg_log_cka(gammas: Tensor, block: slice, mean_energy: list[float]) -> tupl
     """
     units = gammas[:, block, block]
     energy = units.diagonal(dim1=1, dim2=2).sum(dim=1)
-    floor = (8 * torch.finfo(gammas.dtype).eps) ** 2 * (block.stop - block.start)
+    floor = rounding_energy(gammas.dtype) * (block.stop - block.start)
     scales = energy.tolist()
     if not all(own > floor * mean for own, mean in zip(scales, mean_energy, strict=True)):
         return 0.0, None
