@@ -206,21 +206,38 @@ def _plots(result: Result, stem: Path) -> list[Path]:
             [times.median - times.low for _, times in bars],
             [times.high - times.median for _, times in bars],
         ]
-        pyplot.barh(range(len(bars)), middle, xerr=spread, height=0.7, color="#4477aa")
+        colours = ["#4477aa" if times.median >= 1 else "#ee6677" for _, times in bars]
+        pyplot.barh(range(len(bars)), middle, xerr=spread, height=0.7, color=colours)
         pyplot.yticks(range(len(bars)), [name for name, _ in bars], fontsize=7)
-        pyplot.gca().invert_yaxis()
+        pyplot.ylim(len(bars) - 0.4, -0.6)
         pyplot.axvline(1, color="black", linewidth=0.8)
-        pyplot.xlabel("time in units of ours, forward + backward (median of pairs, quartiles)")
+        pyplot.xlabel(
+            "forward + backward, in units of ours (median of pairs, quartiles)\nred: faster than ours"
+        )
         finish("ratios")
     found = growth(result.rows)
     if found:
-        pyplot.figure(figsize=(7, 5))
-        for each in found:
-            label = f"{each.op} {each.provider} in {each.size}: {each.exponent:.2f}"
-            pyplot.loglog(each.values, [s * 1e3 for s in each.seconds], marker="o", label=label)
-        pyplot.xlabel("size")
-        pyplot.ylabel("milliseconds, forward + backward")
-        pyplot.legend(fontsize=6)
+        names = list(dict.fromkeys(each.size for each in found))
+        lines = list(dict.fromkeys((each.op, each.provider) for each in found))
+        _, panels = pyplot.subplots(
+            1, len(names), figsize=(1 + 3.2 * len(names), 4), squeeze=False, sharey=True
+        )
+        for panel, size in zip(panels[0], names, strict=True):
+            for each in found:
+                if each.size == size:
+                    label = (
+                        f"{each.op} {each.provider}: {each.exponent:.2f} (flops {each.flops_exponent:.2f})"
+                    )
+                    colour = f"C{lines.index((each.op, each.provider))}"
+                    panel.loglog(
+                        each.values, [s * 1e3 for s in each.seconds], "o-", color=colour, label=label
+                    )
+            values = sorted({value for each in found if each.size == size for value in each.values})
+            panel.set_xticks(values, [str(value) for value in values], fontsize=7)
+            panel.set_xticks([], minor=True)
+            panel.set_xlabel(size)
+            panel.legend(fontsize=6)
+        panels[0][0].set_ylabel("forward + backward, ms")
         finish("growth")
     roofline = [
         row for row in result.rows if row.status == OK and row.mode == "full" and row.provider == "ours"
