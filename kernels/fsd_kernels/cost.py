@@ -234,10 +234,12 @@ def eager(op: str, shape: Shape) -> dict[str, int]:
     batch, centroids = shape.batch, 0 if op == "local" else shape.centroids
     products, own, weights = batch**2, 0, batch**2
     if centroids:
-        # Per feature: the batch with the memory and itself, the mean with all; a memory and its mean with themselves.
-        head = centroids + 1
-        products = batch * (head + batch) + head + batch + 1
-        own = centroids**2 + head
+        from fsd_kernels.gram.eager import padded
+
+        # Per feature: the batch and its mean with the memory and itself; a memory and its mean with themselves.
+        rows, head = padded(batch + 1), padded(centroids + 1)
+        products = rows * (head + rows)
+        own = head**2
         weights = (batch + centroids) * (batch + centroids + 2)
     flops = {
         "forward": 2 * (products + own) * shape.student_features + 2 * products * shape.teacher_features,

@@ -1,11 +1,11 @@
 """The Gram matrix of stacked, centred rows from restructured torch operations, with its backward.
 
 The feature axis is walked in slices. A slice holds all rows, so their means are local to it: the rows are
-centred into a small float32 buffer (float64 for float64 features) and multiplied into Gamma, float32 within a slice and
-float64 over the slices, and Gamma stays float64: near CKA = 1, and in the differences of cosines that are all but 0,
-the losses live in its last bits. A diagonal block that holds nothing but the rounding of its features is 0. Only the
-buffer is extra memory; the inputs are never concatenated. Where a slice starts depends on nothing but F, so
-equal memories give equal bits.
+centred into a small float32 buffer (float64 for float64 features) and multiplied into Gamma in parts of the slice,
+float32 within a part and float64 over the parts, and Gamma stays float64: near CKA = 1, and in the differences of
+cosines that are all but 0, the losses live in its last bits. A diagonal block that holds nothing but the rounding of
+its features is 0. Only the buffer is extra memory; the inputs are never concatenated. Where a slice starts depends on
+nothing but F, so equal memories give equal bits.
 
 Without a memory the features are multiplied as they are and Gamma is centred, in float64, where that loses little: not
 where their mean row has more energy than all that sets them apart. Then they are read once and written nowhere.
@@ -25,9 +25,13 @@ from torch import Tensor
 from fsd_kernels._numerics import MOST_ENERGY, compute_dtype, rounding_energy
 
 # Columns of a slice. Long slices make few products, of which each pays for its start; the rows of a short one stay in
-# the cache between centring and multiplying, and lose less to rounding. Backward the gradients are held as well, so
-# that the buffer beside a memory is small.
-_FORWARD_COLUMNS, _BACKWARD_COLUMNS = 8192, 3072
+# the cache between centring and multiplying. Backward the gradients are held as well, so that the buffer is small.
+_FORWARD_COLUMNS, _BACKWARD_COLUMNS = 16384, 3072
+# Columns of a part of a slice. The parts of a slice are one batch of products, of which a thread takes whole ones: that
+# is faster than threads which share a product of so few rows, and short sums lose less to rounding.
+_PART = 2048
+# Products take rows by so many: with one more they take up to a third longer.
+_MULTIPLE = 4
 # The rows of a buffer are this much longer than a slice: a multiple of 1024 apart they would share cache sets.
 _GAP = 16
 
@@ -66,22 +70,47 @@ def _centre(rows: Tensor, mean: Tensor, source: Tensor, columns: slice, mask: Te
     torch.sub(part, mean, out=rows)
 
 
+def padded(rows: int, multiple: int = _MULTIPLE) -> int:
+    """So many rows of a block, its mean's included, and those of zeros up to a multiple."""
+    return -(-rows // multiple) * multiple
+
+
 def _stacked(
-    features: Tensor, memory: Tensor | None, mask: Tensor | None, most: int
+    features: Tensor, memory: Tensor | None, mask: Tensor | None, most: int, multiple: int = 1
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (columns, Z[:, columns]) along the feature axis; every slice reuses one buffer."""
+    """Yield (columns, Z[:, columns]) along the feature axis; every slice reuses one buffer.
+
+    The rows of the memory and those of the features each end in zeros up to a multiple of ``multiple``.
+    """
     head = 0 if memory is None else memory.shape[0] + 1
-    last = head + features.shape[0]
+    first = padded(head, multiple)
+    last = first + features.shape[0]
     width = features.shape[1] if memory is None else memory.shape[1]
-    buffer = features.new_empty((last + 1, min(most, width) + _GAP), dtype=compute_dtype(features))
+    total = first + padded(features.shape[0] + 1, multiple)
+    buffer = features.new_empty((total, min(most, width) + _GAP), dtype=compute_dtype(features))
+    buffer[head:first] = 0.0
+    buffer[last + 1 :] = 0.0
     for columns in _slices(width, most):
         stacked = buffer[:, : columns.stop - columns.start]
         if memory is not None:
             _centre(stacked[: head - 1], stacked[head - 1], memory, columns, None)
-        _centre(stacked[head:last], stacked[last], features, columns, mask)
+        _centre(stacked[first:last], stacked[last], features, columns, mask)
         if memory is not None:
             stacked[last] -= stacked[head - 1]
         yield columns, stacked
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left right^T, [n, m] in float64, of [n, w] and [m, w]: float32 within parts of the columns, float64 over them."""
+    width = left.shape[1]
+    whole = width - width % _PART
+    result = left.new_zeros((left.shape[0], right.shape[0]), dtype=torch.float64)
+    if whole:
+        parts = [rows[:, :whole].unflatten(1, (-1, _PART)).transpose(0, 1) for rows in (left, right)]
+        torch.sum(torch.bmm(parts[0], parts[1].mT), dim=0, dtype=torch.float64, out=result)
+    if whole < width:
+        result += left[:, whole:] @ right[:, whole:].T
+    return result
 
 
 def _uncentred(features: Tensor, mask: Tensor | None, most: int) -> Iterator[tuple[slice, Tensor]]:
@@ -107,16 +136,17 @@ def _has_offset(gram: Tensor) -> bool:
 
 def _forward_uncentred(features: Tensor, mask: Tensor | None) -> Tensor | None:
     """Gamma of features [B, F] without a memory, multiplied as they are; None where they must be centred first."""
-    products: list[Tensor] = []
+    gram: Tensor | None = None
     for _, rows in _uncentred(features, mask, _FORWARD_COLUMNS):
-        products.append(torch.mm(rows, rows.T))
-        # Most probably the other slices are no better than the first.
-        if len(products) == 1 and _has_offset(products[0]):
-            return None
-    if not products:
-        return None
-    gram = torch.sum(torch.stack(products), dim=0, dtype=torch.float64)
-    if _has_offset(gram):
+        product = _product(rows, rows)
+        if gram is None:
+            gram = product
+            # Most probably the other slices are no better than the first.
+            if _has_offset(gram):
+                return None
+        else:
+            gram += product
+    if gram is None or _has_offset(gram):
         return None
     row_mean = gram.mean(dim=1)
     mean_energy = row_mean.mean()
@@ -137,32 +167,30 @@ def forward(
         if gamma is not None:
             return gamma
     head = 0 if memory is None else memory.shape[0] + 1
-    last = head + features.shape[0]
-    # (rows, columns) of the products that make up the lower triangle. The rows of the means apart: one row more than
-    # a multiple of 4 makes a product a third slower. And the memory's own products apart: they are the same ones
-    # whether its block is known already or not.
-    products = [(slice(head, last), slice(0, last)), (slice(last, last + 1), slice(0, last + 1))]
-    if head and memory_gram is None:
-        products += [(slice(0, head - 1), slice(0, head - 1)), (slice(head - 1, head), slice(0, head))]
-    slices: list[list[Tensor]] = [[] for _ in products]
-    for _, stacked in _stacked(features, memory, mask, _FORWARD_COLUMNS):
-        for (rows, columns), done in zip(products, slices, strict=True):
-            done.append(torch.mm(stacked[rows], stacked[columns].T))
-    gram = features.new_zeros((last + 1, last + 1), dtype=torch.float64)
-    for (rows, columns), done in zip(products, slices, strict=True):
-        if done:
-            torch.sum(torch.stack(done), dim=0, dtype=torch.float64, out=gram[rows, columns])
+    first = padded(head)
+    last = first + features.shape[0]
+    total = first + padded(features.shape[0] + 1)
+    # (rows, columns) of the products that make up the lower triangle. The memory's own are the same one whether its
+    # block is known already or not.
+    own, other = slice(0, first), slice(first, total)
+    products = [(other, other)]
+    if head:
+        products += [(other, own)] if memory_gram is not None else [(other, own), (own, own)]
+    sums = features.new_zeros((total, total), dtype=torch.float64)
+    for _, stacked in _stacked(features, memory, mask, _FORWARD_COLUMNS, _MULTIPLE):
+        for rows, columns in products:
+            sums[rows, columns] += _product(stacked[rows], stacked[columns])
+    sums[own, other] = sums[other, own].T
+    kept = torch.tensor([*range(head), *range(first, last + 1)], device=sums.device)
+    gram = sums[kept[:, None], kept]
     if memory_gram is not None:
         gram[:head, :head] = memory_gram
     elif head:
-        gram[: head - 1, head - 1] = gram[head - 1, : head - 1]
         _drop_rounding(gram[: head - 1, : head - 1], gram[head - 1, head - 1], compute_dtype(features))
-    gram[:head, head:last] = gram[head:last, :head].T
-    gram[:last, last] = gram[last, :last]
-    mean_energy = gram[last, last]
+    mean_energy = gram[-1, -1]
     if head:
-        mean_energy = mean_energy + 2 * gram[last, head - 1] + gram[head - 1, head - 1]
-    _drop_rounding(gram[head:last, head:last], mean_energy, compute_dtype(features))
+        mean_energy = mean_energy + 2 * gram[-1, head - 1] + gram[head - 1, head - 1]
+    _drop_rounding(gram[head:-1, head:-1], mean_energy, compute_dtype(features))
     return gram
 
 
