@@ -180,7 +180,7 @@ class LocalInterFeatureLoss(_StructureLoss):
             )
         mask = self._mask(attention_mask)
         values = [inter_structure(own, given, mask=mask, backend=self.backend).local for own, given in pairs]
-        return torch.stack(values).mean()
+        return values[0] if len(values) == 1 else torch.stack(values).mean()
 
 
 class GlobalInterFeatureOutput(NamedTuple):
@@ -513,7 +513,7 @@ class FeatureStructureLoss(nn.Module):
                     terms.append(torch.zeros_like(loss))
                 else:
                     terms.append(self.local(own, given, attention_mask))
-            local = torch.stack(terms).mean()
+            local = terms[0] if len(terms) == 1 else torch.stack(terms).mean()
             structures = structures + self.gamma_l * local
             components["loss_local"] = local
         loss = loss + self.beta * structures

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fsd_kernels
 from fsd_kernels import GramBasis, _backend, frozen_gram, gram, inter_structure, intra_cka, structure
@@ -565,6 +566,28 @@ def test_compiled_equals_uncompiled(name: str) -> None:
     actual = value_and_gradient(compiled, inputs)
     for value, truth in zip(sum(actual, []), sum(expected, []), strict=True):
         assert torch.equal(value, truth)
+
+
+@pytest.mark.parametrize("name", ["intra_cka", "inter_structure"])
+def test_tensors_that_are_no_plain_ones_go_through_the_registered_op(name: str) -> None:
+    # Fake tensors hold no numbers: the implementation would raise where it reads some.
+    function, inputs = public_ops()[name]
+    expected = function(*inputs)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(each).requires_grad_() for each in inputs]
+        values = function(*fakes)
+        gradients = torch.autograd.grad([each.sum() for each in values], fakes)
+    assert [each.shape for each in values] == [each.shape for each in expected]
+    assert [each.shape for each in gradients] == [each.shape for each in inputs]
+
+
+@pytest.mark.parametrize("name", ["intra_cka", "inter_structure"])
+def test_a_second_derivative_is_refused(name: str) -> None:
+    function, inputs = public_ops()[name]
+    leaves = [each.clone().requires_grad_() for each in inputs]
+    gradients = torch.autograd.grad(function(*leaves)[0].sum(), leaves, create_graph=True, allow_unused=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.autograd.grad(sum(each.sum() for each in gradients if each is not None), leaves)
 
 
 @pytest.mark.parametrize("backend", ["eager", "reference"])

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fsd_kernels._backend import implementation, resolve_backend
+from fsd_kernels._backend import implementation, resolve_backend, without_autocast
 from fsd_kernels._checks import check_features, check_mask, check_same_device
+from fsd_kernels._direct import may_call_directly
 from fsd_kernels._numerics import compute_dtype
 from fsd_kernels._saved import save, saved
 
@@ -26,12 +27,14 @@ class IntraCKA(NamedTuple):
     """-log CKA, in [0, -log 1e-8]."""
 
 
-@torch.library.custom_op("fsd_kernels::intra_cka_forward", mutates_args=())
-def _forward(
+def _run_forward(
     students: Sequence[Tensor], teachers: Sequence[Tensor], mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(students[0].device.type, enabled=False):
+    with without_autocast(students[0].device):
         return implementation("intra_cka", backend).forward(students, teachers, mask)
+
+
+_forward = torch.library.custom_op("fsd_kernels::intra_cka_forward", _run_forward, mutates_args=())
 
 
 @_forward.register_fake
@@ -45,12 +48,14 @@ def _(
     return values, torch.empty_like(values), gradient
 
 
-@torch.library.custom_op("fsd_kernels::intra_cka_backward", mutates_args=())
-def _backward(
+def _run_backward(
     students: Sequence[Tensor], mask: Tensor | None, gradient: Tensor, coefficient: Tensor, backend: str
 ) -> list[Tensor]:
-    with torch.autocast(students[0].device.type, enabled=False):
+    with without_autocast(students[0].device):
         return implementation("intra_cka", backend).backward(students, mask, gradient, coefficient)
+
+
+_backward = torch.library.custom_op("fsd_kernels::intra_cka_backward", _run_backward, mutates_args=())
 
 
 @_backward.register_fake
@@ -69,15 +74,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     save(ctx, neg_log, gradient, mask, *students)
 
 
+def _coefficient(neg_log: Tensor, d_distance: Tensor | None, d_neg_log: Tensor | None) -> Tensor:
+    """The upstream gradient of CKA [P, B]: d distance = -d CKA and d(-log CKA) = -d CKA / CKA, 0 on its floor."""
+    parts = [] if d_distance is None else [-d_distance]
+    if d_neg_log is not None:
+        parts.append(torch.where(neg_log >= _FLOORED, 0.0, d_neg_log * torch.exp(neg_log)).neg_())
+    return sum(parts[1:], start=parts[0]) if parts else torch.zeros_like(neg_log)
+
+
 def _autograd(ctx: Any, d_distance: Tensor | None, d_neg_log: Tensor | None, _: None) -> tuple[Any, ...]:
     neg_log, gradient, mask, *students = saved(ctx)
-    # d distance = -d CKA and d(-log CKA) = -d CKA / CKA. Where -log CKA sits on its floor it is constant.
-    coefficient = torch.zeros_like(neg_log)
-    if d_distance is not None:
-        coefficient = coefficient - d_distance
-    if d_neg_log is not None:
-        floored = neg_log >= _FLOORED
-        coefficient = coefficient - torch.where(floored, 0.0, d_neg_log * torch.exp(neg_log))
+    coefficient = _coefficient(neg_log, d_distance, d_neg_log)
     return _backward(students, mask, gradient, coefficient, ctx.backend), [None] * ctx.teachers, None, None
 
 
@@ -85,6 +92,28 @@ def _autograd(ctx: Any, d_distance: Tensor | None, d_neg_log: Tensor | None, _: 
 _FLOORED = 18.42068
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+class _Direct(torch.autograd.Function):
+    """The op without the dispatcher; its students come one by one, so that autograd sees them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, teachers: list[Tensor], mask: Tensor | None, backend: str, *students: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        output = _run_forward(students, teachers, mask, backend)
+        _setup_context(ctx, (students, teachers, mask, backend), output)
+        return output
+
+    @staticmethod
+    def backward(
+        ctx: Any, d_distance: Tensor | None, d_neg_log: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        neg_log, gradient, mask, *students = saved(ctx)
+        coefficient = _coefficient(neg_log, d_distance, d_neg_log)
+        # Where a second derivative may be asked for, the registered op refuses it.
+        run = _backward if torch.is_grad_enabled() else _run_backward
+        return None, None, None, *run(students, mask, gradient, coefficient, ctx.backend)
 
 
 def _as_list(name: str, features: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -143,5 +172,8 @@ def intra_cka(
         with torch.autocast(device.type, enabled=False):
             distance, neg_log = implementation("intra_cka", "reference").forward(students, teachers, kept)
         return IntraCKA(distance, neg_log)
-    distance, neg_log, _ = _forward(students, teachers, kept, chosen)
+    if may_call_directly((*students, *teachers, kept)):
+        distance, neg_log, _ = _Direct.apply(teachers, kept, chosen, *students)
+    else:
+        distance, neg_log, _ = _forward(students, teachers, kept, chosen)
     return IntraCKA(distance, neg_log)

@@ -7,13 +7,15 @@ the features are read once forward and once backward, whichever of the four are 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fsd_kernels._backend import implementation, resolve_backend
+from fsd_kernels._backend import implementation, resolve_backend, without_autocast
 from fsd_kernels._checks import check_features, check_same_device
+from fsd_kernels._direct import may_call_directly
 from fsd_kernels._numerics import compute_dtype
 from fsd_kernels._saved import save, saved
 from fsd_kernels.gram import GramBasis, check_memory, fake_gamma, fake_gradients, flatten_features
@@ -114,8 +116,7 @@ def structure(
     return InterStructure(*_forward(student, teacher, num_centroid, chosen)[0].unbind())
 
 
-@torch.library.custom_op("fsd_kernels::inter_structure_forward", mutates_args=())
-def _inter_forward(
+def _run_inter_forward(
     student: Tensor,
     teacher: Tensor,
     student_memory: Tensor | None,
@@ -125,7 +126,7 @@ def _inter_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     gamma = implementation("gram", backend).forward
-    with torch.autocast(student.device.type, enabled=False):
+    with without_autocast(student.device):
         given = gamma(teacher, teacher_memory, teacher_gram, mask)
         own = gamma(student, student_memory, None, mask)
         num_centroid = 0 if student_memory is None else student_memory.shape[0]
@@ -133,6 +134,11 @@ def _inter_forward(
             own, given.to(own.dtype), num_centroid
         )
     return values.to(compute_dtype(student)), gradients
+
+
+_inter_forward = torch.library.custom_op(
+    "fsd_kernels::inter_structure_forward", _run_inter_forward, mutates_args=()
+)
 
 
 @_inter_forward.register_fake
@@ -149,8 +155,7 @@ def _(
     return student.new_empty(4, dtype=compute_dtype(student)), gamma.new_empty((4, *gamma.shape))
 
 
-@torch.library.custom_op("fsd_kernels::inter_structure_backward", mutates_args=())
-def _inter_backward(
+def _run_inter_backward(
     gradients: Tensor,
     d_values: Tensor,
     student: Tensor,
@@ -160,11 +165,16 @@ def _inter_backward(
     need_memory: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    with torch.autocast(student.device.type, enabled=False):
+    with without_autocast(student.device):
         d_gamma = implementation("structure", backend).backward(gradients, d_values)
         return implementation("gram", backend).backward(
             student, student_memory, mask, d_gamma, (need_student, need_memory)
         )
+
+
+_inter_backward = torch.library.custom_op(
+    "fsd_kernels::inter_structure_backward", _run_inter_backward, mutates_args=()
+)
 
 
 @_inter_backward.register_fake
@@ -189,16 +199,35 @@ def _inter_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     save(ctx, output[1], student, student_memory, mask)
 
 
-def _inter_autograd(ctx: Any, d_values: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _inter_autograd(
+    ctx: Any, d_values: Tensor | None, _: None, run: Callable[..., tuple[Tensor, Tensor]] = _inter_backward
+) -> tuple[Tensor | None, ...]:
     if d_values is None:
         return (None,) * 7
     gradients, student, memory, mask = saved(ctx)
     needs = (ctx.needs_input_grad[0], memory is not None and ctx.needs_input_grad[2])
-    d_student, d_memory = _inter_backward(gradients, d_values, student, memory, mask, *needs, ctx.backend)
+    d_student, d_memory = run(gradients, d_values, student, memory, mask, *needs, ctx.backend)
     return d_student if needs[0] else None, None, d_memory if needs[1] else None, None, None, None, None
 
 
 _inter_forward.register_autograd(_inter_autograd, setup_context=_inter_setup_context)
+
+
+class _DirectInter(torch.autograd.Function):
+    """The op without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _run_inter_forward(*inputs)
+        _inter_setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, d_values: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        # Where a second derivative may be asked for, the registered op refuses it.
+        return _inter_autograd(
+            ctx, d_values, _, _inter_backward if torch.is_grad_enabled() else _run_inter_backward
+        )
 
 
 def _flat(name: str, features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -257,5 +286,7 @@ def inter_structure(
         with torch.autocast(student.device.type, enabled=False):
             return InterStructure(*reference.inter_structure(own, given.detach(), student_memory, rows, kept))
     # One op for what ``gram`` and ``structure`` do in three: calling one costs as much as a small batch's products.
-    values, _ = _inter_forward(own, given.detach(), student_memory, rows, known, kept, chosen)
+    inputs = own, given.detach(), student_memory, rows, known, kept
+    forward = _DirectInter.apply if may_call_directly(inputs) else _inter_forward
+    values, _ = forward(*inputs, chosen)
     return InterStructure(*values.unbind())
