@@ -148,7 +148,7 @@ def test_eager_multiplies_little_more_than_the_minimum(op: str) -> None:
     saved = 2 * 2 * 32 * (48 * 80 + 48 * 32) * 768 if op in ("intra", "fsd_ilg") else 0
     assert minimum - saved <= asked <= 1.2 * minimum
     if op == "intra":
-        assert asked == minimum - saved + 32 * 8 * 128**2
+        assert asked == minimum - saved
 
 
 def _flops_of(loss: object, leaves: tuple[str, ...], inputs: dict[str, torch.Tensor]) -> int:

@@ -228,8 +228,7 @@ def eager(op: str, shape: Shape) -> dict[str, int]:
 
         entries = sum(strip.stop * (strip.stop - strip.start) for strip in strips(shape.rows))
         widths = shape.width + (shape.teacher_width or shape.width)
-        # Beside the Grams their products with one another: <K, K>, <K, L> twice and <L, L>.
-        forward = shape.pairs * shape.batch * (2 * entries * widths + 8 * shape.rows**2)
+        forward = shape.pairs * shape.batch * 2 * entries * widths
         return {"forward": forward, "backward": stages["backward"].flops}
     batch, centroids = shape.batch, 0 if op == "local" else shape.centroids
     products, own, weights = batch**2, 0, batch**2

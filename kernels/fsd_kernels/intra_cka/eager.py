@@ -3,6 +3,7 @@
 Per layer pair and sample, with K_c = C K C the teacher's and L_c = C L C the student's centred Gram matrix:
 
     R = K_c - rho L_c,  rho = <K_c, L_c> / |L_c|^2      (Frobenius products: R is what L_c does not explain)
+    |K_c|^2 = rho^2 |L_c|^2 + |R|^2,   CKA = rho |L_c| / |K_c|
     1 - CKA = (|R| / |K_c|)^2 / (1 + CKA)               no difference of two numbers near 1
     G = d CKA / d L_c = R / (|K_c| |L_c|)
     dY = 2 c G Y,   c = dCKA_upstream - dNegLog_upstream / CKA
@@ -31,6 +32,8 @@ from fsd_kernels._numerics import CKA_FLOOR, MOST_ENERGY, compute_dtype, roundin
 _CHUNK_ELEMENTS = 1 << 22
 # Columns of a strip of a Gram: narrower ones multiply less twice, but more slowly.
 _STRIP = 48
+# Where the trace of a sample's centred Gram lies outside, Grams are scaled.
+_SAFE = 1e-3, 1e12
 
 
 def _chunks(batch: int, elements: int) -> list[slice]:
@@ -50,13 +53,18 @@ def strips(rows: int) -> list[slice]:
     return [slice(start, min(start + _STRIP, rows)) for start in range(0, rows, _STRIP)]
 
 
-def _grams(gram: Tensor, features: Tensor) -> None:
-    """Write the Grams [b, S, S] of [b, S, D]."""
-    for strip in strips(gram.shape[1]):
-        # Into a part of ``gram`` itself bmm would multiply one sample after the other.
-        product = torch.bmm(features[:, : strip.stop], features[:, strip].mT)
-        gram[:, : strip.stop, strip] = product
-        gram[:, strip, : strip.start] = product[:, : strip.start].mT
+def _grams(grams: Tensor, sides: Sequence[Tensor]) -> None:
+    """Write the Grams [n, b, S, S] of n features [b, S, D]."""
+    rows = grams.shape[-1]
+    buffer = grams.new_empty(grams.shape[0] * grams.shape[1] * rows * min(rows, _STRIP))
+    for strip in strips(rows):
+        # Into a part of ``grams`` itself bmm would multiply one sample after the other. All sides are multiplied before
+        # they are copied: whatever follows a product finds the caches emptied.
+        products = _view(buffer, *grams.shape[:2], strip.stop, strip.stop - strip.start)
+        for product, features in zip(products, sides, strict=True):
+            torch.bmm(features[:, : strip.stop], features[:, strip].mT, out=product)
+        grams[:, :, : strip.stop, strip] = products
+        grams[:, :, strip, : strip.start] = products[:, :, : strip.start].mT
 
 
 def _count(kept: Tensor | None, rows: int) -> Tensor | int:
@@ -74,13 +82,17 @@ def _likely_has_offset(features: Tensor, kept: Tensor | None) -> bool:
     batch, rows, _ = features.shape
     some = slice(None, None, max(1, batch // 8)), slice(None, None, max(1, rows // 8))
     tokens = features[some].float()
-    count: Tensor | int = max(2, tokens.shape[1])
+    counts = [max(2, tokens.shape[1])] * len(tokens)
     if kept is not None:
         tokens = tokens.masked_fill(~kept[some][:, :, None], 0.0)
-        count = kept[some].sum(dim=1).clamp(min=2)
-    energy = tokens.square().sum(dim=(1, 2))
-    own = (energy - tokens.sum(dim=1).square().sum(dim=1) / count) * (count / (count - 1))
-    return 2 * int((energy > MOST_ENERGY * own).sum()) > len(tokens)
+        counts = kept[some].sum(dim=1).clamp(min=2).tolist()
+    norms = torch.linalg.vector_norm(tokens, dim=(1, 2)).tolist()
+    sums = torch.linalg.vector_norm(tokens.sum(dim=1), dim=1).tolist()
+    with_offset = [
+        norm**2 > MOST_ENERGY * (norm**2 - total**2 / count) * (count / (count - 1))
+        for norm, total, count in zip(norms, sums, counts, strict=True)
+    ]
+    return 2 * sum(with_offset) > len(with_offset)
 
 
 def _grams_of_centred(gram: Tensor, features: Tensor, kept: Tensor | None) -> Tensor:
@@ -95,46 +107,89 @@ def _grams_of_centred(gram: Tensor, features: Tensor, kept: Tensor | None) -> Te
     torch.sub(features, mean, out=centred)
     if dropped is not None:
         centred.masked_fill_(dropped, 0.0)
-    _grams(gram, centred)
+    _grams(gram[None], [centred])
     return mean.square().sum(dim=(1, 2))
 
 
-def _centred_grams(grams: Tensor, sides: tuple[Tensor, Tensor], kept: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Write the centred Grams [2, b, S, S] of two [b, S, D]; returns their traces and |mean row|^2, [2, b] each."""
-    count = _count(kept, grams.shape[2])
+def _column_means(grams: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The mean columns [..., S, 1] and the means [..., 1, 1] of symmetric [..., S, S], 0 where dropped."""
+    if kept is None:
+        column = grams.mean(dim=-1, keepdim=True)
+        return column, column.mean(dim=-2, keepdim=True)
+    count = _count(kept, grams.shape[-1])
+    column = grams.sum(dim=-1, keepdim=True) / count
+    return column, column.sum(dim=-2, keepdim=True) / count
+
+
+def _multiply_far(
+    grams: Tensor, features: Tensor, far: list[int], kept: Tensor | None
+) -> tuple[list[float], list[float]]:
+    """Write the Grams of samples into [b, S, S], rows centred first; returns their traces and |mean row|^2."""
+    again = grams.new_empty((len(far), *grams.shape[1:]))
+    removed = _grams_of_centred(again, features[far], None if kept is None else kept[far])
+    grams[far] = again
+    return _trace(again).tolist(), removed.tolist()
+
+
+def _centred_grams(
+    grams: Tensor, sides: tuple[Tensor, Tensor], kept: Tensor | None
+) -> tuple[list[list[float]], list[bool]]:
+    """Write the centred Grams [2, b, S, S] of two [b, S, D].
+
+    Returns their traces, and which samples have structure on both sides. One number per sample is Python's: a tensor so
+    small takes longer.
+    """
+    samples, rows = grams.shape[1:3]
+    numbers = [rows] * samples if kept is None else kept.sum(dim=1).clamp(min=1).tolist()
     dropped = None if kept is None else ~(kept[:, :, None] & kept[:, None, :])
-    removed: Tensor | float = 0.0
-    if _likely_has_offset(sides[0], kept):
-        removed = torch.stack([_grams_of_centred(g, x, kept) for g, x in zip(grams, sides, strict=True)])
+    guessed = _likely_has_offset(sides[0], kept)
+    if guessed:
+        removed = [_grams_of_centred(g, x, kept).tolist() for g, x in zip(grams, sides, strict=True)]
     else:
-        for gram, features in zip(grams, sides, strict=True):
-            _grams(gram, features.to(gram.dtype))
+        removed = [[0.0] * samples for _ in sides]
+        _grams(grams, [features.to(grams.dtype) for features in sides])
         if dropped is not None:
             grams.masked_fill_(dropped, 0.0)
-    uncentred = _trace(grams)
-    row_mean = grams.sum(dim=3, keepdim=True) / count
-    mean_energy = row_mean.sum(dim=2, keepdim=True) / count
-    grams -= row_mean
-    grams += mean_energy - row_mean.mT
+    column, mean = _column_means(grams, kept)
+    traces, means = _trace(grams).tolist(), mean.flatten(1).tolist()
+    again = False
+    for features, gram, own, own_means, own_removed in zip(sides, grams, traces, means, removed, strict=True):
+        far = []
+        for i, (trace, number, mean_energy) in enumerate(zip(own, numbers, own_means, strict=True)):
+            own[i] = trace - number * mean_energy
+            if not guessed and not trace <= MOST_ENERGY * own[i]:
+                far.append(i)
+        if far:
+            again = True
+            for i, *found in zip(far, *_multiply_far(gram, features, far, kept), strict=True):
+                (own[i], own_removed[i]), own_means[i] = found, 0.0
+    if again:
+        column, mean = _column_means(grams, kept)
+    grams -= column
+    grams += mean - column.mT
     if dropped is not None:
         grams.masked_fill_(dropped, 0.0)
-    energy = _trace(grams)
-    mean_energy = mean_energy.flatten(1) + removed
-    near = uncentred <= MOST_ENERGY * energy
-    if not near.all():
-        for side, features in enumerate(sides):
-            far = torch.nonzero(~near[side]).flatten()
-            again = grams.new_empty((len(far), *grams.shape[2:]))
-            own = None if kept is None else kept[far]
-            mean_energy[side, far] = _grams_of_centred(again, features[far], own)
-            grams[side, far], energy[side, far] = again, _trace(again)
-    return energy, mean_energy
+    floor = rounding_energy(grams.dtype)
+    exist = [True] * samples
+    for own, own_means, own_removed in zip(traces, means, removed, strict=True):
+        for i, number in enumerate(numbers):
+            exist[i] &= own[i] > floor * number * (own_means[i] + own_removed[i])
+    return traces, exist
 
 
-def _products(grams: Tensor) -> Tensor:
-    """The Frobenius products [b, 2, 2] of Grams [2, b, S, S], summed row by row: shorter sums round less."""
-    rows = grams.flatten(1, 2)
-    return torch.bmm(rows.transpose(0, 1), rows.permute(1, 2, 0)).unflatten(0, grams.shape[1:3]).sum(dim=1)
+def _scale(grams: Tensor, traces: list[list[float]], exist: list[bool]) -> list[float]:
+    """Multiply Grams [2, b, S, S] of these traces by powers of 2, where they need it; returns those of the second side.
+
+    That keeps the fourth powers of the features out of overflow and underflow. Few need it, and it is another pass.
+    """
+    if all(_SAFE[0] < own[i] < _SAFE[1] for own in traces for i, there in enumerate(exist) if there):
+        return [1.0] * len(exist)
+    powers = [
+        [2.0 ** -math.frexp(trace)[1] if there else 1.0 for trace, there in zip(own, exist, strict=True)]
+        for own in traces
+    ]
+    grams *= grams.new_tensor(powers)[..., None, None]
+    return powers[1]
 
 
 def _balance(gram: Tensor, kept: Tensor | None) -> None:
@@ -142,8 +197,26 @@ def _balance(gram: Tensor, kept: Tensor | None) -> None:
 
     A mean of the rounding's size would bring back an offset common to all tokens.
     """
-    left = gram.sum(dim=2, keepdim=True) / _count(kept, gram.shape[1])
+    left, _ = _column_means(gram, kept)
     gram -= left if kept is None else left * kept[:, None]
+
+
+def _results(
+    exist: list[bool], products: list[list[float]], rest: list[float], factors: list[float]
+) -> list[tuple[float, float, float]]:
+    """(1 - CKA, -log CKA, what makes G of R) of each sample, given <K_c, L_c>, |L_c|^2 and |R|; 0 without structure."""
+    found = []
+    for there, mixed, own, unexplained, factor in zip(exist, *products, rest, factors, strict=True):
+        if not there:
+            found.append((0.0, 0.0, 0.0))
+            continue
+        length = math.sqrt(own)
+        given = math.hypot(mixed / length, unexplained)
+        cka = mixed / (length * given)
+        distance = (unexplained / given) ** 2 / (1 + cka)
+        neg_log = -math.log1p(-distance) if distance < 0.5 else -math.log(max(cka, CKA_FLOOR))
+        found.append((distance, neg_log, factor / (given * length)))
+    return found
 
 
 def forward(
@@ -152,39 +225,27 @@ def forward(
     """Return (1 - CKA [P, B], -log CKA [P, B], G [P, B, S, S])."""
     batch, rows = students[0].shape[:2]
     pairs = len(students)
-    dtype = compute_dtype(students[0])
-    rounding = rounding_energy(dtype)
-    gradient = students[0].new_empty((pairs, batch, rows, rows), dtype=dtype)
-    distance, cka = gradient.new_empty((2, pairs, batch))
-    exists = torch.empty_like(distance, dtype=torch.bool)
+    gradient = students[0].new_empty((pairs, batch, rows, rows), dtype=compute_dtype(students[0]))
+    values: list[tuple[float, float]] = []
     for p, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
         chunks = _chunks(batch, rows * max(student.shape[2], teacher.shape[2]))
         buffer = gradient.new_empty(2 * (chunks[0].stop if chunks else 0) * rows**2)
         for part in chunks:
-            samples = part.stop - part.start
             kept = None if mask is None else mask[part]
-            units = _view(buffer, 2, samples, rows, rows)
-            energy, mean_energy = _centred_grams(units, (teacher[part], student[part]), kept)
-            count = rows if kept is None else kept.sum(dim=1)
-            differ = energy > rounding * count * mean_energy
-            # Dividing by the trace first keeps the fourth powers of the features out of overflow and underflow.
-            units *= torch.where(differ, 1 / energy, 0.0)[..., None, None]
-            torch.all(differ, dim=0, out=exists[p, part])
-            products = _products(units)
+            grams, result = _view(buffer, 2, part.stop - part.start, rows, rows), gradient[p, part]
+            traces, exist = _centred_grams(grams, (teacher[part], student[part]), kept)
+            factors = _scale(grams, traces, exist)
             # Equal Grams have equal products, so rho is exactly 1 and R exactly 0.
-            rho = torch.where(exists[p, part], products[:, 0, 1] / products[:, 1, 1], 0.0)
-            result = torch.addcmul(units[0], units[1], rho[:, None, None], value=-1, out=gradient[p, part])
-            norm = products.diagonal(dim1=1, dim2=2).sqrt()
-            torch.div(products[:, 0, 1], norm[:, 0] * norm[:, 1], out=cka[p, part])
-            sine = torch.linalg.vector_norm(result.flatten(1), dim=1) / norm[:, 0]
-            torch.div(sine.square(), 1 + cka[p, part], out=distance[p, part])
-            scale = torch.where(exists[p, part], 1 / (norm[:, 0] * norm[:, 1] * energy[1]), 0.0)
-            result *= scale[:, None, None]
+            products = [torch.mul(gram, grams[1], out=result).sum(dim=(1, 2)).tolist() for gram in grams]
+            rho = [mixed / own if there else 0.0 for there, mixed, own in zip(exist, *products, strict=True)]
+            torch.addcmul(grams[0], grams[1], result.new_tensor(rho)[:, None, None], value=-1, out=result)
+            rest = torch.linalg.vector_norm(result.flatten(1), dim=1).tolist()
+            found = _results(exist, products, rest, factors)
+            values += [(distance, neg_log) for distance, neg_log, _ in found]
+            result *= result.new_tensor([scale for *_, scale in found])[:, None, None]
             _balance(result, kept)
-    near = distance < 0.5
-    log1p = -torch.log1p(-torch.where(near, distance, 0.0))
-    neg_log = torch.where(near, log1p, -torch.log(cka.clamp(min=CKA_FLOOR)))
-    return torch.where(exists, distance, 0.0), torch.where(exists, neg_log, 0.0), gradient
+    distance, neg_log = gradient.new_tensor(values).view(pairs, batch, 2).unbind(dim=2)
+    return distance.contiguous(), neg_log.contiguous(), gradient
 
 
 def backward(
