@@ -179,6 +179,7 @@ def test_structure_reads_the_losses_of_the_features_off_gamma() -> None:
 def test_sums_over_chunks_and_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     # Small enough that samples are worked on one by one, and a slice holds one token, or 5 columns without a mask.
     monkeypatch.setattr(intra_eager, "_CHUNK_ELEMENTS", 50)
+    monkeypatch.setattr(intra_eager, "_CACHED_ELEMENTS", 20)
     for name, columns in (("_FORWARD_COLUMNS", 5), ("_BACKWARD_COLUMNS", 5), ("_PART", 2)):
         monkeypatch.setattr(gram_eager, name, columns)
     mask = ragged_mask(4, 6, lengths=[6, 2, 5, 1])
@@ -197,7 +198,7 @@ def test_sums_over_chunks_and_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("rows", "count"), [(48, 1), (49, 2), (96, 2), (100, 3), (128, 3)])
+@pytest.mark.parametrize(("rows", "count"), [(32, 1), (33, 2), (64, 2), (100, 4), (128, 4)])
 def test_grams_in_strips(rows: int, count: int, masked: bool) -> None:
     assert len(intra_eager.strips(rows)) == count
     mask = ragged_mask(3, rows, lengths=[rows, 20, 7]) if masked else None

@@ -21,7 +21,7 @@ features' dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,15 +30,17 @@ from fsd_kernels._numerics import CKA_FLOOR, MOST_ENERGY, compute_dtype, roundin
 
 # Features of one side worked on at once: few chunks make few small operations, small ones stay in the cache.
 _CHUNK_ELEMENTS = 1 << 22
+# Features whose strips are multiplied one after the other: the caches hold what all of them read.
+_CACHED_ELEMENTS = 3 << 19
 # Columns of a strip of a Gram: narrower ones multiply less twice, but more slowly.
-_STRIP = 48
+_STRIP = 32
 # Where the trace of a sample's centred Gram lies outside, Grams are scaled.
 _SAFE = 1e-3, 1e12
 
 
-def _chunks(batch: int, elements: int) -> list[slice]:
-    """Cut ``batch`` samples of so many elements each into about equal parts, the last of them the smallest."""
-    parts = max(1, min(batch, -(-batch * elements // _CHUNK_ELEMENTS)))
+def _chunks(batch: int, elements: int, most: int) -> list[slice]:
+    """Cut ``batch`` samples of so many elements each into about equal parts of ``most``, the last the smallest."""
+    parts = max(1, min(batch, -(-batch * elements // most)))
     step = max(1, -(-batch // parts))
     return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
 
@@ -53,18 +55,30 @@ def strips(rows: int) -> list[slice]:
     return [slice(start, min(start + _STRIP, rows)) for start in range(0, rows, _STRIP)]
 
 
+def pieces(features: Tensor) -> Iterator[tuple[slice, slice]]:
+    """The (samples, strip) in which the Grams of [b, S, D] are multiplied, in their order."""
+    batch, rows, width = features.shape
+    for samples in _chunks(batch, rows * width, _CACHED_ELEMENTS):
+        for strip in strips(rows):
+            yield samples, strip
+
+
 def _grams(grams: Tensor, sides: Sequence[Tensor]) -> None:
     """Write the Grams [n, b, S, S] of n features [b, S, D]."""
-    rows = grams.shape[-1]
-    buffer = grams.new_empty(grams.shape[0] * grams.shape[1] * rows * min(rows, _STRIP))
-    for strip in strips(rows):
-        # Into a part of ``grams`` itself bmm would multiply one sample after the other. All sides are multiplied before
-        # they are copied: whatever follows a product finds the caches emptied.
-        products = _view(buffer, *grams.shape[:2], strip.stop, strip.stop - strip.start)
-        for product, features in zip(products, sides, strict=True):
-            torch.bmm(features[:, : strip.stop], features[:, strip].mT, out=product)
-        grams[:, :, : strip.stop, strip] = products
-        grams[:, :, strip, : strip.start] = products[:, :, : strip.start].mT
+    cuts = strips(grams.shape[-1])
+    # Into a part of ``grams`` itself bmm would multiply one sample after the other. All is multiplied before it is
+    # copied: whatever follows a product finds the caches emptied.
+    products = {
+        cut.start: grams.new_empty((*grams.shape[:2], cut.stop, cut.stop - cut.start)) for cut in cuts
+    }
+    for side, features in enumerate(sides):
+        for samples, cut in pieces(features):
+            left, right = features[samples, : cut.stop], features[samples, cut]
+            torch.bmm(left, right.mT, out=products[cut.start][side, samples])
+    for cut in cuts:
+        product = products[cut.start]
+        grams[:, :, : cut.stop, cut] = product
+        grams[:, :, cut, : cut.start] = product[:, :, : cut.start].mT
 
 
 def _count(kept: Tensor | None, rows: int) -> Tensor | int:
@@ -228,7 +242,7 @@ def forward(
     gradient = students[0].new_empty((pairs, batch, rows, rows), dtype=compute_dtype(students[0]))
     values: list[tuple[float, float]] = []
     for p, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
-        chunks = _chunks(batch, rows * max(student.shape[2], teacher.shape[2]))
+        chunks = _chunks(batch, rows * max(student.shape[2], teacher.shape[2]), _CHUNK_ELEMENTS)
         buffer = gradient.new_empty(2 * (chunks[0].stop if chunks else 0) * rows**2)
         for part in chunks:
             kept = None if mask is None else mask[part]
@@ -255,7 +269,7 @@ def backward(
     results = []
     for p, student in enumerate(students):
         result = torch.empty_like(student, memory_format=torch.contiguous_format)
-        for part in _chunks(len(student), student.shape[1] * student.shape[2]):
+        for part in _chunks(len(student), student.shape[1] * student.shape[2], _CHUNK_ELEMENTS):
             own = student[part].to(gradient.dtype)
             if mask is not None:
                 own = own.masked_fill(~mask[part, :, None], 0.0)
