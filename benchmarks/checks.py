@@ -105,8 +105,11 @@ def _matmul_percent(name: str, op: str, sizes: Sizes, percent: float) -> Evaluat
         value = ours.matmul_percent
         time = ours.time
         low, high = value * time.median / time.high, value * time.median / time.low
+        bound = result.bound(op, case, "full")
+        known = bound is not None and bound.matmul_percent is not None
+        reason = f"its products alone: {bound.matmul_percent:.0f} %" if bound is not None and known else ""
         return CheckResult(
-            name, required, f"{value:.0f} % ({low:.0f} to {high:.0f})", value >= percent, ours.noisy
+            name, required, f"{value:.0f} % ({low:.0f} to {high:.0f})", value >= percent, ours.noisy, reason
         )
 
     return evaluate

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,8 +13,8 @@ from benchmarks.contenders import Contender, Outcome
 from benchmarks.gate import Errors, Verdict
 from benchmarks.inputs import Inputs, Sizes
 from benchmarks.peers import Unavailable
-from benchmarks.registry import Op, Provider
-from benchmarks.results import OK, UNAVAILABLE, WRONG, Row
+from benchmarks.registry import Bound, Op, Provider
+from benchmarks.results import BOUND, OK, UNAVAILABLE, WRONG, Row
 
 _INPUT_SETS = {"cpu": 1, "cuda": 3}
 
@@ -119,20 +119,24 @@ def measure_case(
     del judges
     rows: list[Row] = []
     contenders = _contenders(op, sizes, {name: chosen[name] for name in passed}, settings)
+    timed = dict(contenders)
+    if contenders:
+        timed |= _contenders(op, sizes, op.bounds, settings)
+        facts |= {name: {"note": bound.note, "status": BOUND} for name, bound in op.bounds.items()}
     for mode in modes:
         samples: harness.Measurement | None = None
-        if contenders:
+        if timed:
             samples = harness.measure(
-                {name: [each.timed(mode) for each in sets] for name, sets in contenders.items()},
+                {name: [each.timed(mode) for each in sets] for name, sets in timed.items()},
                 clock,
                 seconds=settings.seconds,
                 min_rounds=settings.min_rounds,
                 max_rounds=settings.max_rounds,
             )
         minimum = op.minimum(sizes, mode, settings.dtype)
-        for name in chosen:
+        for name in facts:
             fact = dict(facts[name])
-            if name in contenders and samples is not None:
+            if name in timed and samples is not None:
                 times = samples.samples[name]
                 fact |= {
                     "samples": times,
@@ -146,7 +150,7 @@ def measure_case(
                         "copy_percent": 100 * minimum.bytes / harness.spread(times).median / ceilings.copy,
                         "minimal_flops": minimum.flops,
                     }
-                if settings.memory and mode == "full" and chosen[name].memory:
+                if settings.memory and mode == "full" and name in chosen and chosen[name].memory:
                     fact |= _memory(contenders[name][0], settings.device)
             row = Row(op.name, label, sizes._asdict(), name, mode, **fact)  # type: ignore[arg-type]
             rows.append(row)
@@ -161,13 +165,11 @@ def _memory(contender: Contender, device: torch.device) -> dict[str, int]:
 
 
 def _contenders(
-    op: Op, sizes: Sizes, providers: dict[str, Provider], settings: Settings
-) -> dict[str, list[Contender]]:
+    op: Op, sizes: Sizes, builders: Mapping[str, Provider | Bound], settings: Settings
+) -> dict[str, list[Any]]:
     sets = range(_INPUT_SETS[settings.device.type])
     inputs = [_move(op.make_inputs(sizes, seed, False), settings.device, settings.dtype) for seed in sets]
-    return {
-        name: [provider.build(tensors, sizes) for tensors in inputs] for name, provider in providers.items()
-    }
+    return {name: [each.build(tensors, sizes) for tensors in inputs] for name, each in builders.items()}
 
 
 def measure_op(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks import baselines, inputs, peers, step
 from benchmarks.contenders import MODES, Contender, LossContender, ValueContender
+from benchmarks.harness import Timed
 from benchmarks.inputs import Inputs, Sizes
 from benchmarks.peers import Unavailable
 from fsd_fast.losses import (
@@ -25,8 +26,10 @@ from fsd_fast.losses import (
     LocalInterFeatureLoss,
 )
 from fsd_kernels import cost, nearest, update
+from fsd_kernels.intra_cka.eager import pieces
 
 Build = Callable[[Inputs, Sizes], Contender]
+
 DIFFERENTIABLE = ("student", "student_memory")
 
 
@@ -42,6 +45,14 @@ class Provider:
     note: str = ""
     memory: bool = True
     """Whether its memory is torch's, which the harness sees."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Part of an op's work, timed in the same rounds as its providers."""
+
+    build: Callable[[Inputs, Sizes], IntraProducts]
+    note: str
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,8 @@ class Op:
     cost_name: str | None
     """Its name in ``fsd_kernels.cost``; None where no minimum is stated."""
     modes: tuple[str, ...] = MODES
+    bounds: dict[str, Bound] = field(default_factory=dict)
+    """Parts of its work by name: no provider can be faster, and they compute no loss that the gate could judge."""
     gate_sizes: Callable[[Sizes], Sizes] = field(default=lambda sizes: sizes)
     """The sizes at which the gate judges, where those of the case would take float64 too long."""
 
@@ -110,6 +123,34 @@ def _smaller(op: str, whole: list[Sizes]) -> Callable[[Sizes], Sizes]:
 # ---------------------------------------------------------------------------------------------- losses
 
 LossMaker = Callable[[str], Callable[[Inputs], Tensor]]
+
+
+class IntraProducts:
+    """The matrix products of L_I alone, as the CPU path multiplies them: both Grams, a triangle of each, and G Y."""
+
+    def __init__(self, tensors: Inputs, sizes: Sizes) -> None:
+        self.sides = tensors["teacher"], tensors["student"]
+        self.gradient = self.sides[1].new_ones((sizes.batch, sizes.rows, sizes.rows))
+
+    def _forward(self, _: None) -> list[Tensor]:
+        return [
+            torch.bmm(x[samples, : strip.stop], x[samples, strip].mT)
+            for x in self.sides
+            for samples, strip in pieces(x)
+        ]
+
+    def _backward(self, _: None) -> Tensor:
+        return torch.bmm(self.gradient, self.sides[1])
+
+    def _full(self, _: None) -> Tensor:
+        self._forward(None)
+        return self._backward(None)
+
+    def timed(self, mode: str) -> Timed:
+        """Return what to time in "forward", "backward" or "full"."""
+        return Timed(
+            lambda: None, {"forward": self._forward, "backward": self._backward}.get(mode, self._full)
+        )
 
 
 def _intra(backend: str) -> Callable[[Inputs], Tensor]:
@@ -273,6 +314,9 @@ def _loss_op(
         _loss_providers(ours, baseline, name),
         {"paper": paper, "small": small, "growth": growth},
         name,
+        bounds={"products": Bound(IntraProducts, "its three products alone: no loss")}
+        if name == "intra"
+        else {},
         gate_sizes=_smaller(name, paper),
     )
 

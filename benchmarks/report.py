@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.growth import Growth, growth
 from benchmarks.peers import CKA_PEERS, KMEANS_PEERS
 from benchmarks.registry import OPS
-from benchmarks.results import OK, CheckResult, Result, Row, write_text
+from benchmarks.results import BOUND, OK, CheckResult, Result, Row, write_text
 
 Table = list[list[str]]
 
@@ -47,7 +47,7 @@ HEADER = [
 
 def row_cells(result: Result, row: Row) -> list[str]:
     """One line of a case's table; a row that was not timed says why."""
-    if row.status != OK:
+    if row.status not in (OK, BOUND):
         return [row.provider, "-", "-", "-", "-", "-", "-", *_errors(row), f"{row.status}: {row.reason}"]
     time = row.time
     times = result.speedup(row)

@@ -24,7 +24,7 @@ from fsd_fast.files import write_atomically
 
 SCHEMA = 1
 
-OK, WRONG, UNAVAILABLE = "ok", "wrong", "unavailable"
+OK, WRONG, UNAVAILABLE, BOUND = "ok", "wrong", "unavailable", "bound"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Row:
     provider: str
     mode: str
     status: str
-    """"ok", "wrong" (refused by the gate, not timed) or "unavailable"."""
+    """"ok", "wrong" (refused by the gate, not timed), "unavailable", or "bound": part of the work, not a provider."""
     reason: str = ""
     note: str = ""
     samples: list[float] = field(default_factory=list)
@@ -99,6 +99,12 @@ class Result:
             if (row.op, row.case, row.mode, row.provider, row.status) == (op, case, mode, provider, OK):
                 return row
         return None
+
+    def bound(self, op: str, case: str, mode: str) -> Row | None:
+        """The row of what limits an op: part of its work, timed in the same rounds."""
+        keys = ((row.op, row.case, row.mode, row.status) for row in self.rows)
+        found = (row for row, key in zip(self.rows, keys, strict=True) if key == (op, case, mode, BOUND))
+        return next(found, None)
 
     def speedup(self, row: Row) -> Spread | None:
         """How many times as long a row takes as ours in the same rounds; None without ours."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import __main__ as command
-from benchmarks import checks, gate, harness, registry, report, results
+from benchmarks import checks, gate, harness, memory, registry, report, results
 from benchmarks.contenders import LossContender, Outcome
 from benchmarks.gate import Errors
 from benchmarks.growth import fitted_exponent, growth
@@ -24,7 +24,7 @@ from benchmarks.inputs import Inputs, Sizes
 from benchmarks.measure import Settings, measure_op
 from benchmarks.peers import CKA_PEERS, Unavailable
 from benchmarks.registry import OPS, Op, Provider
-from benchmarks.results import OK, UNAVAILABLE, WRONG, CheckResult, Result, Row
+from benchmarks.results import BOUND, OK, UNAVAILABLE, WRONG, CheckResult, Result, Row
 from fsd_kernels.intra_cka import reference as intra_reference
 from fsd_kernels.structure import reference as structure_reference
 
@@ -149,7 +149,7 @@ def test_a_noisy_run_is_marked() -> None:
         rows = measure_op(
             op, [SMALL], QUICK, clock, harness.Ceilings(1e9, 1e9), providers=["ours"], modes=["full"]
         )
-        assert [row.noisy for row in rows] == [expected]
+        assert [row.noisy for row in rows] == [expected, expected]
         assert ("NOISY" in report.text(_result(rows), rows)) is expected
 
 
@@ -225,7 +225,8 @@ def test_a_wrong_provider_is_refused_and_not_timed(provider: Provider, word: str
     clock, ceilings = harness.CpuClock(), harness.Ceilings(1e9, 1e9)
     op = _op_with(broken=provider)
     rows = measure_op(op, [SMALL], QUICK, clock, ceilings, providers=["ours", "broken"], modes=["full"])
-    ours, broken = rows
+    ours, broken, bound = rows
+    assert (bound.provider, bound.status, len(bound.samples)) == ("products", BOUND, 2)
     assert (ours.status, len(ours.samples)) == (OK, 2)
     assert (broken.status, broken.samples) == (WRONG, [])
     assert word in broken.reason
@@ -343,7 +344,11 @@ def test_command_writes_json_and_report(tmp_path: Path, capsys: pytest.CaptureFi
     path = tmp_path / "folder" / "result.json"
     assert _main("intra", "--providers", "ours,released", "--json", str(path)) == 0
     result = results.load(path)
-    assert [(row.provider, row.status) for row in result.rows] == [("ours", OK), ("released", OK)]
+    assert [(row.provider, row.status) for row in result.rows] == [
+        ("ours", OK),
+        ("released", OK),
+        ("products", BOUND),
+    ]
     assert result.environment["threads"] == torch.get_num_threads()
     assert {"torch", "python"} <= set(result.environment["versions"])
     text = path.with_suffix(".md").read_text(encoding="utf-8")
@@ -617,7 +622,9 @@ def test_the_best_peer_is_the_fastest_one_that_the_gate_let_through() -> None:
 
 def test_percent_memory_and_step_checks() -> None:
     assert _check([_row("ours", [1.0], matmul_percent=84.0)], "L_I against the machine").passed is False
-    assert _check([_row("ours", [1.0], matmul_percent=86.0)], "L_I against the machine").passed is True
+    bound = _row("products", [0.9], status=BOUND, matmul_percent=93.0)
+    check = _check([_row("ours", [1.0], matmul_percent=86.0), bound], "L_I against the machine")
+    assert (check.passed, check.reason) == (True, "its products alone: 93 %")
     case = {"op": "fsd_ilg", "case": "B=32 S=128 D=768 K=100"}
     name = "extra memory of FSD_ILG, K=100"
     assert _check([_row("ours", [1.0], peak_bytes=129, returned_bytes=100, **case)], name).passed is True
@@ -632,3 +639,8 @@ def test_percent_memory_and_step_checks() -> None:
 def test_a_refused_provider_fails_the_table() -> None:
     found = checks.evaluate(_result([_row("pytorch-cka", [], status=WRONG, reason="value is off")]))
     assert (found[0].passed, found[0].reason) == (False, "value is off")
+
+
+@pytest.mark.parametrize(("bound", "least"), [(16.0, 8.0), (9.5, 8.0), (8.0, 6.8)])
+def test_a_build_need_not_outrun_its_own_forward(bound: float, least: float) -> None:
+    assert memory.least_faster(bound) == pytest.approx(least)
