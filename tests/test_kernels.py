@@ -180,7 +180,12 @@ def test_sums_over_chunks_and_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     # Small enough that samples are worked on one by one, and a slice holds one token, or 5 columns without a mask.
     monkeypatch.setattr(intra_eager, "_CHUNK_ELEMENTS", 50)
     monkeypatch.setattr(intra_eager, "_CACHED_ELEMENTS", 20)
-    for name, columns in (("_FORWARD_COLUMNS", 5), ("_BACKWARD_COLUMNS", 5), ("_PART", 2)):
+    for name, columns in (
+        ("_FORWARD_COLUMNS", 5),
+        ("_BACKWARD_COLUMNS", 5),
+        ("_PART", 2),
+        ("_BACKWARD_PART", 2),
+    ):
         monkeypatch.setattr(gram_eager, name, columns)
     mask = ragged_mask(4, 6, lengths=[6, 2, 5, 1])
     student, teacher = bert_features(4, 6, 4, seed=1), bert_features(4, 6, 9, seed=2)

@@ -26,10 +26,10 @@ from fsd_kernels._numerics import MOST_ENERGY, compute_dtype, rounding_energy
 
 # Columns of a slice. Long slices make few products, of which each pays for its start; the rows of a short one stay in
 # the cache between centring and multiplying. Backward the gradients are held as well, so that the buffer is small.
-_FORWARD_COLUMNS, _BACKWARD_COLUMNS = 16384, 3072
+_FORWARD_COLUMNS, _BACKWARD_COLUMNS = 16384, 2048
 # Columns of a part of a slice. The parts of a slice are one batch of products, of which a thread takes whole ones: that
 # is faster than threads which share a product of so few rows, and short sums lose less to rounding.
-_PART = 2048
+_PART, _BACKWARD_PART = 2048, 1024
 # Products take rows by so many: with one more they take up to a third longer.
 _MULTIPLE = 4
 # The rows of a buffer are this much longer than a slice: a multiple of 1024 apart they would share cache sets.
@@ -213,6 +213,17 @@ def _multiply(left: Tensor, right: Tensor, target: Tensor) -> None:
         target.copy_(left @ right)
 
 
+def _multiply_parts(left: Tensor, right: Tensor, target: Tensor) -> None:
+    """The same for a slice, whose parts are one batch."""
+    whole = right.shape[1] - right.shape[1] % _BACKWARD_PART
+    if whole:
+        parts = right[:, :whole].unflatten(1, (-1, _BACKWARD_PART)).transpose(0, 1)
+        product = torch.bmm(left.expand(len(parts), -1, -1), parts)
+        target[:, :whole].unflatten(1, (-1, _BACKWARD_PART)).copy_(product.transpose(0, 1))
+    if whole < right.shape[1]:
+        _multiply(left, right[:, whole:], target[:, whole:])
+
+
 def backward(
     features: Tensor, memory: Tensor | None, mask: Tensor | None, d_gram: Tensor, needs: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
@@ -226,18 +237,20 @@ def backward(
         from_features = from_memory = own.to(compute_dtype(features))
         unchanged = mask is None and features.dtype == compute_dtype(features)
         slices = _uncentred(features, mask, features.shape[1] if unchanged else _FORWARD_COLUMNS)
+        multiply = _multiply
     else:
         from_features, from_memory = (
             weights.to(compute_dtype(features)) for weights in _transposed_map(d_gram, memory.shape[0] + 1)
         )
         slices = _stacked(features, memory, mask, _BACKWARD_COLUMNS)
+        multiply = _multiply_parts
     for columns, rows in slices:
         inside = slice(columns.start, min(columns.stop, features.shape[1]))
         length = inside.stop - inside.start
         if needs[0] and length > 0 and features.shape[0]:
-            _multiply(from_features, rows[:, :length], d_features[:, inside])
+            multiply(from_features, rows[:, :length], d_features[:, inside])
             if mask is not None:
                 d_features[:, inside].masked_fill_(_dropped(mask, inside, features.shape[1]), 0.0)
         if needs[1] and memory is not None:
-            _multiply(from_memory, rows, d_memory[:, columns])
+            multiply(from_memory, rows, d_memory[:, columns])
     return d_features, d_memory
