@@ -2,6 +2,9 @@
 
     t(x) = c x^e,   e by least squares over the cases that differ in x alone
 
+The cases are minutes apart, in which a machine may come to run at another speed: t is a case's time in units of its own
+rounds' canary. The seconds are what is drawn.
+
 An op whose e exceeds that of its minimal flops by more than 0.1 does more work than the mathematics asks for.
 """
 
@@ -51,7 +54,11 @@ def fitted_exponent(values: Sequence[float], times: Sequence[float]) -> float:
 def growth(rows: Sequence[Row], mode: str = "full") -> list[Growth]:
     """Fit every size that at least three timed cases of one op and provider differ in, around a common base."""
     found: list[Growth] = []
-    timed = [row for row in rows if row.status == OK and row.mode == mode and row.minimal_flops]
+    timed = [
+        row
+        for row in rows
+        if row.status == OK and row.mode == mode and row.minimal_flops and row.matmul_percent
+    ]
     for op, provider in dict.fromkeys((row.op, row.provider) for row in timed):
         own = {row.case: row for row in timed if (row.op, row.provider) == (op, provider)}.values()
         base = {size: _most_common([row.sizes[size] for row in own]) for size in next(iter(own)).sizes}
@@ -63,16 +70,17 @@ def growth(rows: Sequence[Row], mode: str = "full") -> list[Growth]:
             values = [row.sizes[size] for row in line]
             if len(set(values)) < 3:
                 continue
-            seconds = [row.time.median for row in line]
             flops = [float(row.minimal_flops or 0) for row in line]
+            # Minimal flops per time are so many percent of the canary's.
+            canaries = [own / (row.matmul_percent or 1) for own, row in zip(flops, line, strict=True)]
             found.append(
                 Growth(
                     op,
                     provider,
                     size,
                     values,
-                    seconds,
-                    fitted_exponent(values, seconds),
+                    [row.time.median for row in line],
+                    fitted_exponent(values, canaries),
                     fitted_exponent(values, flops),
                 )
             )
