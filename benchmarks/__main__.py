@@ -127,7 +127,9 @@ def _measure(argv: Sequence[str]) -> int:
     run = Run(options)
     whole_table = options.check and options.op == "all"
     if whole_table:
+        asked = run.settings
         for needed in table.NEEDED:
+            run.settings = asked._replace(min_rounds=max(asked.min_rounds, needed.rounds))
             run.measure(needed.op, needed.cases, needed.providers, ["full"])
     else:
         chosen = list(OPS) if options.op == "all" else [options.op]

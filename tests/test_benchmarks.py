@@ -340,6 +340,17 @@ def test_bench_exits_1_where_ours_is_wrong(
 
 
 @pytest.mark.usefixtures("quick_ceilings")
+def test_the_table_takes_as_many_rounds_as_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    needed = checks.Needed("intra", (SMALL,), ("ours",), 5), checks.Needed("local", (SMALL,), ("ours",))
+    monkeypatch.setattr(checks, "NEEDED", needed)
+    monkeypatch.setattr(checks, "evaluate", lambda result: [])
+    path = tmp_path / "result.json"
+    assert _main("--check", "--json", str(path)) == 0
+    rounds = {(row.op, row.provider): len(row.samples) for row in results.load(path).rows}
+    assert rounds == {("intra", "ours"): 5, ("intra", "products"): 5, ("local", "ours"): 2}
+
+
+@pytest.mark.usefixtures("quick_ceilings")
 def test_command_writes_json_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "folder" / "result.json"
     assert _main("intra", "--providers", "ours,released", "--json", str(path)) == 0
