@@ -222,6 +222,24 @@ def test_features_or_grams_are_centred(guess: bool, masked: bool, monkeypatch: p
     assert_same(lambda backend: lambda x: intra_cka(x, teacher, mask, backend=backend), [student])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.float32, 1e-19), (torch.float32, 1e-21), (torch.float64, 1e-154), (torch.float64, 1e-160)],
+)
+def test_features_whose_squares_leave_the_dtype(dtype: torch.dtype, scale: float) -> None:
+    student, teacher = (torch.randn(3, 8, 5, generator=make_generator(i)).to(dtype) for i in (0, 1))
+    student *= scale
+    student[0] /= scale  # one sample is as usual, and stays so
+    truth, (expected,) = value_and_gradient(
+        lambda x: intra_cka(x, teacher, backend="reference").neg_log[:, 0], [student]
+    )
+    values, (gradient,) = value_and_gradient(lambda x: intra_cka(x, teacher).neg_log, [student])
+    assert values[0].isfinite().all()
+    assert gradient.isfinite().all()
+    torch.testing.assert_close(values[0][:, 0], truth[0])
+    torch.testing.assert_close(gradient[0], expected[0], rtol=1e-4, atol=1e-6)
+
+
 def test_the_guess_sees_an_offset_of_most_samples() -> None:
     features = torch.randn(9, 40, 30, generator=make_generator(0))
     assert not intra_eager._likely_has_offset(features, None)

@@ -36,6 +36,8 @@ _CACHED_ELEMENTS = 3 << 19
 _STRIP = 32
 # Where the trace of a sample's centred Gram lies outside, Grams are scaled.
 _SAFE = 1e-3, 1e12
+# No trace below 2^-e counts as one, for G is as large as it is small, and no Gram is divided by more than 2^e.
+_EXPONENT = {torch.float32: 120, torch.float64: 1000}
 
 
 def _chunks(batch: int, elements: int, most: int) -> list[slice]:
@@ -183,11 +185,11 @@ def _centred_grams(
     grams += mean - column.mT
     if dropped is not None:
         grams.masked_fill_(dropped, 0.0)
-    floor = rounding_energy(grams.dtype)
+    floor, least = rounding_energy(grams.dtype), math.ldexp(1.0, -_EXPONENT[grams.dtype])
     exist = [True] * samples
     for own, own_means, own_removed in zip(traces, means, removed, strict=True):
         for i, number in enumerate(numbers):
-            exist[i] &= own[i] > floor * number * (own_means[i] + own_removed[i])
+            exist[i] &= own[i] > max(least, floor * number * (own_means[i] + own_removed[i]))
     return traces, exist
 
 
@@ -198,8 +200,12 @@ def _scale(grams: Tensor, traces: list[list[float]], exist: list[bool]) -> list[
     """
     if all(_SAFE[0] < own[i] < _SAFE[1] for own in traces for i, there in enumerate(exist) if there):
         return [1.0] * len(exist)
+    most = _EXPONENT[grams.dtype]
     powers = [
-        [2.0 ** -math.frexp(trace)[1] if there else 1.0 for trace, there in zip(own, exist, strict=True)]
+        [
+            math.ldexp(1.0, -min(most, math.frexp(trace)[1])) if there else 1.0
+            for trace, there in zip(own, exist, strict=True)
+        ]
         for own in traces
     ]
     grams *= grams.new_tensor(powers)[..., None, None]
