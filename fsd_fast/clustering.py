@@ -147,8 +147,14 @@ class MiniBatchKMeans:
         """Like ``fit``, on this process only: the points are all there are."""
         return self._fit(points, Collectives(together=False))
 
-    def _fit(self, points: Source, collectives: Collectives) -> MiniBatchKMeans:
-        stream = PointStream(points, batch_size=self.batch_size)
+    def fit_narrower(self, points: Source, features: int) -> MiniBatchKMeans:
+        """Like ``fit``, of points whose batches may have fewer than F = ``features`` columns: the others are zero."""
+        return self._fit(points, Collectives(), features)
+
+    def _fit(self, points: Source, collectives: Collectives, features: int | None = None) -> MiniBatchKMeans:
+        stream = PointStream(
+            points, batch_size=self.batch_size, features=features, narrower=features is not None
+        )
         if isinstance(self.init, Tensor):
             stream.features = self.init.shape[1]
         generator = _new_generator(self.random_state)

@@ -251,7 +251,7 @@ class TeacherMemory:
     cluster_sizes: list[int]
     empty_clusters: int
     iteration_stats: list[dict[str, Any]] = field(default_factory=list)
-    settings: dict[str, int] = field(default_factory=dict)
+    settings: dict[str, int | str] = field(default_factory=dict)
     teacher_passes: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -263,6 +263,7 @@ class TeacherMemory:
         identity: MemoryIdentity,
         *,
         seed: int,
+        algorithm: str = "sketch",
         refine: int = 0,
         sketch_width: int = 2048,
         restarts: int = 4,
@@ -283,6 +284,8 @@ class TeacherMemory:
                 every time.
             identity: Whose features these are; gives S, D, K and the padding policy.
             seed: Of the sketch and of k-means.
+            algorithm: "sketch", or "lloyd": exact k-means from one start, with a reading per epoch. Nothing of it is
+                saved in ``state_dir``.
             refine: Epochs of exact Lloyd after the two passes.
             sketch_width: Length of the random image in which k-means runs.
             restarts: Runs of k-means there; the best one is kept.
@@ -301,7 +304,9 @@ class TeacherMemory:
                 features that do not fit ``identity``; a sample that occurs twice; readings that differ; a
                 state of another build.
         """
-        settings = {"sketch_width": sketch_width, "restarts": restarts, "refine": refine}
+        settings: dict[str, int | str] = {"algorithm": algorithm}
+        if algorithm == "sketch":
+            settings |= {"sketch_width": sketch_width, "restarts": restarts, "refine": refine}
         collectives = Collectives()
         key = {name: value for name, value in dataclasses.asdict(identity).items() if name != "teacher"}
         key |= {"seed": seed, "torch": torch.__version__, "processes": collectives.world_size}
@@ -317,6 +322,7 @@ class TeacherMemory:
                 _Points(batches, identity, num_samples, bars, state.tally),
                 identity.num_centroid,
                 seed=seed,
+                algorithm=algorithm,
                 features=identity.features,
                 sketch_width=sketch_width,
                 restarts=restarts,
@@ -335,7 +341,7 @@ class TeacherMemory:
         found: StreamClustering,
         identity: MemoryIdentity,
         seed: int,
-        settings: dict[str, int],
+        settings: dict[str, int | str],
         teacher_passes: float,
     ) -> TeacherMemory:
         stages = (("sketch", found.sketch_stats), ("refine", found.refine_stats))

@@ -33,6 +33,8 @@ from fsd_kernels.kmeans import assign, update_
 # The norms of a sample in the two passes may differ by the rounding of a feature cache, not by more.
 _NORM_TOLERANCE = 1e-2
 
+ALGORITHMS = ("sketch", "lloyd")
+
 
 @dataclass
 class StreamClustering:
@@ -44,12 +46,12 @@ class StreamClustering:
         labels: int64 ``[n]``: of the points of this process in the order of the stream.
         inertia: Sum of squared distances of all points to the centroids of their clusters, exact in F.
         num_samples: N, over all processes.
-        sketch_inertia: The same sum in the sketch, of the best restart.
+        sketch_inertia: The same sum in the sketch, of the best restart; 0 without a sketch.
         iterations: Epochs of k-means in the sketch, of each restart.
         sketch_stats: The figures of each epoch of the restart that was kept; inertia in the sketch.
-        refine_stats: The figures of the exact epochs after pass 2.
+        refine_stats: The figures of the exact epochs: those after pass 2, or all without a sketch.
         seconds: Wall-clock time of "pass_1", "sketch_clustering", "pass_2" and "refine", earlier runs of a
-            continued clustering included.
+            continued clustering included; of "lloyd" without a sketch.
     """
 
     centroids: Tensor
@@ -69,6 +71,7 @@ def cluster_stream(
     n_clusters: int,
     *,
     seed: int,
+    algorithm: str = "sketch",
     features: int | None = None,
     sketch_width: int = 2048,
     restarts: int = 4,
@@ -82,11 +85,15 @@ def cluster_stream(
 ) -> StreamClustering:
     """Cluster a stream in two readings, plus ``refine`` + 1 if ``refine`` is not 0.
 
+    With ``algorithm="lloyd"`` there is no sketch: exact k-means from one start, a reading per epoch and up to three
+    more; nothing is saved in ``state``, and the sketch's arguments play no part.
+
     Args:
         points: This process's points, see ``fsd_fast.stream``. Every reading must give the same points in the
             same order.
         n_clusters: K.
         seed: Of the sketch and of every restart.
+        algorithm: "sketch" or "lloyd".
         features: F, where batches may be narrower than it; None: all batches are as wide as the first.
         sketch_width: w. The relative error of a squared distance is about sqrt(2 / w): 3 percent for 2048.
         restarts: Runs of k-means in the sketch; the one with the lowest inertia is kept.
@@ -112,6 +119,14 @@ def cluster_stream(
     ):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm: expected one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+    if algorithm == "lloyd":
+        if refine:
+            raise ValueError(
+                f"refine: every epoch is exact under algorithm='lloyd', expected 0, got {refine}"
+            )
+        return _cluster_exactly(points, n_clusters, seed, features, max_iter, batch_size, backend, progress)
     collectives = Collectives()
     stream = PointStream(points, batch_size=batch_size, features=features, narrower=features is not None)
     seconds: dict[str, float] = {}
@@ -189,6 +204,38 @@ def cluster_stream(
         result.inertia, result.refine_stats = refined.inertia, refined.stats
         seconds["refine"] = end("refine", started)
     return result
+
+
+def _cluster_exactly(
+    points: Source,
+    n_clusters: int,
+    seed: int,
+    features: int | None,
+    max_iter: int,
+    batch_size: int,
+    backend: str | None,
+    progress: Callable[[str], None] | None,
+) -> StreamClustering:
+    """Lloyd's algorithm among the points themselves."""
+    if progress is not None:
+        progress("lloyd")
+    started = time.perf_counter()
+    kmeans = MiniBatchKMeans(
+        n_clusters, batch_size=batch_size, max_iter=max_iter, random_state=seed, backend=backend
+    )
+    kmeans = kmeans.fit(points) if features is None else kmeans.fit_narrower(points, features)
+    return StreamClustering(
+        kmeans.cluster_centers_,
+        kmeans.counts_,
+        kmeans.labels_,
+        kmeans.inertia_,
+        int(kmeans.counts_.sum()),
+        sketch_inertia=0.0,
+        iterations=[],
+        sketch_stats=[],
+        refine_stats=kmeans.iteration_stats_,
+        seconds={"lloyd": time.perf_counter() - started},
+    )
 
 
 @dataclass

@@ -78,7 +78,7 @@ def test_build_finds_the_groups(built: TeacherMemory) -> None:
     # Groups of unit noise: S*D per sample, less what the K means take up.
     assert built.inertia == pytest.approx((N - K) * S * D, rel=0.05)
     assert set(built.seconds) == {"pass_1", "sketch_clustering", "pass_2"}
-    assert built.settings == {"sketch_width": 2048, "restarts": 4, "refine": 0}
+    assert built.settings == {"algorithm": "sketch", "sketch_width": 2048, "restarts": 4, "refine": 0}
 
 
 def test_build_is_repeatable() -> None:
@@ -104,6 +104,38 @@ def test_excluded_padding_never_counts() -> None:
         assert found.inertia == pytest.approx(expected.inertia, rel=1e-6)
     included = TeacherMemory.build(batches(features, mask), identity(), seed=0, progress=False)
     assert not torch.allclose(included.centroids, expected.centroids)
+
+
+def test_lloyd_clusters_without_a_sketch() -> None:
+    features, mask = samples()
+    flat = (features * mask[:, :, None]).flatten(1).double()
+    dirty = features.masked_fill(mask[:, :, None] == 0, float("nan"))
+    for trim in (False, True):
+        found = TeacherMemory.build(
+            batches(dirty, mask, trim=trim),
+            identity(pad_features="exclude"),
+            seed=0,
+            algorithm="lloyd",
+            progress=False,
+            num_samples=N,
+        )
+        labels = torch.cdist(flat, found.centroids.double()).argmin(1)
+        assert labels.bincount(minlength=K).tolist() == found.cluster_sizes
+        for cluster in range(K):
+            torch.testing.assert_close(
+                found.centroids[cluster].double(), flat[labels == cluster].mean(0), rtol=1e-5, atol=1e-5
+            )
+        own = found.centroids.double()[labels]
+        assert found.inertia == pytest.approx(float((flat - own).square().sum()), rel=1e-5)
+        assert found.settings == {"algorithm": "lloyd"}
+        assert {epoch["stage"] for epoch in found.iteration_stats} == {"refine"}
+        assert found.teacher_passes > 2
+    for arguments, message in (
+        ({"algorithm": "elkan"}, "algorithm: expected one of sketch, lloyd"),
+        ({"algorithm": "lloyd", "refine": 1}, "refine: every epoch is exact"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TeacherMemory.build(batches(features, mask), identity(), seed=0, progress=False, **arguments)
 
 
 def test_refine_lowers_the_inertia_of_a_coarse_sketch() -> None:
