@@ -110,8 +110,8 @@ def _matmul_percent(name: str, op: str, sizes: Sizes, percent: float) -> Evaluat
         time = ours.time
         low, high = value * time.median / time.high, value * time.median / time.low
         bound = result.bound(op, case, "full")
-        known = bound is not None and bound.matmul_percent is not None
-        reason = f"its products alone: {bound.matmul_percent:.0f} %" if bound is not None and known else ""
+        limit = None if bound is None else bound.matmul_percent
+        reason = "" if limit is None else f"its products alone: {limit:.0f} %"
         return CheckResult(
             name, required, f"{value:.0f} % ({low:.0f} to {high:.0f})", value >= percent, ours.noisy, reason
         )

@@ -120,7 +120,7 @@ def measure_case(
     rows: list[Row] = []
     contenders = _contenders(op, sizes, {name: chosen[name] for name in passed}, settings)
     timed = dict(contenders)
-    if contenders:
+    if contenders and settings.device.type == "cpu":
         timed |= _contenders(op, sizes, op.bounds, settings)
         facts |= {name: {"note": bound.note, "status": BOUND} for name, bound in op.bounds.items()}
     for mode in modes:

@@ -73,7 +73,7 @@ class Op:
     """Its name in ``fsd_kernels.cost``; None where no minimum is stated."""
     modes: tuple[str, ...] = MODES
     bounds: dict[str, Bound] = field(default_factory=dict)
-    """Parts of its work by name: no provider can be faster, and they compute no loss that the gate could judge."""
+    """Parts of the CPU path's work by name, timed on a CPU; they compute no loss that the gate could judge."""
     gate_sizes: Callable[[Sizes], Sizes] = field(default=lambda sizes: sizes)
     """The sizes at which the gate judges, where those of the case would take float64 too long."""
 

@@ -305,7 +305,11 @@ def report(result: Result, stem: Path) -> str:
         parts.append(f"![{path.stem.rsplit('-', 1)[-1]}]({path.name})")
     found = growth(result.rows)
     if found:
-        parts += ["## Growth", markdown(growth_table(found))]
+        parts += [
+            "## Growth",
+            "Exponents are of times in units of the canary, the plot is in milliseconds.",
+            markdown(growth_table(found)),
+        ]
     for op in dict.fromkeys(row.op for row in result.rows):
         parts.append(f"## {OPS[op].title if op in OPS else op}")
         own = [row for row in result.rows if row.op == op]

@@ -102,9 +102,10 @@ class Result:
 
     def bound(self, op: str, case: str, mode: str) -> Row | None:
         """The row of what limits an op: part of its work, timed in the same rounds."""
-        keys = ((row.op, row.case, row.mode, row.status) for row in self.rows)
-        found = (row for row, key in zip(self.rows, keys, strict=True) if key == (op, case, mode, BOUND))
-        return next(found, None)
+        for row in self.rows:
+            if (row.op, row.case, row.mode, row.status) == (op, case, mode, BOUND):
+                return row
+        return None
 
     def speedup(self, row: Row) -> Spread | None:
         """How many times as long a row takes as ours in the same rounds; None without ours."""
