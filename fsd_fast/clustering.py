@@ -124,7 +124,7 @@ class MiniBatchKMeans:
         self._generator: torch.Generator | None = None
         self._since_reassignment = 0
 
-    def fit(self, points: Source) -> MiniBatchKMeans:
+    def fit(self, points: Source, *, features: int | None = None) -> MiniBatchKMeans:
         """Cluster the points, read once or twice for the start, once per epoch and once for the labels.
 
         Args:
@@ -132,6 +132,8 @@ class MiniBatchKMeans:
                 batch and the samples' numbers ``[b]`` int64, which must differ. With numbers, the result is
                 the same however the samples are spread over processes; without, they count as ordered by
                 process.
+            features: F, where batches may be narrower than it: what they lack is zero. None: all are as wide as the
+                first.
 
         Returns:
             This object.
@@ -141,15 +143,11 @@ class MiniBatchKMeans:
             ValueError: Fewer points than clusters, a NaN or infinite feature (the sample is named), or a
                 wrong width.
         """
-        return self._fit(points, Collectives())
+        return self._fit(points, Collectives(), features)
 
     def fit_alone(self, points: Source) -> MiniBatchKMeans:
         """Like ``fit``, on this process only: the points are all there are."""
         return self._fit(points, Collectives(together=False))
-
-    def fit_narrower(self, points: Source, features: int) -> MiniBatchKMeans:
-        """Like ``fit``, of points whose batches may have fewer than F = ``features`` columns: the others are zero."""
-        return self._fit(points, Collectives(), features)
 
     def _fit(self, points: Source, collectives: Collectives, features: int | None = None) -> MiniBatchKMeans:
         stream = PointStream(

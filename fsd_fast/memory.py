@@ -302,7 +302,7 @@ class TeacherMemory:
         Raises:
             ValueError: Fewer samples than centroids; a NaN or infinite feature (the sample is named);
                 features that do not fit ``identity``; a sample that occurs twice; readings that differ; a
-                state of another build.
+                state of another build; an unknown algorithm, or ``refine`` with "lloyd".
         """
         settings: dict[str, int | str] = {"algorithm": algorithm}
         if algorithm == "sketch":

@@ -110,7 +110,7 @@ def cluster_stream(
     Raises:
         TypeError: Points of another kind.
         ValueError: Fewer points than clusters; a NaN or infinite feature or a wrong width (the sample is
-            named); two points with one number; passes that differ.
+            named); two points with one number; passes that differ; an unknown algorithm, or ``refine`` with "lloyd".
     """
     for name, value, least in (
         ("sketch_width", sketch_width, 1),
@@ -223,7 +223,7 @@ def _cluster_exactly(
     kmeans = MiniBatchKMeans(
         n_clusters, batch_size=batch_size, max_iter=max_iter, random_state=seed, backend=backend
     )
-    kmeans = kmeans.fit(points) if features is None else kmeans.fit_narrower(points, features)
+    kmeans.fit(points, features=features)
     return StreamClustering(
         kmeans.cluster_centers_,
         kmeans.counts_,

@@ -193,10 +193,7 @@ class FeatureCache:
             features = features.masked_fill(~kept[:, :, None], 0)
             lengths = (kept * torch.arange(1, kept.shape[1] + 1, device=kept.device)).amax(dim=1).cpu()
         inside = torch.arange(features.shape[1]) < lengths[:, None]
-        features = features.detach().cpu()
-        # Picking out all positions would copy them for nothing.
-        kept_features = features.flatten(0, 1) if bool(inside.all()) else features[inside]
-        values = {"index": index, "lengths": lengths, "features": kept_features.contiguous()}
+        values = {"index": index, "lengths": lengths, "features": features.detach().cpu()[inside]}
         metadata = {
             "identity": self._identity.digest(),
             "numbers_crc32": _checksum(torch.cat([index, lengths])),

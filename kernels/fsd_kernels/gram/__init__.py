@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fsd_kernels._backend import implementation, resolve_backend
+from fsd_kernels._backend import implementation, resolve_backend, without_autocast
 from fsd_kernels._checks import check_features, check_mask, check_same_device
 from fsd_kernels._numerics import compute_dtype
 from fsd_kernels._saved import save, saved
@@ -36,7 +36,7 @@ class GramBasis(NamedTuple):
 def _forward(
     features: Tensor, memory: Tensor | None, memory_gram: Tensor | None, mask: Tensor | None, backend: str
 ) -> Tensor:
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features.device):
         return implementation("gram", backend).forward(features, memory, memory_gram, mask)
 
 
@@ -64,7 +64,7 @@ def _backward(
     need_memory: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features.device):
         return implementation("gram", backend).backward(
             features, memory, mask, d_gram, (need_features, need_memory)
         )
@@ -136,7 +136,7 @@ def gram(
     rows, known = (None, None) if memory is None else check_memory("memory", memory, "features", flat)
     chosen = resolve_backend(backend, features.device, "gram")
     if chosen == "reference":
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device):
             return implementation("gram", "reference").forward(flat, rows, kept)
     return _forward(flat, rows, known, kept, chosen)
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -74,18 +74,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     save(ctx, neg_log, gradient, mask, *students)
 
 
-def _coefficient(neg_log: Tensor, d_distance: Tensor | None, d_neg_log: Tensor | None) -> Tensor:
-    """The upstream gradient of CKA [P, B]: d distance = -d CKA and d(-log CKA) = -d CKA / CKA, 0 on its floor."""
-    parts = [] if d_distance is None else [-d_distance]
-    if d_neg_log is not None:
-        parts.append(torch.where(neg_log >= _FLOORED, 0.0, d_neg_log * torch.exp(neg_log)).neg_())
-    return sum(parts[1:], start=parts[0]) if parts else torch.zeros_like(neg_log)
-
-
-def _autograd(ctx: Any, d_distance: Tensor | None, d_neg_log: Tensor | None, _: None) -> tuple[Any, ...]:
+def _autograd(
+    ctx: Any,
+    d_distance: Tensor | None,
+    d_neg_log: Tensor | None,
+    _: None,
+    run: Callable[..., list[Tensor]] = _backward,
+) -> tuple[Any, ...]:
     neg_log, gradient, mask, *students = saved(ctx)
-    coefficient = _coefficient(neg_log, d_distance, d_neg_log)
-    return _backward(students, mask, gradient, coefficient, ctx.backend), [None] * ctx.teachers, None, None
+    # d distance = -d CKA and d(-log CKA) = -d CKA / CKA. Where -log CKA sits on its floor it is constant.
+    coefficient = torch.zeros_like(neg_log) if d_distance is None else -d_distance
+    if d_neg_log is not None:
+        floored = neg_log >= _FLOORED
+        coefficient = coefficient - torch.where(floored, 0.0, d_neg_log * torch.exp(neg_log))
+    return run(students, mask, gradient, coefficient, ctx.backend), [None] * ctx.teachers, None, None
 
 
 # -log(1e-8), less the rounding of a float32 logarithm.
@@ -109,11 +111,9 @@ class _Direct(torch.autograd.Function):
     def backward(
         ctx: Any, d_distance: Tensor | None, d_neg_log: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
-        neg_log, gradient, mask, *students = saved(ctx)
-        coefficient = _coefficient(neg_log, d_distance, d_neg_log)
         # Where a second derivative may be asked for, the registered op refuses it.
         run = _backward if torch.is_grad_enabled() else _run_backward
-        return None, None, None, *run(students, mask, gradient, coefficient, ctx.backend)
+        return None, None, None, *_autograd(ctx, d_distance, d_neg_log, None, run)[0]
 
 
 def _as_list(name: str, features: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -169,7 +169,7 @@ def intra_cka(
     teachers = [layer.detach() for layer in teachers]
     chosen = resolve_backend(backend, device, "intra_cka")
     if chosen == "reference":
-        with torch.autocast(device.type, enabled=False):
+        with without_autocast(device):
             distance, neg_log = implementation("intra_cka", "reference").forward(students, teachers, kept)
         return IntraCKA(distance, neg_log)
     if may_call_directly((*students, *teachers, kept)):

@@ -137,13 +137,13 @@ def _column_means(grams: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
     return column, column.sum(dim=-2, keepdim=True) / count
 
 
-def _multiply_far(
-    grams: Tensor, features: Tensor, far: list[int], kept: Tensor | None
+def _centre_far(
+    gram: Tensor, features: Tensor, kept: Tensor | None, far: list[int]
 ) -> tuple[list[float], list[float]]:
-    """Write the Grams of samples into [b, S, S], rows centred first; returns their traces and |mean row|^2."""
-    again = grams.new_empty((len(far), *grams.shape[1:]))
+    """Replace the Grams of samples ``far`` in [b, S, S], rows centred first; returns their traces and |mean row|^2."""
+    again = gram.new_empty((len(far), *gram.shape[1:]))
     removed = _grams_of_centred(again, features[far], None if kept is None else kept[far])
-    grams[far] = again
+    gram[far] = again
     return _trace(again).tolist(), removed.tolist()
 
 
@@ -167,29 +167,34 @@ def _centred_grams(
         if dropped is not None:
             grams.masked_fill_(dropped, 0.0)
     column, mean = _column_means(grams, kept)
-    traces, means = _trace(grams).tolist(), mean.flatten(1).tolist()
-    again = False
-    for features, gram, own, own_means, own_removed in zip(sides, grams, traces, means, removed, strict=True):
-        far = []
-        for i, (trace, number, mean_energy) in enumerate(zip(own, numbers, own_means, strict=True)):
-            own[i] = trace - number * mean_energy
-            if not guessed and not trace <= MOST_ENERGY * own[i]:
-                far.append(i)
-        if far:
-            again = True
-            for i, *found in zip(far, *_multiply_far(gram, features, far, kept), strict=True):
-                (own[i], own_removed[i]), own_means[i] = found, 0.0
-    if again:
-        column, mean = _column_means(grams, kept)
+    uncentred, means = _trace(grams).tolist(), mean.flatten(1).tolist()
+    traces = [
+        [trace - n * mean_energy for trace, n, mean_energy in zip(*side, strict=True)]
+        for side in ((uncentred[0], numbers, means[0]), (uncentred[1], numbers, means[1]))
+    ]
+    if not guessed:
+        # Of each side the samples that must be centred after all: their mean outweighs what sets their tokens apart.
+        far = [
+            [i for i, trace in enumerate(own) if not uncentred[side][i] <= MOST_ENERGY * trace]
+            for side, own in enumerate(traces)
+        ]
+        for side, own in enumerate(far):
+            if own:
+                for i, *found in zip(own, *_centre_far(grams[side], sides[side], kept, own), strict=True):
+                    (traces[side][i], removed[side][i]), means[side][i] = found, 0.0
+        if any(far):
+            column, mean = _column_means(grams, kept)
     grams -= column
     grams += mean - column.mT
     if dropped is not None:
         grams.masked_fill_(dropped, 0.0)
     floor, least = rounding_energy(grams.dtype), math.ldexp(1.0, -_EXPONENT[grams.dtype])
-    exist = [True] * samples
-    for own, own_means, own_removed in zip(traces, means, removed, strict=True):
-        for i, number in enumerate(numbers):
-            exist[i] &= own[i] > max(least, floor * number * (own_means[i] + own_removed[i]))
+    exist = [
+        all(
+            traces[side][i] > max(least, floor * n * (means[side][i] + removed[side][i])) for side in range(2)
+        )
+        for i, n in enumerate(numbers)
+    ]
     return traces, exist
 
 

@@ -46,7 +46,7 @@ def _(student: Tensor, teacher: Tensor, num_centroid: int, backend: str) -> tupl
 
 @torch.library.custom_op("fsd_kernels::structure_backward", mutates_args=())
 def _backward(gradients: Tensor, d_values: Tensor, backend: str) -> Tensor:
-    with torch.autocast(gradients.device.type, enabled=False):
+    with without_autocast(gradients.device):
         return implementation("structure", backend).backward(gradients, d_values)
 
 
@@ -109,7 +109,7 @@ def structure(
     teacher = teacher.detach()
     chosen = resolve_backend(backend, student.device, "structure")
     if chosen == "reference":
-        with torch.autocast(student.device.type, enabled=False):
+        with without_autocast(student.device):
             return InterStructure(
                 *implementation("structure", chosen).forward(student, teacher, num_centroid)
             )
@@ -283,7 +283,7 @@ def inter_structure(
     chosen = resolve_backend(backend, student.device, "structure")
     if chosen == "reference":
         reference = implementation("structure", chosen)
-        with torch.autocast(student.device.type, enabled=False):
+        with without_autocast(student.device):
             return InterStructure(*reference.inter_structure(own, given.detach(), student_memory, rows, kept))
     # One op for what ``gram`` and ``structure`` do in three: calling one costs as much as a small batch's products.
     inputs = own, given.detach(), student_memory, rows, known, kept
