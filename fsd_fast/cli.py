@@ -76,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fsd-fast {listed[0]}: error: {error}", file=sys.stderr)
         return 2
     figures = work()
+    from fsd_fast.collectives import leave_processes
+
+    leave_processes()
     if os.environ.get("RANK", "0") != "0":
         return 0
     for name, value in figures.items():

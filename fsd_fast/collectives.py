@@ -104,3 +104,13 @@ class Collectives:
                 f"stopped because process {failed[0]} of {self.world_size} failed; see its error"
             )
         return result  # type: ignore[return-value]
+
+
+def leave_processes() -> None:
+    """Leave the process group, if this process is in one, at the end of its work.
+
+    Its threads would otherwise still run while the interpreter ends, which now and then aborts a process whose work is
+    done, and the launcher would report a failed run.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

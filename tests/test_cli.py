@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import pytest
+import torch
 
 from fsd_fast import cli
 from fsd_fast.data import builtin
@@ -379,6 +380,17 @@ def test_figures_are_printed(tiny, capsys):
     assert cli.main(["evaluate", *flags]) == 0
     printed = dict(line.split(" = ") for line in capsys.readouterr().out.splitlines() if " = " in line)
     assert 0 <= float(printed["eval_accuracy"]) <= 1
+
+
+def test_a_command_that_is_done_leaves_the_process_group(tmp_path, monkeypatch):
+    def work():
+        init = f"file://{tmp_path}/store"
+        torch.distributed.init_process_group("gloo", init_method=init, rank=0, world_size=1)
+        return {}
+
+    monkeypatch.setattr(cli, "_prepared", lambda command, arguments: work)
+    assert cli.main(["evaluate"]) == 0
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
