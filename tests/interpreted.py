@@ -1,4 +1,7 @@
-"""What the tests of the Triton kernels share: running in the interpreter, and inputs in which a wrong read shows."""
+"""What the tests of the Triton kernels share: where they run, and inputs in which a wrong read shows.
+
+They run in Triton's interpreter (TRITON_INTERPRET=1) on the CPU, and without it on a GPU where there is one.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+GPU = not INTERPRETED and torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+RUNS_KERNELS = INTERPRETED or GPU
+
 if INTERPRETED:
     from triton.runtime import interpreter
+
+interpreter_only = pytest.mark.skipif(GPU, reason="looks into the interpreter")
+
+
+def on_gpu(tolerance: float, in_interpreter: float) -> float:
+    """What products on tensor cores may lose; the interpreter multiplies in float32, whatever is asked."""
+    return tolerance if GPU else in_interpreter
 
 
 def run_in_interpreter(path: str) -> None:
@@ -48,13 +63,14 @@ def poison_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that receives the names of the kernels launched."""
     names: list[str] = []
-    original = interpreter.GridExecutor.__call__
+    owner, method = (interpreter.GridExecutor, "__call__") if INTERPRETED else (JITFunction, "run")
+    original = getattr(owner, method)
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         names.append(self.fn.__name__)
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
+    monkeypatch.setattr(owner, method, counted)
     return names
 
 
@@ -91,7 +107,7 @@ def forbid_stray_accesses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def framed(x: Tensor) -> Tensor:
     """The same values inside a larger buffer of NaN: a read outside the tensor shows."""
-    buffer = torch.full([size + 2 for size in x.shape], float("nan"), dtype=x.dtype)
+    buffer = torch.full([size + 2 for size in x.shape], float("nan"), dtype=x.dtype, device=x.device)
     inner = buffer[tuple(slice(1, -1) for _ in x.shape)]
     return inner.copy_(x)
 

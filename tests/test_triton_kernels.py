@@ -1,8 +1,8 @@
-"""The Triton kernels, run in Triton's interpreter against the formulas in float64.
+"""The Triton kernels, run in Triton's interpreter, and on a GPU where there is one, against the formulas in float64.
 
 The interpreter has to be chosen before triton is first imported, and changes what "cannot run on the CPU"
 means. So where TRITON_INTERPRET is not set, this file holds one test, which runs all others in a process of
-their own.
+their own; on a GPU it holds the others too.
 """
 
 from __future__ import annotations
@@ -12,14 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fsd_kernels import frozen_gram, gram, inter_structure, intra_cka, structure
 from tests.interpreted import (
+    DEVICE,
+    GPU,
     INTERPRETED,
+    RUNS_KERNELS,
     framed,
+    on_gpu,
     poison_outputs,
     record_launches,
     round_dots,
@@ -27,12 +33,19 @@ from tests.interpreted import (
     run_in_interpreter,
 )
 
-if INTERPRETED:
+if RUNS_KERNELS:
     from fsd_kernels import _triton as shared
     from fsd_kernels.gram import triton as gram_kernels
     from fsd_kernels.intra_cka import triton as intra_kernels
 
     MODULES = (gram_kernels, intra_kernels)
+
+    @triton.jit
+    def round_kernel(x_ptr, y_ptr, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        index = tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + index, mask=index < size)
+        tl.store(y_ptr + index, shared.nearest_tf32(x), mask=index < size)
+
 
 QUICK = settings(
     max_examples=6,
@@ -60,13 +73,24 @@ def multiprocessors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Set the number of multiprocessors that the heuristics see: few make them fuse, many make them split."""
 
     def choose(count: int) -> None:
-        target = shared.TARGETS["sm_90"]._replace(multiprocessors=count)
+        target = shared.target_of(DEVICE)._replace(multiprocessors=count)
         for module in MODULES:
             monkeypatch.setattr(module, "target_of", lambda device: target)
 
-    if INTERPRETED:
+    if RUNS_KERNELS:
         choose(2)
     return choose
+
+
+def tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``gram`` take small inputs as it takes those with many rows, in tiles of 16."""
+    monkeypatch.setattr(gram_kernels, "_tiles", lambda total: (16, 16, 0))
+    original = gram_kernels.backward_config
+
+    def small(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)._replace(block=16, inner=16)
+
+    monkeypatch.setattr(gram_kernels, "backward_config", small)
 
 
 @pytest.fixture(params=["fused", "split", "tiled"])
@@ -79,7 +103,7 @@ def path(
         multiprocessors(132 if name == "split" else 3)
     if name == "tiled":
         monkeypatch.setattr(intra_kernels, "_WHOLE", 16)
-        monkeypatch.setattr(gram_kernels, "_tiles", lambda total: (16, 16, 0))
+        tile_by_tile(monkeypatch)
     return name
 
 
@@ -97,7 +121,8 @@ def backpropagate(total: Tensor) -> None:
 
 def normal(*shape: int, seed: int, offset: float = 1.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator) + offset * torch.randn(shape[-1], generator=generator)
+    values = torch.randn(*shape, generator=generator) + offset * torch.randn(shape[-1], generator=generator)
+    return values.to(DEVICE)
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -108,7 +133,7 @@ def transposed(x: Tensor) -> Tensor:
 def make_mask(kind: str | None, batch: int, rows: int) -> Tensor | None:
     if kind is None:
         return None
-    mask = torch.zeros(batch, rows, dtype=torch.bool)
+    mask = torch.zeros(batch, rows, dtype=torch.bool, device=DEVICE)
     for i in range(batch):
         kept = {"ragged": rows - (5 * i) % rows, "one": 1, "none": 0 if i == 0 else rows}[kind]
         mask[i, :kept] = True
@@ -128,6 +153,9 @@ def assert_close(ours: Tensor, truth: Tensor, tolerance: float) -> None:
     ours, truth = ours.detach().double(), truth.detach().double()
     assert float((ours - truth).norm()) <= tolerance * float(truth.norm()) + 1e-7
 
+
+TF32 = 4e-3
+"""What products of operands of 10 bits may be off by."""
 
 # -- intra_cka ----------------------------------------------------------------------------------------------------
 
@@ -152,7 +180,7 @@ def check_intra(
     ours = intra_cka(students, teachers, mask, backend="triton")
     right = intra_cka(truth, [x.double() for x in teachers], mask, backend="reference")
     for value, expected in zip(ours, right, strict=True):
-        assert_close(value, expected, 1e-5)
+        assert_close(value, expected, on_gpu(tolerance, 1e-5))
     (ours.distance * weights[0] + ours.neg_log * weights[1]).sum().backward()
     backpropagate((right.distance * weights[0] + right.neg_log * weights[1]).sum())
     for x, expected in zip(students, truth, strict=True):
@@ -173,9 +201,8 @@ def test_intra_cka_matches_the_formula(shape: tuple[int, ...], kind: str | None,
 
 @pytest.mark.parametrize("rows", [128, 129, 260])
 def test_intra_cka_of_long_inputs(rows: int, tf32: None) -> None:
-    check_intra(
-        [normal(1, rows, 16, seed=1)], [normal(1, rows, 20, seed=2)], make_mask("ragged", 1, rows), 1e-5
-    )
+    mask = make_mask("ragged", 1, rows)
+    check_intra([normal(1, rows, 16, seed=1)], [normal(1, rows, 20, seed=2)], mask, on_gpu(TF32, 1e-5))
 
 
 @pytest.mark.parametrize("kind", ["one", "none"])
@@ -240,7 +267,7 @@ def test_intra_cka_keeps_small_and_large_features(scale: float, path: str) -> No
 
 def test_intra_cka_of_unrelated_structures() -> None:
     """Far from CKA = 1 the logarithm is taken of CKA, not of 1 - CKA; at CKA = 0 it stops at its floor."""
-    x, y = torch.zeros(2, 4, 2), torch.zeros(2, 4, 2)
+    x, y = torch.zeros(2, 2, 4, 2, device=DEVICE)
     x[:, :, 0] = torch.tensor([1.0, 1.0, -1.0, -1.0])
     y[:, :, 0] = torch.tensor([1.0, -1.0, 1.0, -1.0])
     y[1, :, 1] = 0.3 * x[1, :, 0]
@@ -268,7 +295,7 @@ def outliers(*shape: int, seed: int) -> Tensor:
     """Features like BERT's: a few dimensions with a mean of 30 standard deviations."""
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
     x[..., ::16] += 30
-    return x
+    return x.to(DEVICE)
 
 
 def test_intra_cka_launches(launches: list[str], multiprocessors: Callable[[int], None]) -> None:
@@ -293,8 +320,8 @@ def test_intra_cka_launches(launches: list[str], multiprocessors: Callable[[int]
 
 def test_intra_cka_of_nothing() -> None:
     for shape in ((0, 4, 8), (2, 0, 8), (2, 4, 0)):
-        x = torch.zeros(shape, requires_grad=True)
-        result = intra_cka(x, torch.zeros(shape), backend="triton")
+        x = torch.zeros(shape, device=DEVICE, requires_grad=True)
+        result = intra_cka(x, torch.zeros(shape, device=DEVICE), backend="triton")
         result.distance.sum().backward()
         assert not result.distance.any()
         assert x.grad is not None
@@ -332,7 +359,7 @@ def check_gram(
         given = frozen_gram(memory.float(), backend="eager")._replace(memory=memory)
     ours = gram(features, given, mask, backend="triton")
     expected = gram(truth, right, mask, backend="reference")
-    assert_close(ours, expected, 1e-6)
+    assert_close(ours, expected, tolerance if GPU and tolerance > 1e-5 else 1e-6)
     assert torch.equal(ours, ours.T)
     weights = normal(*ours.shape, seed=5)
     (ours * weights).sum().backward()
@@ -347,17 +374,14 @@ def check_gram(
         assert_close(memory.grad, right.grad, tolerance)  # type: ignore[arg-type]
 
 
-@pytest.fixture(params=["fused", "pieces", "tiled"])
+@pytest.fixture(params=["fused", "tiled"])
 def gram_path(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, multiprocessors: Callable[[int], None]
 ) -> str:
-    """Run a test with one program per part of F, with three that share it, and with one per tile of Gamma."""
+    """Run a test with one program per part of F, and with one per tile of Gamma."""
     multiprocessors(3)
-    if request.param == "pieces":
-        monkeypatch.setattr(gram_kernels, "_tiles", lambda total: (16, 16, max(4, -(-total // 16))))
-        monkeypatch.setattr(gram_kernels, "_ACCUMULATED", 0)
     if request.param == "tiled":
-        monkeypatch.setattr(gram_kernels, "_tiles", lambda total: (16, 16, 0))
+        tile_by_tile(monkeypatch)
     return str(request.param)
 
 
@@ -393,7 +417,8 @@ MANY_ROWS = [
 def test_gram_of_many_rows(shape: tuple[int, ...], known: bool, tf32: None) -> None:
     batch, num_centroid, rows, width, extra = shape
     features = normal(batch, rows, width, seed=1)
-    check_gram(features, normal(num_centroid, rows * width + extra, seed=2), None, 1e-5, known=known)
+    memory = normal(num_centroid, rows * width + extra, seed=2)
+    check_gram(features, memory, None, on_gpu(TF32, 1e-5), known=known)
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 2, 8, 0), (20, 31, 2, 8, 3)], ids=str)
@@ -452,8 +477,8 @@ def test_gram_launches(launches: list[str]) -> None:
 
 
 def test_gram_of_nothing() -> None:
-    assert gram(torch.zeros(3, 0), backend="triton").tolist() == [[0.0] * 4] * 4
-    assert gram(torch.zeros(0, 5), backend="triton").tolist() == [[0.0]]
+    assert gram(torch.zeros(3, 0, device=DEVICE), backend="triton").tolist() == [[0.0] * 4] * 4
+    assert gram(torch.zeros(0, 5, device=DEVICE), backend="triton").tolist() == [[0.0]]
 
 
 # -- structure ----------------------------------------------------------------------------------------------------
@@ -475,7 +500,7 @@ def test_structure_matches_the_formula(sizes: tuple[int, int]) -> None:
     student, teacher = gammas(*sizes)
     ours = framed(student.float()).requires_grad_()
     truth = ours.detach().double().requires_grad_()
-    weights = torch.tensor([0.7, -1.3, 0.4, 2.1])
+    weights = torch.tensor([0.7, -1.3, 0.4, 2.1], device=DEVICE)
     got = torch.stack(structure(ours, framed(teacher.float()), sizes[1], backend="triton"))
     expected = torch.stack(structure(truth, teacher.float().double(), sizes[1], backend="reference"))
     assert got.isfinite().all()
@@ -505,8 +530,8 @@ def test_structure_of_zero_vectors_and_equal_points() -> None:
 
 def test_structure_passes_no_gradient_through_a_distance_of_zero() -> None:
     """With whole numbers all entries of Gamma are exact, and so is a distance of 0."""
-    memory = torch.tensor([[2.0, 0.0, 4.0], [0.0, 2.0, 0.0]])
-    features = torch.tensor([[2.0, 0.0, 4.0], [4.0, 6.0, 0.0]])
+    memory = torch.tensor([[2.0, 0.0, 4.0], [0.0, 2.0, 0.0]], device=DEVICE)
+    features = torch.tensor([[2.0, 0.0, 4.0], [4.0, 6.0, 0.0]], device=DEVICE)
     student = gram(features, memory, backend="eager").float().requires_grad_()
     teacher = gram(2 * features, memory, backend="eager").float()
     structure(student, teacher, 2, backend="triton").distance.backward()
@@ -516,8 +541,8 @@ def test_structure_passes_no_gradient_through_a_distance_of_zero() -> None:
 
 
 def test_structure_of_a_distance_rounded_below_zero() -> None:
-    memory = torch.tensor([[2.0, 0.0, 4.0], [0.0, 2.0, 0.0]])
-    features = torch.tensor([[2.0, 0.0, 4.0], [4.0, 6.0, 0.0]])
+    memory = torch.tensor([[2.0, 0.0, 4.0], [0.0, 2.0, 0.0]], device=DEVICE)
+    features = torch.tensor([[2.0, 0.0, 4.0], [4.0, 6.0, 0.0]], device=DEVICE)
     student = gram(features, memory, backend="eager").float()
     teacher = gram(2 * features, memory, backend="eager").float()
     # The product of the first sample with the first centroid, which are equal.
@@ -584,7 +609,7 @@ def test_same_inputs_give_the_same_bits() -> None:
 
 
 def test_float64_is_refused() -> None:
-    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    x = torch.randn(2, 3, 4, dtype=torch.float64, device=DEVICE)
     with pytest.raises(TypeError, match="float16, bfloat16 or float32"):
         intra_cka(x, x, backend="triton")
     with pytest.raises(TypeError, match="float16, bfloat16 or float32"):
@@ -592,7 +617,7 @@ def test_float64_is_refused() -> None:
     with pytest.raises(TypeError, match="float16, bfloat16 or float32"):
         gram(x, backend="triton")
     with pytest.raises(TypeError, match="float16, bfloat16 or float32"):
-        gram(x.float(), torch.randn(2, 12, dtype=torch.float64), backend="triton")
+        gram(x.float(), x.flatten(1), backend="triton")
     with pytest.raises(TypeError, match="float16, bfloat16 or float32"):
         structure(x[0, :, :3], x[1, :, :3], backend="triton")
 
@@ -614,8 +639,15 @@ def test_registered_ops_compile_in_one_graph() -> None:
 
 @pytest.fixture
 def rounded_dots(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Round the operands of every dot to this many bits."""
-    return lambda bits: round_dots(monkeypatch, bits)
+    """Round the operands of every dot to this many bits; on a GPU its tensor cores do."""
+    if INTERPRETED:
+        return lambda bits: round_dots(monkeypatch, bits)
+
+    def choose(bits: int) -> None:
+        for module in MODULES:
+            monkeypatch.setattr(module, "dot_precision", lambda: "tf32")
+
+    return choose
 
 
 class RoundedProduct(torch.autograd.Function):
@@ -623,7 +655,7 @@ class RoundedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, bits: int) -> Tensor:
-        a, b = (torch.from_numpy(round_like(z.detach().numpy(), bits)) for z in (a, b))
+        a, b = (torch.from_numpy(round_like(z.detach().cpu().numpy(), bits)).to(z.device) for z in (a, b))
         ctx.save_for_backward(a, b)
         ctx.bits = bits
         return a @ b
@@ -631,7 +663,9 @@ class RoundedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         a, b = ctx.saved_tensors
-        gradient = torch.from_numpy(round_like(gradients[0].contiguous().numpy(), ctx.bits))
+        gradient = torch.from_numpy(round_like(gradients[0].contiguous().cpu().numpy(), ctx.bits)).to(
+            a.device
+        )
         return gradient @ b.mT, a.mT @ gradient, None
 
 
@@ -730,7 +764,7 @@ def test_intra_cka_ignores_rotation_scale_and_order(batch: int, rows: int, width
 def test_intra_cka_of_a_mask_is_that_of_the_kept_rows(rows: int, kept: int, seed: int) -> None:
     kept = min(kept, rows)
     x, y = normal(1, rows, 24, seed=seed), normal(1, rows, 24, seed=seed + 1)
-    mask = torch.arange(rows)[None] < kept
+    mask = torch.arange(rows, device=DEVICE)[None] < kept
     whole = intra_cka(x, y, mask, backend="triton")
     part = intra_cka(x[:, :kept], y[:, :kept], backend="triton")
     torch.testing.assert_close(torch.stack(whole), torch.stack(part), atol=1e-6, rtol=1e-5)
@@ -765,6 +799,19 @@ def test_tuning_takes_the_fastest_and_asks_once(monkeypatch: pytest.MonkeyPatch)
     assert calls == []
 
 
+def test_operands_are_rounded_to_tf32() -> None:
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 2.0 ** torch.arange(-500, 500)
+    special = torch.tensor([0.0, -0.0, 1.0, -(1.0 + 2.0**-11), float("inf"), -float("inf"), float("nan")])
+    x = torch.cat([x.clamp(-1e38, 1e38), special]).to(DEVICE)
+    rounded = torch.empty_like(x)
+    round_kernel[(1,)](x, rounded, x.numel(), BLOCK=1024)
+    expected = torch.from_numpy(round_like(x.cpu().numpy(), 10)).to(DEVICE)
+    # Halves go away from 0, in the emulation to the even neighbour.
+    expected[-4] = -(1.0 + 2.0**-10)
+    assert torch.equal(rounded[:-1], expected[:-1])
+    assert rounded[-1].isnan()
+
+
 def test_precision_follows_torch() -> None:
     before = torch.get_float32_matmul_precision()
     try:
@@ -785,20 +832,21 @@ def test_heuristics_fill_the_gpu_and_fit_it(name: str) -> None:
     assert few.splits > 1
     wide = gram_kernels.forward_config(134, 98304, torch.float32, "tf32", target)
     assert wide.tiles
-    assert 64 <= wide.parts <= target.multiprocessors
+    assert 64 <= wide.parts <= 2 * target.multiprocessors
+    # Both tiles of 128 rows and their Gram would not fit beside the others.
     many = [
         gram_kernels.forward_config(334, 98304, torch.float32, "tf32", target, known) for known in (0, 301)
     ]
-    # Operands in registers leave sm_80 none for six tiles of rows.
-    assert [(config.tiles, config.pieces) for config in many] == (
-        [(0, 1)] * 2 if name == "sm_80" else [(6, 3), (6, 1)]
-    )
-    assert not gram_kernels.forward_config(400, 98304, torch.float32, "tf32", target).tiles
+    for config in many:
+        assert not config.tiles
+        assert 64 <= 6 * config.parts <= target.multiprocessors
 
 
-if not INTERPRETED:
+if not RUNS_KERNELS:
     for _name in [name for name in globals() if name.startswith("test_")]:
         del globals()[_name]
+
+if not INTERPRETED:
 
     def test_in_the_interpreter() -> None:
         """Run everything above with TRITON_INTERPRET=1."""
