@@ -1,6 +1,6 @@
 """Command line of the benchmarks.
 
-python -m benchmarks OP [...]            measure intra, local, global, fsd_ilg, kmeans, step or all
+python -m benchmarks OP[,OP] [...]       measure intra, local, global, fsd_ilg, kmeans, step or all
 python -m benchmarks --check             measure what the table of numbers needs and hold it
 python -m benchmarks cost [...]          predict bytes, flops, launches and times of a device that is not here
 python -m benchmarks report FILE         write the Markdown report of a result
@@ -32,6 +32,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def _settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=tuple(_DTYPES), default="float32")
+    parser.add_argument(
+        "--precision", choices=("ieee", "tf32"), default="ieee", help="of float32 products on a GPU"
+    )
     parser.add_argument("--threads", type=int, help="of torch; as many as it chooses by default")
     parser.add_argument("--seconds", type=float, default=6.0, help="per case and mode (default 6)")
     parser.add_argument("--min-rounds", type=int, default=5)
@@ -44,8 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("op", nargs="?", default="all", help=f"{', '.join(OPS)} or all")
+    parser.add_argument("op", nargs="?", default="all", help=f"some of {', '.join(OPS)}, or all")
     parser.add_argument("--providers", help="comma-separated; all of the op's by default")
+    parser.add_argument("--without", help="comma-separated providers to leave out")
     parser.add_argument("--mode", help="comma-separated: forward, backward, full")
     parser.add_argument("--shapes", choices=("paper", "small", "growth"), default="paper")
     parser.add_argument(
@@ -69,12 +73,19 @@ class Run:
         device = torch.device(options.device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: no GPU is to be had here")
+        if options.precision == "tf32":
+            if device.type != "cuda":
+                raise ValueError(
+                    "--precision tf32: a CPU has no tf32 products; expected ieee, or --device cuda"
+                )
+            torch.set_float32_matmul_precision("high")
         self.settings = Settings(
             device, _DTYPES[options.dtype], seconds=options.seconds, min_rounds=options.min_rounds
         )
-        self.clock = harness.make_clock(device)
+        self.clock = harness.make_clock(device, self.settings.dtype)
         self.ceilings = harness.ceilings(device, self.clock, dtype=self.settings.dtype)
-        self.result = Result(results.environment(device), self.ceilings._asdict(), [])
+        environment = results.environment(device) | {"dtype": options.dtype, "precision": options.precision}
+        self.result = Result(environment, self.ceilings._asdict(), [])
         print(
             f"{self.result.environment['device']}, {torch.get_num_threads()} threads: "
             f"{self.ceilings.matmul / 1e9:.0f} GFLOP/s in a product, {self.ceilings.copy / 1e9:.1f} GB/s in a copy"
@@ -122,8 +133,10 @@ def _names(text: str | None) -> list[str] | None:
 
 def _measure(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
-    if options.op != "all" and options.op not in OPS:
-        raise ValueError(f"OP: expected one of {', '.join(OPS)}, all; got {options.op!r}")
+    chosen = list(OPS) if options.op == "all" else _names(options.op) or []
+    for op in chosen:
+        if op not in OPS:
+            raise ValueError(f"OP: expected some of {', '.join(OPS)}, or all; got {op!r}")
     run = Run(options)
     whole_table = options.check and options.op == "all"
     if whole_table:
@@ -132,13 +145,21 @@ def _measure(argv: Sequence[str]) -> int:
             run.settings = asked._replace(min_rounds=max(asked.min_rounds, needed.rounds))
             run.measure(needed.op, needed.cases, needed.providers, ["full"])
     else:
-        chosen = list(OPS) if options.op == "all" else [options.op]
         providers = _names(options.providers)
         if providers is None and options.shapes == "growth":
             providers = ["ours"]
         modes = _names(options.mode)
+        left_out = _names(options.without) or []
         for op in chosen:
-            run.measure(op, OPS[op].shapes[options.shapes], providers, modes)
+            own = [name for name in providers or OPS[op].providers if name not in left_out]
+            # Of several ops each is measured in the modes that it has.
+            own_modes = (
+                modes if modes is None or len(chosen) == 1 else [m for m in modes if m in OPS[op].modes]
+            )
+            run.measure(op, OPS[op].shapes[options.shapes], own, own_modes)
+            if options.json is not None:
+                # What is measured so far, should the rest be interrupted.
+                results.save(run.result, options.json)
     run.finish(options, options.check)
     if not options.check:
         return 0

@@ -1,7 +1,8 @@
 """The gate: nothing is timed whose value or gradient is wrong.
 
 The truth is the reference in float64. Errors are relative, in the Euclidean norm; of several gradients the worst
-counts. The limits in float32 (in narrower dtypes at least twice, or ten times, the reference's own error there):
+counts. The limits in float32 (in narrower dtypes, and where float32 products are rounded to tf32, at least twice, or
+ten times, the reference's own error there):
 
 - ours, on ordinary features and on features with BERT's outlier dimensions: 1e-5, the promise that the tests hold.
 - others, on ordinary features: 1e-2. It leaves room for a formulation that loses digits, not for another formula.
@@ -66,17 +67,23 @@ def errors(outcome: Outcome, truth: Outcome) -> Errors:
     )
 
 
-def limits(baseline: Errors, ours: bool, dtype: torch.dtype) -> Errors:
-    """Return the limits, given the errors that the reference makes in ``dtype`` on the same inputs."""
+def limits(baseline: Errors, ours: bool, rounded: bool) -> Errors:
+    """Return the limits, given the errors that the reference makes on the same inputs and with the same ``rounded``.
+
+    Args:
+        baseline: The reference's errors.
+        ours: Whether the project's own limits hold.
+        rounded: Whether products have operands narrower than float32.
+    """
     floor, times = (OURS, OURS_TIMES) if ours else (OTHERS, OTHERS_TIMES)
-    if dtype == torch.float32:
+    if not rounded:
         return Errors(floor, floor)
     return Errors(*(max(floor, times * error) if math.isfinite(error) else floor for error in baseline))
 
 
-def judge(outcome: Outcome, truth: Outcome, baseline: Errors, ours: bool, dtype: torch.dtype) -> Verdict:
+def judge(outcome: Outcome, truth: Outcome, baseline: Errors, ours: bool, rounded: bool) -> Verdict:
     """Judge one outcome."""
-    found, allowed = errors(outcome, truth), limits(baseline, ours, dtype)
+    found, allowed = errors(outcome, truth), limits(baseline, ours, rounded)
     wrong = [
         f"{name} is off by {error:.1e} (limit {limit:.1e})"
         for name, error, limit in zip(("value", "gradient"), found, allowed, strict=True)

@@ -37,7 +37,10 @@ _LONG = 0.5
 
 # 2.4 GFLOP: as many as L_I has at the paper's shape.
 _CANARY_SIZE = 1064
-_L2_FLUSH_BYTES = 256 << 20
+_L2_FLUSH_BYTES = 2 << 30
+# Before every call a GPU is kept busy so long (and its cache emptied): the CPU then enqueues the call ahead of it, as
+# in a training step, and what is timed is what the GPU does.
+_AHEAD = 4e-3
 
 # The profiler that ``peak_memory`` reads would write four lines of its own for every call.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -122,10 +125,15 @@ class Measurement:
 
     samples: Mapping[str, list[float]]
     canary: Canary = field(default_factory=Canary)
+    host: Mapping[str, list[float]] = field(default_factory=dict)
+    """On a GPU, the seconds that the CPU took to enqueue them."""
 
 
 class CpuClock:
     """Wall-clock time of calls that run on the CPU."""
+
+    shortest = 5e-3
+    """Seconds that a sample lasts at least, by repeating its call."""
 
     canary_flops = 2 * _CANARY_SIZE**3
 
@@ -156,25 +164,39 @@ class CpuClock:
 
 
 class CudaClock:
-    """Time between two events on the current stream, with a cold L2 cache before every call."""
+    """Time between two events on the current stream, with a cold L2 cache and the CPU ahead before every call.
+
+    ``host`` is the time that the CPU took to enqueue a call of the last sample: what limits where it exceeds the GPU's.
+    """
+
+    shortest = 5e-4
 
     canary_flops = 2 * (4 * _CANARY_SIZE) ** 3
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         generator = torch.Generator(device).manual_seed(0)
         size = 4 * _CANARY_SIZE
-        self._a = torch.randn(size, size, generator=generator, device=device)
+        self._a = torch.randn(size, size, generator=generator, device=device).to(dtype)
         self._flush = torch.empty(_L2_FLUSH_BYTES, dtype=torch.uint8, device=device)
+        self._flushes = 1
+        self.host = 0.0
+        nothing = Timed(lambda: None, lambda _: self._flush.zero_())
+        self.time(nothing, 1)
+        self._flushes = max(1, round(_AHEAD / self.time(nothing, 5)))
 
     def time(self, timed: Timed, repeats: int) -> float:
         """Return the mean time of ``repeats`` calls."""
         events = []
+        self.host = 0.0
         for _ in range(repeats):
             state = timed.setup()
-            self._flush.zero_()
+            for _ in range(self._flushes):
+                self._flush.zero_()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
+            begin = time.perf_counter()
             timed.call(state)
+            self.host += (time.perf_counter() - begin) / repeats
             end.record()
             events.append((start, end))
         torch.cuda.synchronize()
@@ -188,9 +210,9 @@ class CudaClock:
 Clock = CpuClock | CudaClock
 
 
-def make_clock(device: torch.device) -> Clock:
-    """Return the clock of a device."""
-    return CudaClock(device) if device.type == "cuda" else CpuClock()
+def make_clock(device: torch.device, dtype: torch.dtype = torch.float32) -> Clock:
+    """Return the clock of a device; a GPU's canary is a product in ``dtype``."""
+    return CudaClock(device, dtype) if device.type == "cuda" else CpuClock()
 
 
 def measure(
@@ -200,7 +222,6 @@ def measure(
     seconds: float = 6.0,
     min_rounds: int = 5,
     max_rounds: int = 40,
-    shortest: float = 5e-3,
 ) -> Measurement:
     """Time the contestants in turn, round after round.
 
@@ -210,7 +231,6 @@ def measure(
         seconds: Rounds go on until this much time has been spent or ``max_rounds`` are done.
         min_rounds: Rounds in any case.
         max_rounds: Rounds at most.
-        shortest: Calls are repeated within a sample until it lasts about this many seconds.
 
     Returns:
         As many samples for each contestant as there were rounds; the warm-up is not among them.
@@ -221,11 +241,12 @@ def measure(
         first = [clock.time(timed, 1) for timed in sets]
         if first[-1] <= _LONG:
             first.append(clock.time(sets[0], 1))
-        repeats[name] = max(1, min(50, round(shortest / max(first[-1], 1e-7))))
+        repeats[name] = max(1, min(50, round(clock.shortest / max(first[-1], 1e-7))))
         if first[-1] > _LONG:
             long.add(name)
     names = list(contestants)
     samples: dict[str, list[float]] = {name: [] for name in names}
+    host: dict[str, list[float]] = {}
     canary_seconds: list[float] = []
     canary_shares: list[float] = []
     collecting = gc.isenabled()
@@ -247,10 +268,12 @@ def measure(
                 if name not in long:
                     clock.time(timed, 1)
                 samples[name].append(clock.time(timed, repeats[name]))
+                if isinstance(clock, CudaClock):
+                    host.setdefault(name, []).append(clock.host)
     finally:
         if collecting:
             gc.enable()
-    return Measurement(samples, Canary(canary_seconds, canary_shares, clock.canary_flops))
+    return Measurement(samples, Canary(canary_seconds, canary_shares, clock.canary_flops), host)
 
 
 class Ceilings(NamedTuple):
@@ -268,7 +291,8 @@ def ceilings(
     """Measure the matrix-product rate and the copy bandwidth of a device; the best of several tries."""
     large = device.type == "cuda"
     size = size or (8192 if large else 2048)
-    a = torch.ones(size, size, dtype=dtype, device=device)
+    # A GPU's clock depends on the numbers that it multiplies.
+    a = torch.randn(size, size, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
     out = torch.empty_like(a)
     product = Timed(lambda: None, lambda _: torch.mm(a, a, out=out))
     source = torch.ones(

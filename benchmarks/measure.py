@@ -30,6 +30,11 @@ class Settings(NamedTuple):
     max_rounds: int = 40
     memory: bool = True
 
+    @property
+    def rounded(self) -> bool:
+        """Whether products have operands narrower than float32."""
+        return self.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
+
 
 def _move(inputs: Inputs, device: torch.device, dtype: torch.dtype) -> Inputs:
     return {
@@ -53,9 +58,9 @@ class Judge:
         self.baselines: dict[str, Errors] = {}
         for name in truths:
             self.truths[name] = op.truths[name](exact, self.sizes).outcome()
-            # In float32 the limits do not depend on what the reference itself loses.
+            # Where nothing is rounded the limits do not depend on what the reference itself loses.
             self.baselines[name] = Errors(0.0, 0.0)
-            if settings.dtype != torch.float32:
+            if settings.rounded:
                 same_dtype = op.truths[name](self.inputs, self.sizes).outcome()
                 self.baselines[name] = gate.errors(same_dtype, self.truths[name])
 
@@ -66,7 +71,7 @@ class Judge:
             outcome = provider.build(self.inputs, self.sizes).outcome()
         except Unavailable:
             raise
-        except (RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:  # a peer may raise anything
             infinite = Errors(math.inf, math.inf)
             return Verdict(infinite, infinite, f"{type(error).__name__}: {error}".splitlines()[0])
         return gate.judge(
@@ -74,7 +79,7 @@ class Judge:
             truth,
             self.baselines[provider.truth],
             provider.ours,
-            self.settings.dtype,
+            self.settings.rounded,
         )
 
 
@@ -144,6 +149,8 @@ def measure_case(
                     "canary_spread": samples.canary.spread,
                     "canary_share": samples.canary.share,
                 }
+                if name in samples.host:
+                    fact["host_seconds"] = harness.spread(samples.host[name]).median
                 if minimum is not None:
                     fact |= {
                         "matmul_percent": samples.canary.percent(minimum.flops, times),

@@ -52,6 +52,8 @@ def row_cells(result: Result, row: Row) -> list[str]:
     time = row.time
     times = result.speedup(row)
     remarks = [row.note] if row.note else []
+    if row.host_seconds is not None:
+        remarks.append(f"the CPU enqueues it in {_milliseconds(row.host_seconds)} ms")
     if row.noisy:
         remarks.append(f"NOISY (canary +-{row.canary_spread:.0%}, {row.canary_share:.0%} of the processor)")
     return [
@@ -272,14 +274,17 @@ def report(result: Result, stem: Path) -> str:
     environment = result.environment
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     modified = " with changes" if environment["modified"] else ""
+    # Files of earlier versions do not say; they are float32's.
+    canary = "2.4" if environment["device_type"] == "cpu" else "154"
+    kind = f", {environment['dtype']}, {environment['precision']} products" if "dtype" in environment else ""
     noisy = sum(row.noisy for row in result.rows)
     parts = [
         f"# Benchmarks on {environment['device']}",
-        f"{environment['date']}, commit {environment['commit']}{modified}, {environment['threads']} threads; "
+        f"{environment['date']}, commit {environment['commit']}{modified}, {environment['threads']} threads{kind}; "
         f"{versions}.",
         f"In the same run this machine reached {result.ceilings['matmul'] / 1e9:.0f} GFLOP/s in a large product and "
         f"{result.ceilings['copy'] / 1e9:.1f} GB/s in a large copy. Percentages are of that copy, and of a product of "
-        "2.4 GFLOP timed in the same rounds, for the minimal work of each op.",
+        f"{canary} GFLOP timed in the same rounds, for the minimal work of each op.",
         "Providers are timed in turn within one run; ratios are taken pair by pair; ms are medians. Errors are of "
         "value / gradient, relative to the reference in float64, on ordinary features and on features with BERT's "
         "outlier dimensions. What is wrong is not timed.",

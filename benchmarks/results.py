@@ -60,6 +60,8 @@ class Row:
     """Most memory held beyond the inputs, results included."""
     returned_bytes: int | None = None
     """The gradients."""
+    host_seconds: float | None = None
+    """On a GPU, what the CPU takes to enqueue a call."""
 
     @property
     def time(self) -> Spread:
