@@ -116,7 +116,9 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
         Mutation(
             "def _intra_cka_tile_kernel", "if tile == 0:", "if tile == 1:", "energy of the mean never stored"
         ),
-        Mutation("def _sum_parts", "range(0, splits)", "range(1, splits)", "first partial dropped"),
+        Mutation(
+            "def _sum_parts", "static_range(splits)", "static_range(1, splits)", "first partial dropped"
+        ),
         Mutation(
             "def _sum_parts",
             "columns[None, :] <= rows[:, None]",
@@ -173,8 +175,8 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
         Mutation("def _load_tile", "* stride_hf", "", "features' column stride dropped"),
         Mutation(
             "def _load_tile",
-            "inside = inside & _kept(",
-            "inside = inside | _kept(",
+            "in_features = in_features & _kept(",
+            "in_features = in_features | _kept(",
             "mask's tokens joined, not met",
         ),
         Mutation("def _kept", "start // token", "start // token + 1", "token off by one"),
@@ -214,7 +216,10 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "parts of F overlap",
         ),
         Mutation(
-            "def _gram_piece", "tl.trans(grams[p]), rows", "grams[p], rows", "tile not transposed when stored"
+            "def _gram_fwd_kernel",
+            "tl.trans(grams[p]), rows",
+            "grams[p], rows",
+            "tile not transposed when stored",
         ),
         Mutation(
             "def _gram_tile_kernel",
@@ -222,11 +227,23 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "block_i * BLOCK_N <= head",
             "tiles with features skipped as known",
         ),
-        Mutation("def _gram_sum_kernel", "range(0, parts)", "range(0, parts - 1)", "last partial dropped"),
+        Mutation(
+            "def _load_means",
+            "mean_ptr + width + columns",
+            "mean_ptr + columns",
+            "the memory's mean for the features'",
+        ),
+        Mutation(
+            "def _gram_bwd_tile_kernel",
+            "range(0, N, INNER)",
+            "range(INNER, N, INNER)",
+            "first rows of Z left out",
+        ),
+        Mutation("def _gram_sum_kernel", "some < parts", "some < parts - 1", "last partial dropped"),
         Mutation(
             "def _gram_sum_kernel",
-            "tl.trans(gram), mask=upper",
-            "gram, mask=upper",
+            "columns * N + rows, gram",
+            "rows * N + columns, gram",
             "mirror image not transposed",
         ),
         Mutation("def _symmetric_tile", "return straight + ", "return straight + 0 * ", "dGamma^T dropped"),

@@ -96,6 +96,28 @@ def kernel_dot_type(dtype: torch.dtype) -> tl.dtype:
     return tl.float32 if INTERPRETED else _TRITON_TYPES[dtype]
 
 
+_ROUNDS = tl.constexpr(not INTERPRETED)
+
+
+@triton.jit
+def nearest_tf32(x):  # type: ignore[no-untyped-def]
+    """float32 rounded to the 10 bits of mantissa that tf32 has, ties away from 0; NaN stays NaN."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x == x, ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def operand(x, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 in the type of a dot's operands.
+
+    Tensor cores cut the bits off that tf32 does not have; rounding first halves the error and takes its bias away. The
+    interpreter multiplies in float32, and so hides no mistake behind a rounding of 1e-3.
+    """
+    if _ROUNDS and PRECISION == "tf32" and DOT_TYPE == tl.float32:
+        x = nearest_tf32(x)
+    return x.to(DOT_TYPE)
+
+
 def next_power_of_2(size: int) -> int:
     """The smallest power of two that is at least ``size`` and at least 1."""
     return 1 << max(0, size - 1).bit_length()

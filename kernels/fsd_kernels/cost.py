@@ -321,6 +321,11 @@ def _real_rows(first: int, last: int, centroids: int, batch: int) -> int:
     return memory + features
 
 
+def _gram_means(rows: int, width: int, size: int) -> dict[str, Cost]:
+    """What comes before programs of a tile, which do not all read every row."""
+    return {"gram_means": Cost(rows * width * size, 2 * width * _FLOAT32, 0)}
+
+
 def _gram_triton(
     shape: Shape, width: int, centroids: int, known: bool, target: Target, precision: str
 ) -> dict[str, Cost]:
@@ -334,11 +339,10 @@ def _gram_triton(
     parts = _cdiv(width, part)
     lower = _triangle(size) - (_triangle(head) if known else 0)
     rows = centroids + shape.batch
+    means: dict[str, Cost] = {}
     if config.tiles:
-        held = held_tiles(config, head if known else 0)
-        # Every piece reads all rows, for the means; one that holds no tile reads none.
-        read_rows = rows * sum(bool(tiles) for tiles in held)
-        flops = sum(2 * a * b for tiles in held for a, b in tiles) * width
+        read = rows * width * shape.size
+        flops = sum(2 * a * b for a, b in held_tiles(config, head if known else 0)) * width
     else:
         block = config.block
         bounds = [(i * block, (i + 1) * block) for i in range(_cdiv(size, block))]
@@ -346,11 +350,14 @@ def _gram_triton(
         active = [
             (i, j) for i in range(len(real)) for j in range(i + 1) if not (known and bounds[i][1] <= head)
         ]
-        read_rows = sum(rows + real[i] + real[j] for i, j in active)
+        # The programs of a tile read the means too.
+        read = sum((real[i] + real[j]) * shape.size + 2 * _FLOAT32 for i, j in active) * width
+        means = _gram_means(rows, width, shape.size)
         flops = 2 * block**2 * len(active) * width
     own = _triangle(head) * _FLOAT32 if known else 0
     return {
-        "gram": Cost(read_rows * width * shape.size, parts * lower * _FLOAT32, flops),
+        **means,
+        "gram": Cost(read, parts * lower * _FLOAT32, flops),
         "gram_sum": Cost(parts * lower * _FLOAT32 + own, size**2 * _FLOAT32, 0),
     }
 
@@ -377,9 +384,11 @@ def _gram_backward_triton(shape: Shape, centroids: int, target: Target, precisio
         read = panels * rows + _cdiv(width, part) * weights
         stages["gram_backward"] = Cost(read, rows, 2 * own * columns * width)
     else:
-        blocks = _cdiv(size, config.block)
-        read = 2 * blocks * rows + _cdiv(width, config.block_f) * weights
-        stages["gram_backward"] = Cost(read, rows, 2 * (blocks * config.block) ** 2 * width)
+        blocks, inner = _cdiv(size, config.block), _cdiv(size, config.inner) * config.inner
+        read = blocks * (rows + 2 * width * _FLOAT32) + _cdiv(width, config.block_f) * weights
+        means = _gram_means(centroids + shape.batch, width, shape.size)
+        stages |= {f"{name}_backward": cost for name, cost in means.items()}
+        stages["gram_backward"] = Cost(read, rows, 2 * blocks * config.block * inner * width)
     return stages
 
 

@@ -5,13 +5,13 @@
     d[memory; features] = T^T (dGamma + dGamma^T) Z        with the constant T that takes [memory; features] to Z
 
 Rows of a tile are rows of Z: memory, features and both means are put together on chip, centred in float32 and
-then rounded for the dot; the inputs are never concatenated. With N <= 384 rows (``_gram_fwd_kernel``) a program
-holds all of them for its part of F and reads each input once; where the triangle of Gamma does not fit on chip
-(N = 334: 261 KB of accumulators, as much as all registers of a multiprocessor) three programs share it. Above, and
-in IEEE float32 (``_gram_tile_kernel``), a program computes one tile of the triangle and walks all rows for the
-means. Parts of F are summed by ``_gram_sum_kernel`` in a fixed order, in float64, which also mirrors the triangle.
-Backward: ``_gram_rows_kernel`` forms T^T (dGamma + dGamma^T) once, then ``_gram_bwd_kernel`` or
-``_gram_bwd_tile_kernel`` multiply it with Z slice by slice, straight into the gradients.
+then rounded for the dot; the inputs are never concatenated. With N <= 192 rows a program of ``_gram_fwd_kernel`` holds
+all of them for its part of F and reads each input once. Above, ``_gram_mean_kernel`` computes the means first, and a
+program of ``_gram_tile_kernel`` one tile of the triangle: the inputs are read twice from memory and more often from the
+cache, which takes a third of the time of holding six tiles and their sums on chip (docs/KERNELS.md). Parts of F are
+summed by ``_gram_sum_kernel`` in a fixed order, in float64, which also mirrors the triangle.
+Backward: ``_gram_rows_kernel`` forms T^T (dGamma + dGamma^T) once, then ``_gram_bwd_kernel``, or the means and
+``_gram_bwd_tile_kernel``, multiply it with Z slice by slice, straight into the gradients.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ from fsd_kernels._triton import (
     kernel_dot_type,
     launch_guard,
     next_power_of_2,
+    operand,
     pick,
     small_shared_memory,
     target_of,
     triton_type,
 )
 
-# Rows of Z that one program of the fused kernels holds at most, in up to six tiles.
-_FUSED_ROWS = 384
+# Rows of Z that one program of the fused kernels holds at most, in up to three tiles.
+_FUSED_ROWS = 192
 
-# Entries of Gamma that one program accumulates at most: 160 of the 255 registers of each of its 256 threads.
-_ACCUMULATED = 40_960
+# Entries of Gamma of which a program sums the parts.
+_SUMMED = 128
 
 
 # Sizes that take any value without another compilation. Widths and strides are specialised: they align loads.
@@ -59,8 +60,8 @@ class Config(NamedTuple):
     """Rows of the last tile of a program that holds all rows."""
     tiles: int
     """Tiles of a program that holds all rows; 0 if programs hold one tile of Gamma, or of the gradient, each."""
-    pieces: int
-    """Forward: programs that share the tiles of Gamma over one part of F."""
+    inner: int
+    """Backward by tiles: rows of Z that are multiplied at a time."""
     panel: int
     """Backward: tiles of rows of A that a program holds."""
     block_f: int
@@ -82,30 +83,28 @@ def _load_tile(
         inputs
     )
     K, B, head, _, memory_width, features_width, token = sizes
-    x = tl.zeros((rows.shape[0], columns.shape[0]), dtype=tl.float32)
-    if MEMORY:
-        inside = (rows < K)[:, None] & (columns < memory_width)[None, :]
-        pointers = memory_ptr + rows.to(tl.int64)[:, None] * stride_mk + columns[None, :] * stride_mf
-        x += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-    if FEATURES:
-        samples = rows - head
-        exists = (samples >= 0) & (samples < B)
-        inside = exists[:, None] & (columns < features_width)[None, :]
-        if HAS_MASK:
-            inside = inside & _kept(
-                mask_ptr,
-                stride_kb,
-                stride_ks,
-                samples,
-                exists,
-                start,
-                columns,
-                features_width,
-                token,
-                ONE_TOKEN,
-            )
-        pointers = features_ptr + samples.to(tl.int64)[:, None] * stride_hb + columns[None, :] * stride_hf
-        x += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    in_memory = (rows < K)[:, None] & (columns < memory_width)[None, :]
+    memory = memory_ptr + rows.to(tl.int64)[:, None] * stride_mk + columns[None, :] * stride_mf
+    samples = rows - head
+    exists = (samples >= 0) & (samples < B)
+    in_features = exists[:, None] & (columns < features_width)[None, :]
+    features = features_ptr + samples.to(tl.int64)[:, None] * stride_hb + columns[None, :] * stride_hf
+    if FEATURES and HAS_MASK:
+        in_features = in_features & _kept(
+            mask_ptr, stride_kb, stride_ks, samples, exists, start, columns, features_width, token, ONE_TOKEN
+        )  # fmt: skip
+    if not FEATURES:
+        x = tl.load(memory, mask=in_memory, other=0.0).to(tl.float32)
+    elif not MEMORY:
+        x = tl.load(features, mask=in_features, other=0.0).to(tl.float32)
+    elif memory_ptr.dtype == features_ptr.dtype:
+        # A row has one address: one load.
+        x = tl.load(tl.where(exists[:, None], features, memory), mask=in_memory | in_features, other=0.0).to(
+            tl.float32
+        )
+    else:
+        x = tl.load(memory, mask=in_memory, other=0.0).to(tl.float32)
+        x += tl.load(features, mask=in_features, other=0.0).to(tl.float32)
     return x
 
 
@@ -127,14 +126,23 @@ def _kept(
 
 
 @triton.jit
-def _sums(x, rows, K):
-    """Sums over the memory's rows and over the features' rows of a tile."""
-    from_memory = (rows < K)[:, None]
-    return tl.sum(tl.where(from_memory, x, 0.0), axis=0), tl.sum(tl.where(from_memory, 0.0, x), axis=0)
+def _sums(x, rows, K, MEMORY: tl.constexpr, FEATURES: tl.constexpr):
+    """Sums over the memory's rows and over the features' rows of a tile; one that has none of either is not summed."""
+    if not FEATURES:
+        sums_m = tl.sum(x, axis=0)
+        sums_h = tl.zeros_like(sums_m)
+    elif not MEMORY:
+        sums_h = tl.sum(x, axis=0)
+        sums_m = tl.zeros_like(sums_h)
+    else:
+        from_memory = (rows < K)[:, None]
+        sums_m = tl.sum(tl.where(from_memory, x, 0.0), axis=0)
+        sums_h = tl.sum(tl.where(from_memory, 0.0, x), axis=0)
+    return sums_m, sums_h
 
 
 @triton.jit
-def _centre(x, mean_m, mean_h, rows, sizes, DOT_TYPE: tl.constexpr):
+def _centre(x, mean_m, mean_h, rows, sizes, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr):
     """Rows of Z from rows of [memory; -; features; -]."""
     K, B, head, N, _, _, _ = sizes
     is_memory = (rows < K)[:, None]
@@ -143,7 +151,8 @@ def _centre(x, mean_m, mean_h, rows, sizes, DOT_TYPE: tl.constexpr):
     is_mean = ((rows == head - 1) | (rows == N - 1))[:, None]
     # The last row is mu_h - mu_m; without a memory mu_m is 0.
     kept = tl.where((rows < head)[:, None], mean_m[None, :], (mean_h - mean_m)[None, :])
-    return tl.where(is_memory | is_features, x - mean, tl.where(is_mean, kept, 0.0)).to(DOT_TYPE)
+    z = tl.where(is_memory | is_features, x - mean, tl.where(is_mean, kept, 0.0))
+    return operand(z, DOT_TYPE, PRECISION)
 
 
 @triton.jit
@@ -171,7 +180,7 @@ def _tile_rows(t: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, LAST: 
 def _all_tiles(
     inputs, sizes, start, columns,
     TILES: tl.constexpr, MEMORY_TILES: tl.constexpr, FIRST_FEATURES: tl.constexpr,
-    HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr, DOT_TYPE: tl.constexpr,
+    HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, LAST: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """All rows of Z over a slice of F, tile by tile; each input is read once.
@@ -187,7 +196,7 @@ def _all_tiles(
         x = _load_tile(
             inputs, sizes, rows, start, columns, t < MEMORY_TILES, t >= FIRST_FEATURES, HAS_MASK, ONE_TOKEN
         )
-        sums_m, sums_h = _sums(x, rows, K)
+        sums_m, sums_h = _sums(x, rows, K, t < MEMORY_TILES, t >= FIRST_FEATURES)
         mean_m += sums_m
         mean_h += sums_h
         loaded += (x,)
@@ -195,59 +204,15 @@ def _all_tiles(
     mean_h /= tl.maximum(B, 1)
     centred = ()
     for t in tl.static_range(TILES):
-        centred += (_centre(loaded[t], mean_m, mean_h, _tile_rows(t, TILES, BLOCK, LAST), sizes, DOT_TYPE),)
+        rows = _tile_rows(t, TILES, BLOCK, LAST)
+        centred += (_centre(loaded[t], mean_m, mean_h, rows, sizes, DOT_TYPE, PRECISION),)
     return centred
 
 
 @triton.constexpr_function
-def _pairs(tiles, piece, pieces, first):
-    """The tiles (i, j), j <= i, i >= ``first``, of Gamma that a piece of ``pieces`` (1 or 3) holds.
-
-    Three pieces: the triangle of the lower half of the tiles, the square below it, the triangle of the upper half.
-    """
-    half = tiles // 2 if pieces == 3 else 0
-    return tuple(
-        (i, j)
-        for i in range(first, tiles)
-        for j in range(i + 1)
-        if pieces == 1 or (i >= half) + (j >= half) == piece
-    )
-
-
-@triton.jit
-def _gram_piece(
-    inputs, sizes, partial_ptr, first, last,
-    PIECE: tl.constexpr, PIECES: tl.constexpr, FIRST: tl.constexpr, KNOWN: tl.constexpr,
-    TILES: tl.constexpr, MEMORY_TILES: tl.constexpr, FIRST_FEATURES: tl.constexpr,
-    HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, LAST: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
-    """Accumulate the tiles of a piece of Gamma over columns [first, last) on chip, then store them."""
-    _, _, head, N, _, _, _ = sizes
-    PAIRS: tl.constexpr = _pairs(TILES, PIECE, PIECES, FIRST)
-    # Tiles above the diagonal, transposed when stored: their many rows and few columns suit the tensor cores.
-    grams = ()
-    for p in tl.static_range(len(PAIRS)):
-        grams += (
-            tl.zeros(
-                (_tile_size(PAIRS[p][1], TILES, BLOCK, LAST), _tile_size(PAIRS[p][0], TILES, BLOCK, LAST)),
-                dtype=tl.float32,
-            ),
-        )
-    for start in range(first, last, BLOCK_F):
-        z = _all_tiles(
-            inputs, sizes, start, start + tl.arange(0, BLOCK_F),
-            TILES, MEMORY_TILES, FIRST_FEATURES, HAS_MASK, ONE_TOKEN, DOT_TYPE, BLOCK, LAST, BLOCK_F,
-        )  # fmt: skip
-        sums = ()
-        for p in tl.static_range(len(PAIRS)):
-            product = tl.dot(z[PAIRS[p][1]], tl.trans(z[PAIRS[p][0]]), grams[p], input_precision=PRECISION)
-            sums += (product,)
-        grams = sums
-    for p in tl.static_range(len(PAIRS)):
-        rows = _tile_rows(PAIRS[p][0], TILES, BLOCK, LAST)
-        columns = _tile_rows(PAIRS[p][1], TILES, BLOCK, LAST)
-        _store_lower(partial_ptr, tl.trans(grams[p]), rows, columns, N, head, KNOWN)
+def _pairs(tiles, first):
+    """The tiles (i, j), j <= i, i >= ``first``, of Gamma."""
+    return tuple((i, j) for i in range(first, tiles) for j in range(i + 1))
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -255,17 +220,12 @@ def _gram_fwd_kernel(
     memory_ptr, features_ptr, mask_ptr, partial_ptr,
     stride_mk, stride_mf, stride_hb, stride_hf, stride_kb, stride_ks,
     K, B, head, N, memory_width, features_width, token, part_f,
-    HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr, KNOWN: tl.constexpr,
-    PIECES: tl.constexpr, FIRST: tl.constexpr,
+    HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr, KNOWN: tl.constexpr, FIRST: tl.constexpr,
     TILES: tl.constexpr, MEMORY_TILES: tl.constexpr, FIRST_FEATURES: tl.constexpr,
     DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, LAST: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """One program per (piece, part of F): its tiles of Gamma over that part, to partial [parts, N, N].
-
-    A program reads all rows of its part, which the means need. Programs of one part are launched side by side:
-    what the first of them reads, the others find in the second-level cache.
-    """
+    """One program per part of F: Gamma over that part, from tile row FIRST on, to partial [parts, N, N]."""
     inputs = (
         memory_ptr,
         stride_mk,
@@ -278,18 +238,34 @@ def _gram_fwd_kernel(
         stride_ks,
     )
     sizes = (K, B, head, N, memory_width, features_width, token)
-    part = tl.program_id(1)
+    part = tl.program_id(0)
     first = part * part_f
     last = tl.minimum(first + part_f, tl.maximum(memory_width, features_width))
     partial_ptr += part.to(tl.int64) * N * N
-    for piece in tl.static_range(PIECES):
-        # With a known block the first piece may have nothing to do.
-        if len(_pairs(TILES, piece, PIECES, FIRST)) > 0:  # noqa: SIM102  (known to the compiler, unlike the next)
-            if tl.program_id(0) == piece:
-                _gram_piece(
-                    inputs, sizes, partial_ptr, first, last, piece, PIECES, FIRST, KNOWN, TILES, MEMORY_TILES,
-                    FIRST_FEATURES, HAS_MASK, ONE_TOKEN, DOT_TYPE, PRECISION, BLOCK, LAST, BLOCK_F,
-                )  # fmt: skip
+    PAIRS: tl.constexpr = _pairs(TILES, FIRST)
+    # Tiles above the diagonal, transposed when stored: their many rows and few columns suit the tensor cores.
+    grams = ()
+    for p in tl.static_range(len(PAIRS)):
+        grams += (
+            tl.zeros(
+                (_tile_size(PAIRS[p][1], TILES, BLOCK, LAST), _tile_size(PAIRS[p][0], TILES, BLOCK, LAST)),
+                dtype=tl.float32,
+            ),
+        )
+    for start in range(first, last, BLOCK_F):
+        z = _all_tiles(
+            inputs, sizes, start, start + tl.arange(0, BLOCK_F),
+            TILES, MEMORY_TILES, FIRST_FEATURES, HAS_MASK, ONE_TOKEN, DOT_TYPE, PRECISION, BLOCK, LAST, BLOCK_F,
+        )  # fmt: skip
+        sums = ()
+        for p in tl.static_range(len(PAIRS)):
+            product = tl.dot(z[PAIRS[p][1]], tl.trans(z[PAIRS[p][0]]), grams[p], input_precision=PRECISION)
+            sums += (product,)
+        grams = sums
+    for p in tl.static_range(len(PAIRS)):
+        rows = _tile_rows(PAIRS[p][0], TILES, BLOCK, LAST)
+        columns = _tile_rows(PAIRS[p][1], TILES, BLOCK, LAST)
+        _store_lower(partial_ptr, tl.trans(grams[p]), rows, columns, N, head, KNOWN)
 
 
 @triton.jit
@@ -304,15 +280,52 @@ def _means(
     for first in range(0, N, BLOCK_N):
         rows = first + tl.arange(0, BLOCK_N)
         x = _load_tile(inputs, sizes, rows, start, columns, HAS_MEMORY, True, HAS_MASK, ONE_TOKEN)
-        sums_m, sums_h = _sums(x, rows, K)
+        sums_m, sums_h = _sums(x, rows, K, HAS_MEMORY, True)
         mean_m += sums_m
         mean_h += sums_h
     return mean_m / tl.maximum(K, 1), mean_h / tl.maximum(B, 1)
 
 
 @triton.jit(do_not_specialize=_SIZES)
+def _gram_mean_kernel(
+    memory_ptr, features_ptr, mask_ptr, mean_ptr,
+    stride_mk, stride_mf, stride_hb, stride_hf, stride_kb, stride_ks,
+    K, B, head, N, memory_width, features_width, token,
+    HAS_MEMORY: tl.constexpr, HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """One program per slice of F: the means of the memory and of the features, to mean [2, F]."""
+    inputs = (
+        memory_ptr,
+        stride_mk,
+        stride_mf,
+        features_ptr,
+        stride_hb,
+        stride_hf,
+        mask_ptr,
+        stride_kb,
+        stride_ks,
+    )
+    sizes = (K, B, head, N, memory_width, features_width, token)
+    start = tl.program_id(0) * BLOCK_F
+    columns = start + tl.arange(0, BLOCK_F)
+    mean_m, mean_h = _means(inputs, sizes, start, columns, HAS_MEMORY, HAS_MASK, ONE_TOKEN, BLOCK_N, BLOCK_F)
+    width = tl.maximum(memory_width, features_width)
+    tl.store(mean_ptr + columns, mean_m, mask=columns < width)
+    tl.store(mean_ptr + width + columns, mean_h, mask=columns < width)
+
+
+@triton.jit
+def _load_means(mean_ptr, columns, memory_width, features_width):
+    """A slice of what ``_gram_mean_kernel`` stored."""
+    width = tl.maximum(memory_width, features_width)
+    mean_m = tl.load(mean_ptr + columns, mask=columns < width, other=0.0)
+    return mean_m, tl.load(mean_ptr + width + columns, mask=columns < width, other=0.0)
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def _gram_tile_kernel(
-    memory_ptr, features_ptr, mask_ptr, partial_ptr,
+    memory_ptr, features_ptr, mask_ptr, mean_ptr, partial_ptr,
     stride_mk, stride_mf, stride_hb, stride_hf, stride_kb, stride_ks,
     K, B, head, N, memory_width, features_width, token, part_f,
     HAS_MEMORY: tl.constexpr, HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr, KNOWN: tl.constexpr,
@@ -347,13 +360,11 @@ def _gram_tile_kernel(
     gram = tl.zeros((BLOCK_N, BLOCK_N), dtype=tl.float32)
     for start in range(first, last, BLOCK_F):
         columns = start + tl.arange(0, BLOCK_F)
-        mean_m, mean_h = _means(
-            inputs, sizes, start, columns, HAS_MEMORY, HAS_MASK, ONE_TOKEN, BLOCK_N, BLOCK_F
-        )
+        mean_m, mean_h = _load_means(mean_ptr, columns, memory_width, features_width)
         z_i = _load_tile(inputs, sizes, rows_i, start, columns, HAS_MEMORY, True, HAS_MASK, ONE_TOKEN)
         z_j = _load_tile(inputs, sizes, rows_j, start, columns, HAS_MEMORY, True, HAS_MASK, ONE_TOKEN)
-        z_i = _centre(z_i, mean_m, mean_h, rows_i, sizes, DOT_TYPE)
-        z_j = _centre(z_j, mean_m, mean_h, rows_j, sizes, DOT_TYPE)
+        z_i = _centre(z_i, mean_m, mean_h, rows_i, sizes, DOT_TYPE, PRECISION)
+        z_j = _centre(z_j, mean_m, mean_h, rows_j, sizes, DOT_TYPE, PRECISION)
         gram = tl.dot(z_i, tl.trans(z_j), gram, input_precision=PRECISION)
     partial_ptr += part.to(tl.int64) * N * N
     _store_lower(partial_ptr, gram, rows_i, rows_j, N, head, KNOWN)
@@ -361,33 +372,32 @@ def _gram_tile_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _gram_sum_kernel(
-    partial_ptr, known_ptr, gram_ptr, stride_nr, stride_nc, N, head, parts, KNOWN: tl.constexpr, BLOCK: tl.constexpr
+    partial_ptr, known_ptr, gram_ptr, stride_nr, stride_nc, N, head, parts,
+    KNOWN: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of the lower triangle: sum the parts in order, write the tile and its mirror image.
+    """One program per BLOCK entries of Gamma: sum the parts, PARTS at a time, write the entries and their mirror image.
 
     In float64: near CKA = 1 the losses live in the last bits of Gamma.
     """
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    lower = (rows < N)[:, None] & (columns[None, :] <= rows[:, None])
-    total = tl.zeros((BLOCK, BLOCK), dtype=tl.float64)
-    offsets = rows[:, None] * N + columns[None, :]
+    entries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    rows, columns = entries // N, entries % N
+    lower = (rows < N) & (columns <= rows)
     read = lower
     if KNOWN:
-        own = (rows < head)[:, None] & (columns < head)[None, :]
-        read = lower & ((rows >= head)[:, None] | (columns >= head)[None, :])
-    # Tiles above the diagonal are the mirror images of others.
-    parts = tl.where(tl.program_id(0) >= tl.program_id(1), parts, 0)
-    for _ in range(0, parts):
-        total += tl.load(partial_ptr + offsets, mask=read, other=0.0)
-        partial_ptr += N.to(tl.int64) * N
+        own = (rows < head) & (columns < head)
+        read = lower & ((rows >= head) | (columns >= head))
+    total = tl.zeros((BLOCK,), dtype=tl.float64)
+    for first in range(0, parts, PARTS):
+        some = first + tl.arange(0, PARTS)
+        pointers = partial_ptr + some.to(tl.int64)[:, None] * N * N + entries[None, :]
+        share = tl.load(pointers, mask=(some < parts)[:, None] & read[None, :], other=0.0)
+        total += tl.sum(share.to(tl.float64), axis=0)
     gram = total.to(tl.float32)
     if KNOWN:
-        known = known_ptr + rows[:, None] * stride_nr + columns[None, :] * stride_nc
-        gram = tl.where(own, tl.load(known, mask=own & lower, other=0.0).to(tl.float32), gram)
-    tl.store(gram_ptr + offsets, gram, mask=lower)
-    upper = (rows < N)[None, :] & (columns[:, None] < rows[None, :])
-    tl.store(gram_ptr + columns[:, None] * N + rows[None, :], tl.trans(gram), mask=upper)
+        known = tl.load(known_ptr + rows * stride_nr + columns * stride_nc, mask=own & lower, other=0.0)
+        gram = tl.where(own, known.to(tl.float32), gram)
+    tl.store(gram_ptr + entries, gram, mask=lower)
+    tl.store(gram_ptr + columns * N + rows, gram, mask=lower & (columns < rows))
 
 
 @triton.jit
@@ -431,7 +441,7 @@ def _gram_rows_kernel(
 
 
 @triton.jit
-def _load_scaled(a_ptr, rows, columns, N, DOT_TYPE: tl.constexpr):
+def _load_scaled(a_ptr, rows, columns, N, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr):
     """Split a tile of A into (rows over their largest entry, in the dot's type; these entries).
 
     Entries of A underflow in float16. And a product that is scaled before it is added keeps the compiler from
@@ -441,7 +451,7 @@ def _load_scaled(a_ptr, rows, columns, N, DOT_TYPE: tl.constexpr):
     a = tl.load(a_ptr + rows[:, None] * N + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     scale = tl.max(tl.abs(a), axis=1)
     a *= tl.where(scale > 0.0, 1.0 / scale, 0.0)[:, None]
-    return a.to(DOT_TYPE), scale[:, None]
+    return operand(a, DOT_TYPE, PRECISION), scale[:, None]
 
 
 @triton.jit
@@ -516,14 +526,15 @@ def _gram_bwd_kernel(
     scales = ()
     for p in tl.static_range(PANEL * TILES):
         rows = top + _tile_rows(p // TILES, PANEL, BLOCK, OWN_LAST)
-        a, scale = _load_scaled(a_ptr, rows, _tile_rows(p % TILES, TILES, BLOCK, LAST), N, DOT_TYPE)
+        others = _tile_rows(p % TILES, TILES, BLOCK, LAST)
+        a, scale = _load_scaled(a_ptr, rows, others, N, DOT_TYPE, PRECISION)
         tiles_of_a += (a,)
         scales += (scale,)
     for start in range(first, last, BLOCK_F):
         columns = start + tl.arange(0, BLOCK_F)
         z = _all_tiles(
             inputs, sizes, start, columns,
-            TILES, MEMORY_TILES, FIRST_FEATURES, HAS_MASK, ONE_TOKEN, DOT_TYPE, BLOCK, LAST, BLOCK_F,
+            TILES, MEMORY_TILES, FIRST_FEATURES, HAS_MASK, ONE_TOKEN, DOT_TYPE, PRECISION, BLOCK, LAST, BLOCK_F,
         )  # fmt: skip
         for i in tl.static_range(PANEL):
             d_z = tl.dot(tiles_of_a[i * TILES], z[0], input_precision=PRECISION) * scales[i * TILES]
@@ -539,14 +550,15 @@ def _gram_bwd_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _gram_bwd_tile_kernel(
-    memory_ptr, features_ptr, mask_ptr, a_ptr, d_memory_ptr, d_features_ptr,
+    memory_ptr, features_ptr, mask_ptr, mean_ptr, a_ptr, d_memory_ptr, d_features_ptr,
     stride_mk, stride_mf, stride_hb, stride_hf, stride_kb, stride_ks, stride_dk, stride_df, stride_gb, stride_gf,
     K, B, head, N, memory_width, features_width, token,
     HAS_MEMORY: tl.constexpr, HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr,
     NEED_MEMORY: tl.constexpr, NEED_FEATURES: tl.constexpr,
-    DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+    DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, INNER: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """One program per (tile of rows, slice of F): that tile of A Z."""
+    """One program per (tile of rows, slice of F): that tile of A Z, INNER rows of Z at a time."""
     inputs = (
         memory_ptr,
         stride_mk,
@@ -563,14 +575,19 @@ def _gram_bwd_tile_kernel(
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     start = tl.program_id(1) * BLOCK_F
     columns = start + tl.arange(0, BLOCK_F)
-    mean_m, mean_h = _means(inputs, sizes, start, columns, HAS_MEMORY, HAS_MASK, ONE_TOKEN, BLOCK_N, BLOCK_F)
+    mean_m, mean_h = _load_means(mean_ptr, columns, memory_width, features_width)
     d_z = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
-    for first in range(0, N, BLOCK_N):
-        others = first + tl.arange(0, BLOCK_N)
+    for first in range(0, N, INNER):
+        others = first + tl.arange(0, INNER)
         z = _load_tile(inputs, sizes, others, start, columns, HAS_MEMORY, True, HAS_MASK, ONE_TOKEN)
-        z = _centre(z, mean_m, mean_h, others, sizes, DOT_TYPE)
-        a, scale = _load_scaled(a_ptr, rows, others, N, DOT_TYPE)
-        d_z += tl.dot(a, z, input_precision=PRECISION) * scale
+        z = _centre(z, mean_m, mean_h, others, sizes, DOT_TYPE, PRECISION)
+        if DOT_TYPE == tl.float16:
+            a, scale = _load_scaled(a_ptr, rows, others, N, DOT_TYPE, PRECISION)
+            d_z += tl.dot(a, z, input_precision=PRECISION) * scale
+        else:
+            inside = (rows < N)[:, None] & (others < N)[None, :]
+            a = tl.load(a_ptr + rows[:, None] * N + others[None, :], mask=inside, other=0.0).to(tl.float32)
+            d_z = tl.dot(operand(a, DOT_TYPE, PRECISION), z, d_z, input_precision=PRECISION)
     _store_gradient(
         outputs, inputs, sizes, d_z, rows, start, columns, NEED_MEMORY, NEED_FEATURES, HAS_MASK, ONE_TOKEN
     )
@@ -585,27 +602,10 @@ def _tiles(total: int) -> tuple[int, int, int]:
     return block, max(MIN_TILE, next_power_of_2(total - (tiles - 1) * block)), tiles
 
 
-def held_tiles(config: Config, known: int) -> list[list[tuple[int, int]]]:
-    """Sizes of the tiles of Gamma that each piece of a fused forward holds."""
+def held_tiles(config: Config, known: int) -> list[tuple[int, int]]:
+    """Sizes of the tiles of Gamma that a program of the fused forward holds."""
     sizes = [config.block] * (config.tiles - 1) + [config.last]
-    first = known // config.block
-    pieces = (_pairs(config.tiles, piece, config.pieces, first) for piece in range(config.pieces))
-    return [[(sizes[i], sizes[j]) for i, j in pairs] for pairs in pieces]
-
-
-def _fit(tiles: int, dtype: torch.dtype, precision: str, target: Target) -> tuple[bool, bool]:
-    """Whether a program can hold all rows without spilling registers: in the forward, in the backward.
-
-    Up to three tiles fit everywhere. Beyond, what compiled without spilling; sm_80 keeps the operands of mma.sync in
-    registers next to the accumulators.
-    """
-    if tiles <= 3:
-        return tiles > 0, tiles > 0
-    if dtype != torch.float32:
-        return target.arch != 80, True
-    if precision == "ieee":
-        return target.arch not in (80, 100), target.backend == "cuda"
-    return target.arch != 80, target.arch in (80, 90)
+    return [(sizes[i], sizes[j]) for i, j in _pairs(config.tiles, known // config.block)]
 
 
 def forward_config(
@@ -619,32 +619,23 @@ def forward_config(
     ieee = precision == "ieee" and dtype == torch.float32
     small = small_shared_memory(target)
     num_stages = 2 if small or ieee else 3
+    programs = 1 if tiles else cdiv(total, block) * (cdiv(total, block) + 1) // 2
     # A tile of 128 rows twice, beside its Gram, leaves registers for 32 columns.
     block_f = 64 if dtype != torch.float32 and tiles else 32
+    num_warps = 8 if ieee or block >= 64 else 4
     # Operands of a product in registers, next to the accumulators: in sm_80's mma.sync, sm_100's for the small tile.
     crowded = tiles >= 2 and target.arch == 100 and dtype != torch.float32
-    crowded = crowded or (tiles >= 3 and target.arch == 80)
-    crowded = crowded or (target.arch == 80 and not tiles and dtype == torch.float32)
+    crowded = crowded or (target.arch == 80 and (tiles >= 3 or (not tiles and dtype == torch.float32)))
     if small or ieee or crowded:
         block_f //= 2
-    if not _fit(tiles, dtype, precision, target)[0]:
-        tiles = 0
-    many = tiles > 3
-    if many and (ieee or target.arch != 100):
-        block_f, num_stages = 16, 1
-    num_warps = 8 if ieee or block >= 64 else 4
-    config = Config(block, last, tiles, 1, tiles, block_f, 1, num_warps, num_stages)
-    if many:
-        # In IEEE float32 the operands pass through registers: a third of the tiles, even where most are known.
-        accumulated = sum(a * b for a, b in held_tiles(config, known)[0])
-        config = config._replace(pieces=3 if ieee or accumulated > _ACCUMULATED else 1)
-    count = cdiv(total, block)
-    programs = config.pieces if tiles else count * (count + 1) // 2
-    # Every part writes its entries in float32, which are read again: writing at most a ninth of what is read, and half
+    elif target.arch == 90:
+        # Measured. Fewer warps wait less for each other at the sums over rows.
+        block_f, num_warps = 64, 4 if tiles else 8
+    # Every part writes its entries in float32, which are read again: writing at most a fifth of what is read, and half
     # of that where a known block leaves few entries and so allows many parts.
-    affordable = total * width * dtype.itemsize // ((18 if known else 9) * 2 * (total**2 - known**2))
+    affordable = total * width * dtype.itemsize // ((10 if known else 5) * 2 * (total**2 - known**2))
     parts = max(1, min(target.multiprocessors // programs, affordable, cdiv(width, block_f)))
-    return config._replace(parts=parts)
+    return Config(block, last, tiles, 0, tiles, block_f, parts, num_warps, num_stages)
 
 
 def backward_config(
@@ -654,26 +645,28 @@ def backward_config(
     block, last, tiles = _tiles(total)
     ieee = precision == "ieee" and dtype == torch.float32
     small = small_shared_memory(target)
-    block_f, num_stages = 64 if dtype != torch.float32 else 32, 2
+    if not tiles or (ieee and total > 64):
+        # A tile is cut as for any product; without tensor cores its operands pass through registers.
+        block, inner = (64, 16) if ieee else (64, 32) if small else (128, 32)
+        block_f, num_warps, num_stages = 64, 8, 2 if small or ieee else 3
+        if target.arch == 90 and not ieee:
+            # Measured.
+            block_f, num_warps = (64, 4) if dtype == torch.float32 else (128, 8)
+        return Config(block, block, 0, inner, 0, block_f, 1, num_warps, num_stages)
+    block_f, num_stages = 64 if dtype != torch.float32 or target.arch == 90 else 32, 2
     if small or ieee:
         block_f //= 2
     panel = tiles
-    if not _fit(tiles, dtype, precision, target)[1]:
-        tiles, block = 0, min(64, block)
-    elif tiles > 3:
-        panel = 2 if target.arch == 90 and dtype != torch.float32 and not masked else 1
-        block_f, num_stages = 16 if ieee or masked else 32, 1
-    elif tiles > 1 and (small or (dtype == torch.float32 and (ieee or (masked and tiles == 3)))):
-        # All of A stays on chip only with tensor cores, much shared memory and, in float32, no mask to carry along.
+    if tiles > 1 and (small or (dtype == torch.float32 and masked and tiles == 3)):
+        # All of A stays on chip only with much shared memory and, in float32, no mask to carry along.
         panel, block_f, num_stages = 1, 16 if dtype == torch.float32 else 32, 1
-    panels = cdiv(tiles, panel) if tiles else 1
     # Every part reads A: at most an eighth of reading the rows and writing their gradients; in float16, whose A is
     # float32, a fourteenth.
     a_size, share = (2 if dtype == torch.bfloat16 else 4), (14 if dtype == torch.float16 else 8)
     affordable = 2 * width * dtype.itemsize // (share * a_size * total)
-    parts = max(1, min(cdiv(target.multiprocessors, panels), affordable, cdiv(width, block_f)))
+    parts = max(1, min(cdiv(target.multiprocessors, cdiv(tiles, panel)), affordable, cdiv(width, block_f)))
     num_warps = 8 if block >= 64 else 4
-    return Config(block, last, tiles, 1, panel, block_f, parts, num_warps, num_stages)
+    return Config(block, last, tiles, 0, panel, block_f, parts, num_warps, num_stages)
 
 
 def small_block(total: int) -> int:
@@ -715,6 +708,19 @@ class _Rows(NamedTuple):
             "BLOCK": config.block,
             "LAST": config.last,
         }
+
+    def means(self) -> Tensor:
+        """[2, F]: the means of the memory's and of the features' rows, which programs of a tile do not all read."""
+        features = self.pointers[1]
+        mean = torch.empty((2, self.width), dtype=torch.float32, device=features.device)
+        # 512 bytes of a row.
+        columns = 512 // features.dtype.itemsize
+        _gram_mean_kernel[(cdiv(self.width, columns),)](
+            *self.pointers, mean, *self.strides, *self.sizes, HAS_MEMORY=self.sizes[0] > 0,
+            HAS_MASK=self.meta["HAS_MASK"], ONE_TOKEN=self.token % columns == 0,
+            BLOCK_N=64, BLOCK_F=columns, num_warps=4, **LAUNCH_OPTIONS,
+        )  # fmt: skip
+        return mean
 
     def launch(self, config: Config) -> dict[str, Any]:
         """Compile-time arguments and launch options."""
@@ -776,27 +782,28 @@ def forward(
     partial = torch.empty((parts, total, total), dtype=torch.float32, device=features.device)
 
     def launch(config: Config) -> None:
-        arguments = (*rows.pointers, partial, *rows.strides, *rows.sizes, part_f)
+        sizes = (*rows.strides, *rows.sizes, part_f)
         meta = {**rows.launch(config), "KNOWN": known}
         if config.tiles:
-            shared = {"PIECES": config.pieces, "FIRST": own // config.block, **rows.tiles(config)}
-            _gram_fwd_kernel[(config.pieces, parts)](*arguments, **shared, **meta)
+            tiles = rows.tiles(config)
+            _gram_fwd_kernel[(parts,)](
+                *rows.pointers, partial, *sizes, FIRST=own // config.block, **tiles, **meta
+            )
         else:
             blocks = cdiv(total, config.block)
             _gram_tile_kernel[(blocks * (blocks + 1) // 2, parts)](
-                *arguments, HAS_MEMORY=memory is not None, BLOCK_N=config.block, **meta
-            )
+                *rows.pointers, rows.means(), partial, *sizes,
+                HAS_MEMORY=memory is not None, BLOCK_N=config.block, **meta,
+            )  # fmt: skip
 
     with launch_guard(features):
         key = ("gram_fwd", target, rows.meta["PRECISION"], rows.dot, total, default)
         launch(pick(key, _neighbours(default, rows.token), launch))
-        block = small_block(total)
-        tiles = cdiv(total, block)
         # One from "eager" is float64.
         given = gram if memory_gram is None else memory_gram.to(gram.dtype)
-        _gram_sum_kernel[(tiles, tiles)](
+        _gram_sum_kernel[(cdiv(total**2, _SUMMED),)](
             partial, given, gram, *given.stride(), total, rows.sizes[2], parts,
-            KNOWN=known, BLOCK=block, num_warps=block // 8, **LAUNCH_OPTIONS,
+            KNOWN=known, PARTS=16, BLOCK=_SUMMED, num_warps=4, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return gram
 
@@ -826,18 +833,19 @@ def backward(
     strides = tuple(stride for output in outputs for stride in output.stride())
 
     def launch(config: Config) -> None:
-        arguments = (*rows.pointers, a, *outputs, *rows.strides, *strides, *rows.sizes)
+        sizes = (*rows.strides, *strides, *rows.sizes)
         meta = {**rows.launch(config), "NEED_MEMORY": need_memory, "NEED_FEATURES": need_features}
         if config.tiles:
             part_f = cdiv(cdiv(rows.width, config.parts), config.block_f) * config.block_f
             _gram_bwd_kernel[(cdiv(config.tiles, config.panel), cdiv(rows.width, part_f))](
-                *arguments, part_f, PANEL=config.panel, **rows.tiles(config), **meta
+                *rows.pointers, a, *outputs, *sizes, part_f, PANEL=config.panel, **rows.tiles(config), **meta
             )
         else:
             grid = (cdiv(total, config.block), cdiv(rows.width, config.block_f))
             _gram_bwd_tile_kernel[grid](
-                *arguments, HAS_MEMORY=memory is not None, BLOCK_N=config.block, **meta
-            )
+                *rows.pointers, rows.means(), a, *outputs, *sizes,
+                HAS_MEMORY=memory is not None, BLOCK_N=config.block, INNER=config.inner, **meta,
+            )  # fmt: skip
 
     with launch_guard(features):
         block = small_block(total)

@@ -16,6 +16,7 @@ The layers are separate tensors: kernels find them through a table of addresses,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ from fsd_kernels._triton import (
     kernel_dot_type,
     launch_guard,
     next_power_of_2,
+    operand,
     pick,
     small_shared_memory,
     target_of,
@@ -138,7 +140,7 @@ def _centred_gram(
         x = _load_rows(x_ptr, stride_xs, stride_xd, rows, kept, columns, width, ALIGNED)
         mean = tl.sum(x, axis=0) / count
         squares += mean * mean
-        centred = tl.where(kept[:, None], x - mean[None, :], 0.0).to(DOT_TYPE)
+        centred = operand(tl.where(kept[:, None], x - mean[None, :], 0.0), DOT_TYPE, PRECISION)
         gram = tl.dot(centred, tl.trans(centred), gram, input_precision=PRECISION)
     return gram, tl.sum(squares)
 
@@ -320,8 +322,8 @@ def _intra_cka_tile_kernel(
             squares += mean * mean
             x_i = _load_rows(x_ptr, stride_xs, stride_xd, rows_i, kept_i, columns, width, ALIGNED)
             x_j = _load_rows(x_ptr, stride_xs, stride_xd, rows_j, kept_j, columns, width, ALIGNED)
-            x_i = tl.where(kept_i[:, None], x_i - mean[None, :], 0.0).to(DOT_TYPE)
-            x_j = tl.where(kept_j[:, None], x_j - mean[None, :], 0.0).to(DOT_TYPE)
+            x_i = operand(tl.where(kept_i[:, None], x_i - mean[None, :], 0.0), DOT_TYPE, PRECISION)
+            x_j = operand(tl.where(kept_j[:, None], x_j - mean[None, :], 0.0), DOT_TYPE, PRECISION)
             gram = tl.dot(x_i, tl.trans(x_j), gram, input_precision=PRECISION)
         mean_energy = tl.sum(squares)
     slot = (part * items + item).to(tl.int64)
@@ -332,12 +334,15 @@ def _intra_cka_tile_kernel(
 
 
 @triton.jit
-def _sum_parts(partial_ptr, item, items, splits, S, rows, columns, BLOCK_S: tl.constexpr):
-    """Sum the parts of one lower-triangle tile in order; entries above the diagonal are 0."""
+def _sum_parts(partial_ptr, item, items, splits: tl.constexpr, S, rows, columns, BLOCK_S: tl.constexpr):
+    """Sum the parts of one lower-triangle tile in order; entries above the diagonal are 0.
+
+    Their number is known to the compiler, so that no part waits for the one before it.
+    """
     total = tl.zeros((BLOCK_S, BLOCK_S), dtype=tl.float32)
     lower = (rows < S)[:, None] & (columns[None, :] <= rows[:, None])
     offsets = rows[:, None] * S + columns[None, :]
-    for part in range(0, splits):
+    for part in tl.static_range(splits):
         base = partial_ptr + (part * items + item).to(tl.int64) * S * S
         total += tl.load(base + offsets, mask=lower, other=0.0)
     return total
@@ -359,8 +364,8 @@ def _intra_cka_finish_kernel(
     S,
     student_items,
     teacher_items,
-    student_splits,
-    teacher_splits,
+    student_splits: tl.constexpr,
+    teacher_splits: tl.constexpr,
     HAS_MASK: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
@@ -368,10 +373,10 @@ def _intra_cka_finish_kernel(
     item = tl.program_id(0)
     count = _kept_count(mask_ptr, stride_mb, stride_ms, item % B, S, HAS_MASK, BLOCK_S)
     mean_s = 0.0
-    for part in range(0, student_splits):
+    for part in tl.static_range(student_splits):
         mean_s += tl.load(student_energy_ptr + part * student_items + item)
     mean_t = 0.0
-    for part in range(0, teacher_splits):
+    for part in tl.static_range(teacher_splits):
         mean_t += tl.load(teacher_energy_ptr + part * teacher_items + item)
     blocks = tl.cdiv(S, BLOCK_S)
     offsets = tl.arange(0, BLOCK_S)
@@ -382,10 +387,10 @@ def _intra_cka_finish_kernel(
     for i in range(0, blocks):
         rows = i * BLOCK_S + offsets
         entries = rows.to(tl.int64) * S + rows
-        for part in range(0, student_splits):
+        for part in tl.static_range(student_splits):
             base = student_partial_ptr + (part * student_items + item).to(tl.int64) * S * S
             sums_s += tl.load(base + entries, mask=rows < S, other=0.0)
-        for part in range(0, teacher_splits):
+        for part in tl.static_range(teacher_splits):
             base = teacher_partial_ptr + (part * teacher_items + item).to(tl.int64) * S * S
             sums_t += tl.load(base + entries, mask=rows < S, other=0.0)
     energy_s = tl.sum(sums_s)
@@ -456,11 +461,11 @@ def _intra_cka_finish_kernel(
 
 
 @triton.jit
-def _scaled(g, DOT_TYPE: tl.constexpr):
+def _scaled(g, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr):
     """Split rows of G into (values of size 1 in the dot's type, row scales): entries of G underflow in float16."""
     scale = tl.max(tl.abs(g), axis=1)
     inverse = tl.where(scale > 0.0, 1.0 / scale, 0.0)
-    return (g * inverse[:, None]).to(DOT_TYPE), scale
+    return operand(g * inverse[:, None], DOT_TYPE, PRECISION), scale
 
 
 @triton.jit
@@ -492,7 +497,7 @@ def _intra_cka_bwd_kernel(
     inside = kept[:, None] & kept[None, :]
     g_ptr += item.to(tl.int64) * S * S
     g = tl.load(g_ptr + rows[:, None] * S + rows[None, :], mask=inside, other=0.0)
-    g, scale = _scaled(g, DOT_TYPE)
+    g, scale = _scaled(g, DOT_TYPE, PRECISION)
     scale *= 2.0 * tl.load(coefficient_ptr + item)
     y_ptr, stride_yb, stride_ys, stride_yd, width = _layer(student_table_ptr, layer, ALIGNED, X_TYPE)
     y_ptr += sample.to(tl.int64) * stride_yb
@@ -503,7 +508,7 @@ def _intra_cka_bwd_kernel(
         columns = start + tl.arange(0, BLOCK_D)
         y = _load_rows(y_ptr, stride_ys, stride_yd, rows, kept, columns, width, ALIGNED)
         mean = tl.sum(y, axis=0) / count
-        centred = tl.where(kept[:, None], y - mean[None, :], 0.0).to(DOT_TYPE)
+        centred = operand(tl.where(kept[:, None], y - mean[None, :], 0.0), DOT_TYPE, PRECISION)
         dy = tl.dot(g, centred, input_precision=PRECISION) * scale[:, None]
         dy = tl.where(kept[:, None], dy, 0.0)
         pointers = dy_ptr + rows.to(tl.int64)[:, None] * stride_ds + columns[None, :]
@@ -550,10 +555,10 @@ def _intra_cka_bwd_tile_kernel(
         others = start + tl.arange(0, BLOCK_S)
         kept_others = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, others, S, HAS_MASK)
         y = _load_rows(y_ptr, stride_ys, stride_yd, others, kept_others, columns, width, ALIGNED)
-        centred = tl.where(kept_others[:, None], y - mean[None, :], 0.0).to(DOT_TYPE)
+        centred = operand(tl.where(kept_others[:, None], y - mean[None, :], 0.0), DOT_TYPE, PRECISION)
         inside = kept[:, None] & kept_others[None, :]
         g = tl.load(g_ptr + rows.to(tl.int64)[:, None] * S + others[None, :], mask=inside, other=0.0)
-        g, scale = _scaled(g, DOT_TYPE)
+        g, scale = _scaled(g, DOT_TYPE, PRECISION)
         dy += tl.dot(g, centred, input_precision=PRECISION) * scale[:, None]
     dy = tl.where(kept[:, None], dy * (2.0 * tl.load(coefficient_ptr + item)), 0.0)
     dy_ptr, stride_db, stride_ds, _, width = _layer(gradient_table_ptr, layer, ALIGNED, X_TYPE)
@@ -571,17 +576,20 @@ def forward_config(rows: int, items: int, dtype: torch.dtype, precision: str, ta
     crowded = target.arch == 80 and block_s == _WHOLE and dtype == torch.float32
     if small_shared_memory(target) or ieee or crowded:
         block_d //= 2
-    if ieee and block_s == _WHOLE and target.backend == "cuda":
-        # Two Grams of 128 x 128 leave registers for 8 columns.
-        block_d = 8
     # Without tensor cores the operands of a product pass through registers: more warps.
     num_warps = 8 if block_s == _WHOLE or (ieee and block_s > MIN_TILE) else 4
     num_stages = 2 if small_shared_memory(target) or ieee else 3
     blocks = cdiv(rows, block_s)
     programs = items * blocks * (blocks + 1)
-    # An eighth of the multiprocessors: fewer programs than that leave too much of the GPU idle.
-    fused = rows <= _WHOLE and 8 * items >= target.multiprocessors
-    splits = 0 if fused else max(1, min(4, target.multiprocessors // max(1, programs)))
+    # One program per sample where they fill the GPU. Without tensor cores two Grams of 128 x 128 leave registers for 8
+    # columns, fewer than a product takes before triton 3.8.
+    fused = rows <= _WHOLE and items >= target.multiprocessors and not (ieee and block_s == _WHOLE)
+    # Parts of D are written and read again: where memory is what limits, as few as leave no multiprocessor idle.
+    splits = (
+        0 if fused else max(1, min(4, target.multiprocessors // max(1, programs if ieee else 2 * programs)))
+    )
+    if not fused and block_s == _WHOLE and rows <= _WHOLE and target.arch == 90 and not ieee:
+        block_d = 64
     return Config(block_s, block_d, splits, num_warps, num_stages)
 
 
@@ -599,9 +607,9 @@ def backward_config(
         block_d //= 2
     num_warps = 8 if block_s == 128 else 4
     num_stages = 2 if small_shared_memory(target) or rows > whole else 3
-    # Every part reads G again: no more parts than keep that under an eighth of reading Y and writing dY.
-    affordable = 1 + 2 * width * (2 if narrow else 4) // (8 * 4 * max(1, rows))
-    splits = max(1, min(affordable, cdiv(target.multiprocessors, max(1, items)), cdiv(width, block_d)))
+    # Every part reads G again, from the cache: no more parts than keep that under half of reading Y and writing dY.
+    affordable = 1 + 2 * width * (2 if narrow else 4) // (2 * 4 * max(1, rows))
+    splits = max(1, min(4, affordable, cdiv(target.multiprocessors, max(1, items)), cdiv(width, block_d)))
     return Config(block_s, block_d, splits, num_warps, num_stages)
 
 
@@ -617,12 +625,23 @@ def _neighbours(config: Config) -> list[Config]:
     return configs
 
 
+@functools.lru_cache(maxsize=512)
+def _copied(fields: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
+    """A table on the device, and the pinned memory that it is copied from."""
+    host = torch.tensor(fields, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True), host
+
+
 def _table(layers: Sequence[Tensor]) -> Tensor:
-    """[P, 5] int64 on the layers' device: address, strides of samples, rows and features, width."""
-    fields = [[layer.data_ptr(), *layer.stride(), layer.shape[2]] for layer in layers]
+    """[P, 5] int64 on the layers' device: address, strides of samples, rows and features, width.
+
+    It is kept: the allocator gives a training step the addresses of the one before. One per stream, since nothing else
+    makes another stream wait for the copy.
+    """
+    fields = tuple((layer.data_ptr(), *layer.stride(), layer.shape[2]) for layer in layers)
     device = layers[0].device
-    table = torch.tensor(fields, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _copied(fields, device, stream)[0]
 
 
 def _aligned(layers: Sequence[Tensor]) -> bool:

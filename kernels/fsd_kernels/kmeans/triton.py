@@ -40,6 +40,7 @@ from fsd_kernels._triton import (
     kernel_dot_type,
     launch_guard,
     next_power_of_2,
+    operand,
     pick,
     small_shared_memory,
     target_of,
@@ -136,7 +137,7 @@ def _add_product(products, norms, x, c, mean, DOT_TYPE: tl.constexpr, PRECISION:
     """
     c -= mean[None, :]
     norms += _fold(c * c)
-    return tl.dot(c.to(DOT_TYPE), tl.trans(x), products, input_precision=PRECISION), norms
+    return tl.dot(operand(c, DOT_TYPE, PRECISION), tl.trans(x), products, input_precision=PRECISION), norms
 
 
 @triton.jit
@@ -252,7 +253,7 @@ def _kmeans_assign_kernel(
             x = _load_points(points_ptr, stride_xn, stride_xf, rows, columns, N, width)
             x -= mean[None, :]
             norm += _fold(x * x)
-            x = x.to(DOT_TYPE)
+            x = operand(x, DOT_TYPE, PRECISION)
             products_0, norms_0 = _add_product(products_0, norms_0, x, c_0, mean, DOT_TYPE, PRECISION)
             if CENTROID_TILES > 1:
                 products_1, norms_1 = _add_product(products_1, norms_1, x, c_1, mean, DOT_TYPE, PRECISION)

@@ -28,6 +28,8 @@ CKA_FLOOR = tl.constexpr(1e-8)
 ROUNDING = tl.constexpr((8 * 2.0**-23) ** 2)
 
 _BLOCK = 32
+# Rows of a tile of a Gram whose CKA one program computes.
+_CKA_BLOCK = 64
 
 # Scalars left by a CKA program: 1 / energy and 1 / norm per side (student, teacher), delta, the gradient's scale.
 _SCALARS = tl.constexpr(4)
@@ -190,6 +192,7 @@ def _structure_stats_kernel(
     B,
     head,
     BLOCK: tl.constexpr,
+    CKA_BLOCK: tl.constexpr,
 ):
     """Program 0: CKA of the samples; 1: of the centroids; then blocks of samples; then blocks of centroids.
 
@@ -200,10 +203,10 @@ def _structure_stats_kernel(
     h_blocks = tl.cdiv(B, BLOCK)
     pairs = (B * K).to(tl.float32)
     if program == 0:
-        _cka_of_block(student_ptr, teacher_ptr, scalar_ptr, value_ptr, N, head, B, BLOCK)
+        _cka_of_block(student_ptr, teacher_ptr, scalar_ptr, value_ptr, N, head, B, CKA_BLOCK)
     elif program == 1:
         _cka_of_block(
-            student_ptr, teacher_ptr, scalar_ptr + _SCALARS, value_ptr + 1, N, head - head, K, BLOCK
+            student_ptr, teacher_ptr, scalar_ptr + _SCALARS, value_ptr + 1, N, head - head, K, CKA_BLOCK
         )
     elif program < 2 + h_blocks:
         block = program - 2
@@ -403,7 +406,14 @@ def forward(student: Tensor, teacher: Tensor, num_centroid: int) -> tuple[Tensor
     arguments = (scalars, errors, rows, columns, d_q, total, num_centroid, batch, head)
     with launch_guard(student):
         _structure_stats_kernel[(programs,)](
-            student, teacher, values, *arguments, BLOCK=_BLOCK, num_warps=8, **LAUNCH_OPTIONS
+            student,
+            teacher,
+            values,
+            *arguments,
+            BLOCK=_BLOCK,
+            CKA_BLOCK=_CKA_BLOCK,
+            num_warps=8,
+            **LAUNCH_OPTIONS,
         )
         blocks = cdiv(total, _BLOCK)
         _structure_grad_kernel[(blocks, blocks)](
