@@ -127,9 +127,10 @@ def test_eager_gram_flops_are_counted_ones(op: str, shape: cost.Shape) -> None:
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(shape.batch, shape.student_features, generator=generator)
     teacher = torch.randn(shape.batch, shape.teacher_features, generator=generator)
-    own = torch.ones(shape.centroids, shape.student_features) if memories else None
-    given = torch.ones(shape.centroids, shape.teacher_features) if memories else None
-    known = torch.zeros(shape.centroids + 1, shape.centroids + 1) if memories else None
+    widths = (shape.student_features, shape.teacher_features)
+    own, given = (torch.randn(shape.centroids, width, generator=generator) for width in widths)
+    known = gram.forward(given[:0], given, None, None)[:-1, :-1] if memories else None
+    own, given = (own, given) if memories else (None, None)  # type: ignore[assignment]
     expected = cost.eager(op, shape)
     gamma = gram.forward(student, own, None, None)
     forward = _counted(lambda: gram.forward(student, own, None, None))

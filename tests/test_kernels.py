@@ -278,11 +278,39 @@ def test_an_offset_that_only_later_slices_have(monkeypatch: pytest.MonkeyPatch) 
     assert relative_error(gram(features)[own, own], truth[own, own]) < 1e-4
 
 
-def test_a_frozen_gram_is_the_block_of_any_batch() -> None:
-    memory = torch.randn(6, 30, generator=make_generator(0))
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_a_frozen_gram_is_the_block_of_any_batch(offset: float) -> None:
+    """Whether the memory is centred before it is multiplied, or in Gamma."""
+    memory = torch.randn(6, 30, generator=make_generator(0)) + offset
+    assert gram_eager._looks_centred(memory) == (offset == 0.0)
     for batch in (1, 5):
-        whole = gram(torch.randn(batch, 30, generator=make_generator(batch)), memory)
+        features = torch.randn(batch, 30, generator=make_generator(batch))
+        whole = gram(features, memory)
         assert torch.equal(frozen_gram(memory).gram, whole[:7, :7])
+        assert torch.equal(gram(features, frozen_gram(memory)), whole)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 0.5, 40.0])
+def test_gram_beside_a_memory_with_an_offset(offset: float, masked: bool) -> None:
+    """Against the formula in float64, at the features' end within a slice too."""
+    memory = torch.randn(9, 80, generator=make_generator(2)).double() + offset
+    features = torch.randn(7, 12, 6, generator=make_generator(0)).double() + 3.0
+    mask = ragged_mask(7, 12, lengths=[12, 5, 9, 1, 12, 3, 2]) if masked else None
+    assert_same(lambda backend: lambda x, m: gram(x, m, mask, backend=backend), [features, memory], 1e-9)
+    truth = gram(features, memory, mask, backend="reference")
+    assert relative_error(gram(features.float(), memory.float(), mask), truth) < 1e-6
+
+
+def test_a_memory_whose_offset_lies_between_the_samples() -> None:
+    memory = torch.randn(6, 8192, generator=make_generator(0))
+    memory[:, 512:700] += 100.0
+    assert gram_eager._looks_centred(memory)
+    assert gram_eager._forward_uncentred_memory(memory[:0], memory, None, None) is None
+    truth = gram(memory[:2].double(), memory.double(), backend="reference")
+    known = gram(memory[:2], frozen_gram(memory))
+    assert torch.equal(known, gram(memory[:2], memory))
+    assert relative_error(known[:6, :6], truth[:6, :6]) < 1e-6
 
 
 @pytest.mark.parametrize("energy", [0.0, 0.9, 1.1, 30.0])

@@ -235,11 +235,11 @@ def eager(op: str, shape: Shape) -> dict[str, int]:
     if centroids:
         from fsd_kernels.gram.eager import padded
 
-        # Per feature: the batch and its mean with the memory and itself; a memory and its mean with themselves.
-        rows, head = padded(batch + 1), padded(centroids + 1)
-        products = rows * (head + rows)
-        own = head**2
-        weights = (batch + centroids) * (batch + centroids + 2)
+        # Per feature: the batch and its mean with the memory and itself; a memory with itself. It has no large mean.
+        rows = padded(batch + 1)
+        products = rows * (centroids + rows)
+        own = centroids**2
+        weights = (batch + centroids) ** 2
     flops = {
         "forward": 2 * (products + own) * shape.student_features + 2 * products * shape.teacher_features,
         "backward": 2 * weights * shape.student_features,

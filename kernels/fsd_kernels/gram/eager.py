@@ -7,17 +7,19 @@ cosines that are all but 0, the losses live in its last bits. A diagonal block t
 its features is 0. Only the buffer is extra memory; the inputs are never concatenated. Where a slice starts depends on
 nothing but F, so equal memories give equal bits.
 
-Without a memory the features are multiplied as they are and Gamma is centred, in float64, where that loses little: not
-where their mean row has more energy than all that sets them apart. Then they are read once and written nowhere.
+What is multiplied as it is, and centred in Gamma, in float64, is read once and written nowhere: features without a
+memory, and a memory, unless their mean row has more energy than all that sets them apart, so that this would lose much.
+Beside a memory the features, of which there are fewer, are always centred first.
 
 Backward: Z = T [memory; features] with a constant T (centring, block by block, and the means' rows), so
-d[memory; features] = T^T (dGamma + dGamma^T) Z, slice by slice, written straight to the gradients. Without a memory
-it is (T^T (dGamma + dGamma^T) T) features, whose small matrix centres them.
+d[memory; features] = (T^T (dGamma + dGamma^T) T) [memory; features], slice by slice, written straight to the gradients:
+the small matrix centres them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,6 +32,8 @@ _FORWARD_COLUMNS, _BACKWARD_COLUMNS = 16384, 2048
 # Columns of a part of a slice. The parts of a slice are one batch of products, of which a thread takes whole ones: that
 # is faster than threads which share a product of so few rows, and short sums lose less to rounding.
 _PART, _BACKWARD_PART = 2048, 1024
+# Columns of each of some eight samples of a memory.
+_SAMPLED = 256
 # Products take rows by so many: with one more they take up to a third longer.
 _MULTIPLE = 4
 # The rows of a buffer are this much longer than a slice: a multiple of 1024 apart they would share cache sets.
@@ -134,6 +138,16 @@ def _has_offset(gram: Tensor) -> bool:
     return not energy <= MOST_ENERGY * (energy - len(gram) * gram.mean())
 
 
+def _centre_gram(gram: Tensor, gamma: Tensor) -> None:
+    """Write to ``gamma`` [n + 1, n + 1] what a Gram [n, n] says of its centred rows and of their mean."""
+    row_mean = gram.mean(dim=1)
+    mean_energy = row_mean.mean()
+    to_mean = row_mean - mean_energy
+    torch.sub(gram - row_mean[:, None], to_mean, out=gamma[:-1, :-1])
+    gamma[:-1, -1] = gamma[-1, :-1] = to_mean
+    gamma[-1, -1] = mean_energy
+
+
 def _forward_uncentred(features: Tensor, mask: Tensor | None) -> Tensor | None:
     """Gamma of features [B, F] without a memory, multiplied as they are; None where they must be centred first."""
     gram: Tensor | None = None
@@ -148,13 +162,65 @@ def _forward_uncentred(features: Tensor, mask: Tensor | None) -> Tensor | None:
             gram += product
     if gram is None or _has_offset(gram):
         return None
-    row_mean = gram.mean(dim=1)
-    mean_energy = row_mean.mean()
-    to_mean = row_mean - mean_energy
     gamma = gram.new_empty((len(gram) + 1, len(gram) + 1))
-    torch.sub(gram - row_mean[:, None], to_mean, out=gamma[:-1, :-1])
-    gamma[:-1, -1] = gamma[-1, :-1] = to_mean
-    gamma[-1, -1] = mean_energy
+    _centre_gram(gram, gamma)
+    return gamma
+
+
+def _looks_centred(memory: Tensor) -> bool:
+    """Whether the rows of a memory [K, F] need no centring before they are multiplied, judged by some columns."""
+    starts = range(0, memory.shape[1], max(_SAMPLED, memory.shape[1] // 8))
+    sample = torch.cat([memory[:, start : start + _SAMPLED] for start in starts], dim=1)
+    sample = sample.to(compute_dtype(sample))
+    energy = sample.square().sum()
+    return bool(energy <= MOST_ENERGY * (energy - len(sample) * sample.mean(dim=0).square().sum()))
+
+
+def _forward_uncentred_memory(
+    features: Tensor, memory: Tensor, memory_gram: Tensor | None, mask: Tensor | None
+) -> Tensor | None:
+    """Gamma with a memory that is multiplied as it is and centred in Gamma; None where it must be centred first.
+
+    The answer depends on the memory alone, and not on whether its block is known.
+    """
+    if not _looks_centred(memory):
+        return None
+    batch, (num_centroid, width), dtype = len(features), memory.shape, compute_dtype(features)
+    head = num_centroid + 1
+    buffer = features.new_empty((padded(batch + 1), min(_FORWARD_COLUMNS, width) + _GAP), dtype=dtype)
+    buffer[batch + 1 :] = 0.0
+    own = features.new_zeros((len(buffer), len(buffer)), dtype=torch.float64)
+    cross = features.new_zeros((len(buffer), num_centroid), dtype=torch.float64)
+    block = features.new_zeros((num_centroid, num_centroid), dtype=torch.float64)
+    for columns in _slices(width, _FORWARD_COLUMNS):
+        centred = buffer[:, : columns.stop - columns.start]
+        _centre(centred[:batch], centred[batch], features, columns, mask)
+        rows = memory[:, columns].to(dtype)
+        own += _product(centred, centred)
+        cross += _product(centred, rows)
+        if memory_gram is None:
+            block += _product(rows, rows)
+    gamma = features.new_empty((head + batch + 1, head + batch + 1), dtype=torch.float64)
+    known = gamma[:head, :head]
+    if memory_gram is None:
+        _centre_gram(block, known)
+        _drop_rounding(known[:-1, :-1], known[-1, -1], dtype)
+    else:
+        known.copy_(memory_gram)
+    energy = known.diagonal()[:-1].sum()
+    if not energy + num_centroid * known[-1, -1] <= MOST_ENERGY * energy:
+        return None
+    # Products of mu_m with the rows of the features and with mu_h, whose row becomes that of mu_h - mu_m.
+    with_mean = cross[: batch + 1].mean(dim=1)
+    gamma[head:, :num_centroid] = cross[: batch + 1] - with_mean[:, None]
+    gamma[head:, num_centroid] = with_mean
+    gamma[-1, :head] -= known[-1]
+    gamma[:head, head:] = gamma[head:, :head].T
+    gamma[head:, head:] = own[: batch + 1, : batch + 1]
+    gamma[-1, head:-1] -= with_mean[:-1]
+    gamma[head:-1, -1] = gamma[-1, head:-1]
+    gamma[-1, -1] += known[-1, -1] - 2 * with_mean[-1]
+    _drop_rounding(gamma[head:-1, head:-1], own[batch, batch], dtype)
     return gamma
 
 
@@ -164,6 +230,10 @@ def forward(
     """Gamma, float64, of features [B, F] and memory [K, F'] or None, whose own block may be known already."""
     if memory is None and features.shape[0]:
         gamma = _forward_uncentred(features, mask)
+        if gamma is not None:
+            return gamma
+    if memory is not None:
+        gamma = _forward_uncentred_memory(features, memory, memory_gram, mask)
         if gamma is not None:
             return gamma
     head = 0 if memory is None else memory.shape[0] + 1
@@ -194,6 +264,19 @@ def forward(
     return gram
 
 
+def _own_columns(left: Tensor, batch: int, head: int) -> tuple[Tensor, Tensor]:
+    """``left`` T for left [n, N]: its columns for the features [n, B] and for the memory [n, K]."""
+    of_mean = left[:, -1:]
+    features = left[:, head:-1]
+    features = features - features.mean(dim=1, keepdim=True) + of_mean / max(1, batch)
+    if head == 0:
+        return features, left[:, :0]
+    memory = left[:, : head - 1]
+    return features, memory - memory.mean(dim=1, keepdim=True) + (left[:, head - 1 : head] - of_mean) / (
+        head - 1
+    )
+
+
 def _transposed_map(d_gram: Tensor, head: int) -> tuple[Tensor, Tensor]:
     """T^T (dGamma + dGamma^T): the rows that belong to the features [B, N] and to the memory [K, N]."""
     d_sum = d_gram + d_gram.T
@@ -205,52 +288,59 @@ def _transposed_map(d_gram: Tensor, head: int) -> tuple[Tensor, Tensor]:
     return features, own - own.mean(dim=0) + (own_mean - mean) / (head - 1)
 
 
-def _multiply(left: Tensor, right: Tensor, target: Tensor) -> None:
-    """Write left @ right to ``target``, in its dtype."""
-    if target.dtype == left.dtype:
-        torch.mm(left, right, out=target)
-    else:
-        target.copy_(left @ right)
+def _parts(rows: Tensor) -> Tensor:
+    """[n, w] as [w / _BACKWARD_PART, n, _BACKWARD_PART], or whole."""
+    part = _BACKWARD_PART if rows.shape[1] % _BACKWARD_PART == 0 else rows.shape[1]
+    return rows.unflatten(1, (-1, part)).transpose(0, 1)
 
 
-def _multiply_parts(left: Tensor, right: Tensor, target: Tensor) -> None:
-    """The same for a slice, whose parts are one batch."""
-    whole = right.shape[1] - right.shape[1] % _BACKWARD_PART
-    if whole:
-        parts = right[:, :whole].unflatten(1, (-1, _BACKWARD_PART)).transpose(0, 1)
-        product = torch.bmm(left.expand(len(parts), -1, -1), parts)
-        target[:, :whole].unflatten(1, (-1, _BACKWARD_PART)).copy_(product.transpose(0, 1))
-    if whole < right.shape[1]:
-        _multiply(left, right[:, whole:], target[:, whole:])
+def _write(target: Tensor, parts: Tensor) -> None:
+    """Write what ``_parts`` made of [n, w] to a target [n, w], in its dtype."""
+    target.unflatten(1, (len(parts), -1)).copy_(parts.transpose(0, 1))
 
 
 def backward(
     features: Tensor, memory: Tensor | None, mask: Tensor | None, d_gram: Tensor, needs: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
     """Return (d features, d memory); one that is not needed is empty."""
+    needs = needs[0], needs[1] and memory is not None
     d_features = torch.empty_like(features) if needs[0] else features.new_empty(0)
     d_memory = torch.empty_like(memory) if memory is not None and needs[1] else features.new_empty(0)
-    if memory is None:
-        left, _ = _transposed_map(d_gram, 0)
-        own, mean = left[:, :-1], left[:, -1:]
-        own = own - own.mean(dim=1, keepdim=True) + mean / max(1, features.shape[0])
-        from_features = from_memory = own.to(compute_dtype(features))
-        unchanged = mask is None and features.dtype == compute_dtype(features)
-        slices = _uncentred(features, mask, features.shape[1] if unchanged else _FORWARD_COLUMNS)
-        multiply = _multiply
-    else:
-        from_features, from_memory = (
-            weights.to(compute_dtype(features)) for weights in _transposed_map(d_gram, memory.shape[0] + 1)
-        )
-        slices = _stacked(features, memory, mask, _BACKWARD_COLUMNS)
-        multiply = _multiply_parts
-    for columns, rows in slices:
-        inside = slice(columns.start, min(columns.stop, features.shape[1]))
-        length = inside.stop - inside.start
-        if needs[0] and length > 0 and features.shape[0]:
-            multiply(from_features, rows[:, :length], d_features[:, inside])
+    batch, own = features.shape
+    head = 0 if memory is None else memory.shape[0] + 1
+    rows_of = [left for left, needed in zip(_transposed_map(d_gram, head), needs, strict=True) if needed]
+    if not rows_of:
+        return d_features, d_memory
+    dtype = compute_dtype(features)
+    of_features, of_memory = (left.to(dtype) for left in _own_columns(torch.cat(rows_of), batch, head))
+    if memory is None and mask is None and features.dtype == dtype:
+        return torch.mm(of_features, features, out=d_features), d_memory
+    most = _FORWARD_COLUMNS if memory is None else _BACKWARD_COLUMNS
+    width = own if memory is None else memory.shape[1]
+    # No slice is cut by the end of the features.
+    edges = [*range(0, own, most), *range(own, width, most), width]
+    for start, stop in pairwise(edges):
+        columns = slice(start, stop)
+        product = None
+        if memory is not None:
+            rows = _parts(memory[:, columns].to(dtype))
+            product = torch.bmm(of_memory.expand(len(rows), -1, -1), rows)
+        if stop <= own and batch:
+            rows = features[:, columns].to(dtype)
             if mask is not None:
-                d_features[:, inside].masked_fill_(_dropped(mask, inside, features.shape[1]), 0.0)
-        if needs[1] and memory is not None:
-            multiply(from_memory, rows, d_memory[:, columns])
+                rows = rows.masked_fill(_dropped(mask, columns, own), 0.0)
+            rows = _parts(rows)
+            weights = of_features.expand(len(rows), -1, -1)
+            if product is None:
+                product = torch.bmm(weights, rows)
+            else:
+                torch.baddbmm(product, weights, rows, out=product)
+        if product is None:
+            continue
+        if needs[0] and stop <= own:
+            _write(d_features[:, columns], product[:, :batch])
+            if mask is not None:
+                d_features[:, columns].masked_fill_(_dropped(mask, columns, own), 0.0)
+        if needs[1]:
+            _write(d_memory[:, columns], product[:, batch if needs[0] else 0 :])
     return d_features, d_memory
