@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import gate, harness
-from benchmarks.contenders import Contender, Outcome
+from benchmarks.contenders import Contender
 from benchmarks.gate import Errors, Verdict
 from benchmarks.inputs import Inputs, Sizes
 from benchmarks.peers import Unavailable
@@ -54,15 +54,8 @@ class Judge:
         self.inputs = _move(drawn, settings.device, settings.dtype)
         # Truth is computed from the numbers that the contenders get, after rounding to their dtype.
         exact = _move(self.inputs, settings.device, torch.float64)
-        self.truths: dict[str, Outcome] = {}
-        self.baselines: dict[str, Errors] = {}
-        for name in truths:
-            self.truths[name] = op.truths[name](exact, self.sizes).outcome()
-            # Where nothing is rounded the limits do not depend on what the reference itself loses.
-            self.baselines[name] = Errors(0.0, 0.0)
-            if settings.rounded:
-                same_dtype = op.truths[name](self.inputs, self.sizes).outcome()
-                self.baselines[name] = gate.errors(same_dtype, self.truths[name])
+        self.discrete = op.discrete
+        self.truths = {name: op.truths[name](exact, self.sizes).outcome() for name in truths}
 
     def verdict(self, provider: Provider) -> Verdict:
         """Judge a provider; an error it raises is a reason, except that it is unavailable."""
@@ -72,15 +65,10 @@ class Judge:
         except Unavailable:
             raise
         except Exception as error:  # a peer may raise anything
-            infinite = Errors(math.inf, math.inf)
-            return Verdict(infinite, infinite, f"{type(error).__name__}: {error}".splitlines()[0])
-        return gate.judge(
-            outcome,
-            truth,
-            self.baselines[provider.truth],
-            provider.ours,
-            self.settings.rounded,
-        )
+            return Verdict(Errors(math.inf, math.inf), f"{type(error).__name__}: {error}".splitlines()[0])
+        settings = self.settings
+        allowed = gate.limit(provider.ours, settings.dtype, settings.rounded, self.discrete)
+        return gate.judge(outcome, truth, allowed)
 
 
 def _finite(error: float) -> float | None:

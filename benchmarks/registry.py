@@ -66,7 +66,7 @@ class Op:
     make_inputs: Callable[[Sizes, int, bool], Inputs]
     """Of sizes, seed and whether features have outlier dimensions."""
     truths: dict[str, Build]
-    """By name; run on float64 inputs for truth, and the first in the benchmark's dtype for comparison."""
+    """By name; run on float64 inputs."""
     providers: dict[str, Provider]
     shapes: dict[str, list[Sizes]]
     cost_name: str | None
@@ -74,6 +74,8 @@ class Op:
     modes: tuple[str, ...] = MODES
     bounds: dict[str, Bound] = field(default_factory=dict)
     """Parts of the CPU path's work by name, timed on a CPU; they compute no loss that the gate could judge."""
+    discrete: bool = False
+    """Whether its value depends on choices between what may be equal up to rounding."""
     gate_sizes: Callable[[Sizes], Sizes] = field(default=lambda sizes: sizes)
     """The sizes at which the gate judges, where those of the case would take float64 too long."""
 
@@ -387,6 +389,7 @@ def _kmeans_op() -> Op:
         },
         "kmeans",
         modes=("full",),
+        discrete=True,
         gate_sizes=lambda sizes: sizes._replace(rows=min(sizes.rows, 16)),
     )
 
