@@ -45,6 +45,8 @@ _FUSED_ROWS = 192
 
 # Entries of Gamma of which a program sums the parts.
 _SUMMED = 128
+# Columns of a part of F in IEEE float32, at most.
+_CHAIN = 384
 
 
 # Sizes that take any value without another compilation. Widths and strides are specialised: they align loads.
@@ -634,7 +636,11 @@ def forward_config(
     # Every part writes its entries in float32, which are read again: writing at most a fifth of what is read, and half
     # of that where a known block leaves few entries and so allows many parts.
     affordable = total * width * dtype.itemsize // ((10 if known else 5) * 2 * (total**2 - known**2))
-    parts = max(1, min(target.multiprocessors // programs, affordable, cdiv(width, block_f)))
+    parts = min(target.multiprocessors // programs, affordable)
+    if ieee:
+        # A part is added up product by product: the shorter, the less is lost. Arithmetic is what limits here.
+        parts = max(parts, cdiv(width, _CHAIN))
+    parts = max(1, min(parts, cdiv(width, block_f)))
     return Config(block, last, tiles, 0, tiles, block_f, parts, num_warps, num_stages)
 
 
