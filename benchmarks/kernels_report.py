@@ -5,8 +5,9 @@ GPU, so that exactly the configurations which the heuristics choose are compiled
 would get. Of the machine code are read: registers, spills, shared memory, stores, matrix instructions, atomics; and
 from them the warps that fit on a multiprocessor. Nothing is run and nothing is timed.
 
-The report ends with 1 if a kernel spills, needs more shared memory than the target has, stores nothing, uses
-atomics, or lacks matrix instructions where it multiplies matrices in anything but IEEE float32.
+The report ends with 1 if a kernel spills (on sm_90: in more than 100 instructions), needs more shared memory than
+the target has, stores nothing, uses atomics, or lacks matrix instructions where it multiplies matrices in anything but
+IEEE float32.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ OPS = ("intra_cka", "gram", "structure", "kmeans")
 READER = 3
 
 RANK = {name: place for place, name in enumerate(TARGETS)}
+
+# Local-memory instructions that are no problem: on a GPU of this kind ``gram`` takes 61 us with 33 of them in four
+# warps, and 73 us without any in eight (K = 100, bfloat16).
+SPILLS = {"sm_90": 100}
 
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
@@ -92,7 +97,7 @@ class Row(NamedTuple):
     def problems(self) -> list[str]:
         """Say why this kernel is not acceptable."""
         found = []
-        if self.spills:
+        if self.spills > SPILLS.get(self.target, 0):
             found.append(f"{self.spills} spills")
         if self.shared > TARGETS[self.target].shared_memory:
             found.append(f"{self.shared} bytes of shared memory, {self.target} has less")
