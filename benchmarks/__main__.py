@@ -195,9 +195,9 @@ def _bench(argv: Sequence[str]) -> int:
     """Run everything that this machine can, hold it against the table, and write result and report.
 
     Forward and whole passes. Beside a memory the reference, which takes seconds for its distances, judges and is not
-    timed; torch.compile, which takes half a minute for a shape, is timed on the first of an op; growth takes a fourth of
-    the time per case. Ends with 1 if the gate refuses one of ours; a number of the table
-    that is missed is in the report, and ``--check`` is what ends with 1 for it.
+    timed; torch.compile, which takes half a minute for a shape, is timed on the first of an op; growth takes a fourth
+    of the time per case. Ends with 1 if the gate refuses one of ours; a number of the table that is missed is in the
+    report, and ``--check`` is what ends with 1 for it.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks bench", description=_bench.__doc__)
     _settings(parser)
