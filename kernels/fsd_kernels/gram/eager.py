@@ -74,23 +74,23 @@ def _centre(rows: Tensor, mean: Tensor, source: Tensor, columns: slice, mask: Te
     torch.sub(part, mean, out=rows)
 
 
-def padded(rows: int, multiple: int = _MULTIPLE) -> int:
-    """So many rows of a block, its mean's included, and those of zeros up to a multiple."""
-    return -(-rows // multiple) * multiple
+def padded(rows: int) -> int:
+    """So many rows of a block, its mean's included, and those of zeros up to a multiple of ``_MULTIPLE``."""
+    return -(-rows // _MULTIPLE) * _MULTIPLE
 
 
 def _stacked(
-    features: Tensor, memory: Tensor | None, mask: Tensor | None, most: int, multiple: int = 1
+    features: Tensor, memory: Tensor | None, mask: Tensor | None, most: int
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield (columns, Z[:, columns]) along the feature axis; every slice reuses one buffer.
 
-    The rows of the memory and those of the features each end in zeros up to a multiple of ``multiple``.
+    The rows of the memory and those of the features are each ``padded`` with zeros.
     """
     head = 0 if memory is None else memory.shape[0] + 1
-    first = padded(head, multiple)
+    first = padded(head)
     last = first + features.shape[0]
     width = features.shape[1] if memory is None else memory.shape[1]
-    total = first + padded(features.shape[0] + 1, multiple)
+    total = first + padded(features.shape[0] + 1)
     buffer = features.new_empty((total, min(most, width) + _GAP), dtype=compute_dtype(features))
     buffer[head:first] = 0.0
     buffer[last + 1 :] = 0.0
@@ -247,7 +247,7 @@ def forward(
     if head:
         products += [(other, own)] if memory_gram is not None else [(other, own), (own, own)]
     sums = features.new_zeros((total, total), dtype=torch.float64)
-    for _, stacked in _stacked(features, memory, mask, _FORWARD_COLUMNS, _MULTIPLE):
+    for _, stacked in _stacked(features, memory, mask, _FORWARD_COLUMNS):
         for rows, columns in products:
             sums[rows, columns] += _product(stacked[rows], stacked[columns])
     sums[own, other] = sums[other, own].T
