@@ -5,7 +5,7 @@ python -m benchmarks --check             measure what the table of numbers needs
 python -m benchmarks cost [...]          predict bytes, flops, launches and times of a device that is not here
 python -m benchmarks report FILE         write the Markdown report of a result
 python -m benchmarks compare A B         what moved beyond the spread
-python -m benchmarks kernels-report | traffic | mutate | memory [...]
+python -m benchmarks kernels-report | traffic | mutate | memory | kernel-times [...]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from benchmarks.registry import OPS
 from benchmarks.results import WRONG, Result, Row
 from fsd_kernels import cost
 
-MODULES = ("kernels-report", "traffic", "mutate", "memory")
+MODULES = ("kernels-report", "traffic", "mutate", "memory", "kernel-times")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -196,13 +197,18 @@ def _bench(argv: Sequence[str]) -> int:
 
     Forward and whole passes. Beside a memory the reference, which takes seconds for its distances, judges and is not
     timed; torch.compile, which takes half a minute for a shape, is timed on the first of an op; growth takes a fourth
-    of the time per case. Ends with 1 if the gate refuses one of ours; a number of the table that is missed is in the
-    report, and ``--check`` is what ends with 1 for it.
+    of the time per case, and what is left of it when the time is up is left out, which is said. Ends with 1 if the gate
+    refuses one of ours; a number of the table that is missed is in the report, and ``--check`` is what ends with 1 for
+    it.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks bench", description=_bench.__doc__)
     _settings(parser)
+    parser.add_argument(
+        "--minutes", type=float, default=20.0, help="after which no case of growth is begun (default 20)"
+    )
     parser.set_defaults(min_rounds=3, seconds=4.0)
     options = parser.parse_args(argv)
+    begin = time.monotonic()
     run = Run(options)
     for op in OPS.values():
         slow = {"reference"} if "centroids" in op.letters else set()
@@ -211,8 +217,19 @@ def _bench(argv: Sequence[str]) -> int:
             run.measure(op.name, [case], [name for name in op.providers if name not in slow], modes)
             slow.add("compiled")
     run.settings = run.settings._replace(seconds=options.seconds / 4, memory=False)
-    for name in table.GROWTH_OPS:
-        run.measure(name, OPS[name].shapes["growth"], ["ours"], ["full"])
+    cases = [
+        (place, name, case)
+        for name in table.GROWTH_OPS
+        for place, case in enumerate(OPS[name].shapes["growth"])
+    ]
+    # All ops' growth with one size, then with the next. A case takes no more than half a minute, the report as long.
+    growth = sorted(cases, key=lambda each: each[0])
+    end = begin + 60 * (options.minutes - 1)
+    for done, (_, name, case) in enumerate(growth):
+        if time.monotonic() > end:
+            print(f"\nthe time is up: {len(growth) - done} of {len(growth)} cases of growth are left out")
+            break
+        run.measure(name, [case], ["ours"], ["full"])
     if options.json is None:
         options.json = results.default_path(run.result)
     run.finish(options, True)

@@ -192,7 +192,7 @@ def _plots(result: Result, stem: Path) -> list[Path]:
         path = stem.with_name(f"{stem.name}-{name}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         pyplot.tight_layout()
-        pyplot.savefig(path, dpi=110)
+        pyplot.savefig(path, dpi=110, bbox_inches="tight")
         pyplot.close()
         drawn.append(path)
 
@@ -209,7 +209,10 @@ def _plots(result: Result, stem: Path) -> list[Path]:
             [times.high - times.median for _, times in bars],
         ]
         colours = ["#4477aa" if times.median >= 1 else "#ee6677" for _, times in bars]
-        pyplot.barh(range(len(bars)), middle, xerr=spread, height=0.7, color=colours)
+        # From 1, twice as long and half as long look alike; one that takes hundreds of times as long hides no other.
+        lengths = [each - 1 for each in middle]
+        pyplot.barh(range(len(bars)), lengths, left=1, xerr=spread, height=0.7, color=colours)
+        pyplot.xscale("log")
         pyplot.yticks(range(len(bars)), [name for name, _ in bars], fontsize=7)
         pyplot.ylim(len(bars) - 0.4, -0.6)
         pyplot.axvline(1, color="black", linewidth=0.8)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import __main__ as command
-from benchmarks import checks, gate, harness, memory, registry, report, results
+from benchmarks import checks, gate, harness, kernel_times, memory, registry, report, results
 from benchmarks.contenders import LossContender, Outcome
 from benchmarks.growth import fitted_exponent, growth
 from benchmarks.harness import Canary, Timed
@@ -347,6 +347,29 @@ def test_bench_exits_1_where_ours_is_wrong(
     assert {row.status for row in results.load(path).rows if row.provider == "broken"} == {WRONG}
 
 
+@pytest.mark.usefixtures("quick_ceilings", "ops_as_they_were")
+@pytest.mark.parametrize(("minutes", "cases"), [(20, 3), (0, 1)])
+def test_bench_begins_no_growth_when_its_time_is_up(
+    minutes: int,
+    cases: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shapes = {"paper": [SMALL], "growth": [SMALL._replace(batch=batch) for batch in (5, 6)]}
+    op = dataclasses.replace(OPS["intra"], providers={"ours": OPS["intra"].providers["ours"]}, shapes=shapes)
+    OPS.clear()
+    OPS["intra"] = op
+    monkeypatch.setattr(checks, "evaluate", lambda result: [])
+    monkeypatch.setattr(checks, "GROWTH_OPS", ("intra",))
+    path = tmp_path / "result.json"
+    options = ["--seconds", "0", "--min-rounds", "2", "--minutes", str(minutes), "--json", str(path)]
+    assert command.main(["bench", *options]) == 0
+    rows = results.load(path).rows
+    assert len({row.case for row in rows if row.mode == "full" and row.provider == "ours"}) == cases
+    assert ("2 of 2 cases of growth are left out" in capsys.readouterr().out) == (cases == 1)
+
+
 @pytest.mark.usefixtures("quick_ceilings")
 def test_the_table_takes_as_many_rounds_as_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     needed = checks.Needed("intra", (SMALL,), ("ours",), 5), checks.Needed("local", (SMALL,), ("ours",))
@@ -669,3 +692,27 @@ def test_a_refused_provider_fails_the_table() -> None:
 @pytest.mark.parametrize(("bound", "least"), [(16.0, 8.0), (9.5, 8.0), (8.0, 6.8)])
 def test_a_build_need_not_outrun_its_own_forward(bound: float, least: float) -> None:
     assert memory.least_faster(bound) == pytest.approx(least)
+
+
+def test_kernel_times_profile_what_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, size in (("_BATCH", 4), ("_ROWS", 5), ("_WIDTH", 6), ("_POINTS", 120)):
+        monkeypatch.setattr(kernel_times, name, size)
+    names = []
+    for name, call in kernel_times.cases(torch.float32, CPU):
+        call()
+        names.append(name)
+    assert names == ["L_I", "L_G + L_L, K=100", "L_G + L_L, K=300", "k-means, K=100"]
+    if not torch.cuda.is_available():
+        assert kernel_times.main([]) == 2
+        assert "needs a GPU" in capsys.readouterr().err
+
+
+def test_a_gpu_result_says_what_was_rounded_and_what_the_cpu_took(tmp_path: Path) -> None:
+    rows = [_row("ours", [2e-4], host_seconds=1.5e-3)]
+    result = _result(rows)
+    result.environment.update({"device_type": "cuda", "dtype": "float32", "precision": "tf32"})
+    text = report.report(result, tmp_path / "x")
+    assert "float32, tf32 products" in text
+    assert "the CPU enqueues it in 1.5 ms" in text
