@@ -302,6 +302,16 @@ def test_gram_beside_a_memory_with_an_offset(offset: float, masked: bool) -> Non
     assert relative_error(gram(features.float(), memory.float(), mask), truth) < 1e-6
 
 
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+@pytest.mark.parametrize("with_memory", [False, True])
+def test_gram_of_many_rows_in_strips(with_memory: bool, offset: float) -> None:
+    assert len(list(gram_eager.strips(70))) == 2
+    features = torch.randn(70, 40, generator=make_generator(0)).double() + offset
+    memory = torch.randn(140, 40, generator=make_generator(1)).double() + offset if with_memory else None
+    truth = gram(features, memory, backend="reference")
+    assert relative_error(gram(features, memory), truth) < 1e-12
+
+
 def test_a_memory_whose_offset_lies_between_the_samples() -> None:
     memory = torch.randn(6, 8192, generator=make_generator(0))
     memory[:, 512:700] += 100.0

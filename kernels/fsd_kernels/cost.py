@@ -230,15 +230,20 @@ def eager(op: str, shape: Shape) -> dict[str, int]:
         widths = shape.width + (shape.teacher_width or shape.width)
         forward = shape.pairs * shape.batch * 2 * entries * widths
         return {"forward": forward, "backward": stages["backward"].flops}
-    batch, centroids = shape.batch, 0 if op == "local" else shape.centroids
-    products, own, weights = batch**2, 0, batch**2
-    if centroids:
-        from fsd_kernels.gram.eager import padded
+    from fsd_kernels.gram.eager import padded
+    from fsd_kernels.gram.eager import strips as gram_strips
 
+    def square(rows: int) -> int:
+        """Entries of a block's product with itself."""
+        return sum(strip.stop * (strip.stop - strip.start) for strip in gram_strips(rows))
+
+    batch, centroids = shape.batch, 0 if op == "local" else shape.centroids
+    products, own, weights = square(batch), 0, batch**2
+    if centroids:
         # Per feature: the batch and its mean with the memory and itself; a memory with itself. It has no large mean.
         rows = padded(batch + 1)
-        products = rows * (centroids + rows)
-        own = centroids**2
+        products = rows * centroids + square(rows)
+        own = square(centroids)
         weights = (batch + centroids) ** 2
     flops = {
         "forward": 2 * (products + own) * shape.student_features + 2 * products * shape.teacher_features,

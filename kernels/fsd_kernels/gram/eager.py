@@ -5,7 +5,7 @@ centred into a small float32 buffer (float64 for float64 features) and multiplie
 float32 within a part and float64 over the parts, and Gamma stays float64: near CKA = 1, and in the differences of
 cosines that are all but 0, the losses live in its last bits. A diagonal block that holds nothing but the rounding of
 its features is 0. Only the buffer is extra memory; the inputs are never concatenated. Where a slice starts depends on
-nothing but F, so equal memories give equal bits.
+nothing but F, so equal memories give equal bits. A block's product with itself is made of strips of its lower triangle.
 
 What is multiplied as it is, and centred in Gamma, in float64, is read once and written nowhere: features without a
 memory, and a memory, unless their mean row has more energy than all that sets them apart, so that this would lose much.
@@ -34,6 +34,8 @@ _FORWARD_COLUMNS, _BACKWARD_COLUMNS = 16384, 2048
 _PART, _BACKWARD_PART = 2048, 1024
 # Columns of each of some eight samples of a memory.
 _SAMPLED = 256
+# Rows of a strip.
+_STRIP = 64
 # Products take rows by so many: with one more they take up to a third longer.
 _MULTIPLE = 4
 # The rows of a buffer are this much longer than a slice: a multiple of 1024 apart they would share cache sets.
@@ -117,6 +119,21 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return result
 
 
+def strips(rows: int) -> Iterator[slice]:
+    """Cut the rows of a block into strips, of whose product with the block nothing above the diagonal is needed."""
+    for start in range(0, rows, _STRIP):
+        yield slice(start, min(start + _STRIP, rows))
+
+
+def _own_product(rows: Tensor) -> Tensor:
+    """rows rows^T, [n, n] in float64, of [n, w]: strips of the lower triangle, and their mirror images."""
+    result = rows.new_empty((len(rows), len(rows)), dtype=torch.float64)
+    for strip in strips(len(rows)):
+        result[strip, : strip.stop] = _product(rows[strip], rows[: strip.stop])
+        result[: strip.start, strip] = result[strip, : strip.start].T
+    return result
+
+
 def _uncentred(features: Tensor, mask: Tensor | None, most: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield (columns, features[:, columns]), 0 where dropped, along the feature axis."""
     for columns in _slices(features.shape[1], most):
@@ -152,7 +169,7 @@ def _forward_uncentred(features: Tensor, mask: Tensor | None) -> Tensor | None:
     """Gamma of features [B, F] without a memory, multiplied as they are; None where they must be centred first."""
     gram: Tensor | None = None
     for _, rows in _uncentred(features, mask, _FORWARD_COLUMNS):
-        product = _product(rows, rows)
+        product = _own_product(rows)
         if gram is None:
             gram = product
             # Most probably the other slices are no better than the first.
@@ -196,10 +213,10 @@ def _forward_uncentred_memory(
         centred = buffer[:, : columns.stop - columns.start]
         _centre(centred[:batch], centred[batch], features, columns, mask)
         rows = memory[:, columns].to(dtype)
-        own += _product(centred, centred)
+        own += _own_product(centred)
         cross += _product(centred, rows)
         if memory_gram is None:
-            block += _product(rows, rows)
+            block += _own_product(rows)
     gamma = features.new_empty((head + batch + 1, head + batch + 1), dtype=torch.float64)
     known = gamma[:head, :head]
     if memory_gram is None:
@@ -249,7 +266,10 @@ def forward(
     sums = features.new_zeros((total, total), dtype=torch.float64)
     for _, stacked in _stacked(features, memory, mask, _FORWARD_COLUMNS):
         for rows, columns in products:
-            sums[rows, columns] += _product(stacked[rows], stacked[columns])
+            if rows == columns:
+                sums[rows, rows] += _own_product(stacked[rows])
+            else:
+                sums[rows, columns] += _product(stacked[rows], stacked[columns])
     sums[own, other] = sums[other, own].T
     kept = torch.tensor([*range(head), *range(first, last + 1)], device=sums.device)
     gram = sums[kept[:, None], kept]
