@@ -105,7 +105,7 @@ GOOD = Row(
     [
         ({"shared": TARGETS["sm_80"].shared_memory + 1}, "shared memory"),
         ({"matrix": 0}, "no matrix instruction"),
-        ({"spills": 1}, "1 spills"),
+        ({"spills": 101}, "101 spills"),
         ({"stores": 0}, "no store"),
         ({"atomics": 2}, "2 atomics"),
     ],
@@ -114,6 +114,7 @@ def test_every_problem_is_named(change: dict[str, int], problem: str) -> None:
     assert GOOD.problems() == []
     assert any(problem in found for found in GOOD._replace(**change).problems())
     assert GOOD._replace(matrix=0, needs_matrix=False).problems() == []
+    assert GOOD._replace(spills=kernels_report.SPILLS).problems() == []
 
 
 def test_the_summary_has_the_extremes() -> None:
