@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import harness
 from benchmarks.growth import Growth, growth
 from benchmarks.peers import CKA_PEERS, KMEANS_PEERS
 from benchmarks.registry import OPS
@@ -278,7 +279,7 @@ def report(result: Result, stem: Path) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     modified = " with changes" if environment["modified"] else ""
     # Files of earlier versions do not say; they are float32's.
-    canary = "2.4" if environment["device_type"] == "cpu" else "154"
+    clock = harness.CpuClock if environment["device_type"] == "cpu" else harness.CudaClock
     kind = f", {environment['dtype']}, {environment['precision']} products" if "dtype" in environment else ""
     noisy = sum(row.noisy for row in result.rows)
     parts = [
@@ -287,7 +288,7 @@ def report(result: Result, stem: Path) -> str:
         f"{versions}.",
         f"In the same run this machine reached {result.ceilings['matmul'] / 1e9:.0f} GFLOP/s in a large product and "
         f"{result.ceilings['copy'] / 1e9:.1f} GB/s in a large copy. Percentages are of that copy, and of a product of "
-        f"{canary} GFLOP timed in the same rounds, for the minimal work of each op.",
+        f"{clock.canary_flops / 1e9:.1f} GFLOP timed in the same rounds, for the minimal work of each op.",
         "Providers are timed in turn within one run; ratios are taken pair by pair; ms are medians. Errors are of "
         "value / gradient, relative to the reference in float64, on ordinary features and on features with BERT's "
         "outlier dimensions. What is wrong is not timed.",

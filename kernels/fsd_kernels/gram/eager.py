@@ -284,27 +284,13 @@ def forward(
     return gram
 
 
-def _own_columns(left: Tensor, batch: int, head: int) -> tuple[Tensor, Tensor]:
-    """``left`` T for left [n, N]: its columns for the features [n, B] and for the memory [n, K]."""
-    of_mean = left[:, -1:]
-    features = left[:, head:-1]
-    features = features - features.mean(dim=1, keepdim=True) + of_mean / max(1, batch)
-    if head == 0:
-        return features, left[:, :0]
-    memory = left[:, : head - 1]
-    return features, memory - memory.mean(dim=1, keepdim=True) + (left[:, head - 1 : head] - of_mean) / (
-        head - 1
-    )
-
-
-def _transposed_map(d_gram: Tensor, head: int) -> tuple[Tensor, Tensor]:
-    """T^T (dGamma + dGamma^T): the rows that belong to the features [B, N] and to the memory [K, N]."""
-    d_sum = d_gram + d_gram.T
-    own, mean = d_sum[head:-1], d_sum[-1]
+def _transposed_map(matrix: Tensor, head: int) -> tuple[Tensor, Tensor]:
+    """T^T ``matrix`` for a matrix [N, n]: the rows that belong to the features [B, n] and to the memory [K, n]."""
+    own, mean = matrix[head:-1], matrix[-1]
     features = own - own.mean(dim=0) + mean / max(1, own.shape[0])
     if head == 0:
-        return features, d_sum[:0]
-    own, own_mean = d_sum[: head - 1], d_sum[head - 1]
+        return features, matrix[:0]
+    own, own_mean = matrix[: head - 1], matrix[head - 1]
     return features, own - own.mean(dim=0) + (own_mean - mean) / (head - 1)
 
 
@@ -328,11 +314,15 @@ def backward(
     d_memory = torch.empty_like(memory) if memory is not None and needs[1] else features.new_empty(0)
     batch, own = features.shape
     head = 0 if memory is None else memory.shape[0] + 1
-    rows_of = [left for left, needed in zip(_transposed_map(d_gram, head), needs, strict=True) if needed]
+    rows_of = [
+        left for left, needed in zip(_transposed_map(d_gram + d_gram.T, head), needs, strict=True) if needed
+    ]
     if not rows_of:
         return d_features, d_memory
     dtype = compute_dtype(features)
-    of_features, of_memory = (left.to(dtype) for left in _own_columns(torch.cat(rows_of), batch, head))
+    of_features, of_memory = (
+        right.T.contiguous().to(dtype) for right in _transposed_map(torch.cat(rows_of).T, head)
+    )
     if memory is None and mask is None and features.dtype == dtype:
         return torch.mm(of_features, features, out=d_features), d_memory
     most = _FORWARD_COLUMNS if memory is None else _BACKWARD_COLUMNS

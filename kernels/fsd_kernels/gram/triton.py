@@ -229,16 +229,8 @@ def _gram_fwd_kernel(
 ):  # fmt: skip
     """One program per part of F: Gamma over that part, from tile row FIRST on, to partial [parts, N, N]."""
     inputs = (
-        memory_ptr,
-        stride_mk,
-        stride_mf,
-        features_ptr,
-        stride_hb,
-        stride_hf,
-        mask_ptr,
-        stride_kb,
-        stride_ks,
-    )
+        memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf, mask_ptr, stride_kb, stride_ks,
+    )  # fmt: skip
     sizes = (K, B, head, N, memory_width, features_width, token)
     part = tl.program_id(0)
     first = part * part_f
@@ -298,16 +290,8 @@ def _gram_mean_kernel(
 ):  # fmt: skip
     """One program per slice of F: the means of the memory and of the features, to mean [2, F]."""
     inputs = (
-        memory_ptr,
-        stride_mk,
-        stride_mf,
-        features_ptr,
-        stride_hb,
-        stride_hf,
-        mask_ptr,
-        stride_kb,
-        stride_ks,
-    )
+        memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf, mask_ptr, stride_kb, stride_ks,
+    )  # fmt: skip
     sizes = (K, B, head, N, memory_width, features_width, token)
     start = tl.program_id(0) * BLOCK_F
     columns = start + tl.arange(0, BLOCK_F)
@@ -335,16 +319,8 @@ def _gram_tile_kernel(
 ):  # fmt: skip
     """One program per (lower-triangle tile, part of F): that tile of Gamma over that part."""
     inputs = (
-        memory_ptr,
-        stride_mk,
-        stride_mf,
-        features_ptr,
-        stride_hb,
-        stride_hf,
-        mask_ptr,
-        stride_kb,
-        stride_ks,
-    )
+        memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf, mask_ptr, stride_kb, stride_ks,
+    )  # fmt: skip
     sizes = (K, B, head, N, memory_width, features_width, token)
     tile = tl.program_id(0)
     part = tl.program_id(1)
@@ -508,16 +484,8 @@ def _gram_bwd_kernel(
     programs of one part are launched side by side, as in the forward.
     """
     inputs = (
-        memory_ptr,
-        stride_mk,
-        stride_mf,
-        features_ptr,
-        stride_hb,
-        stride_hf,
-        mask_ptr,
-        stride_kb,
-        stride_ks,
-    )
+        memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf, mask_ptr, stride_kb, stride_ks,
+    )  # fmt: skip
     outputs = (d_memory_ptr, stride_dk, stride_df, d_features_ptr, stride_gb, stride_gf)
     sizes = (K, B, head, N, memory_width, features_width, token)
     first = tl.program_id(1) * part_f
@@ -562,16 +530,8 @@ def _gram_bwd_tile_kernel(
 ):  # fmt: skip
     """One program per (tile of rows, slice of F): that tile of A Z, INNER rows of Z at a time."""
     inputs = (
-        memory_ptr,
-        stride_mk,
-        stride_mf,
-        features_ptr,
-        stride_hb,
-        stride_hf,
-        mask_ptr,
-        stride_kb,
-        stride_ks,
-    )
+        memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf, mask_ptr, stride_kb, stride_ks,
+    )  # fmt: skip
     outputs = (d_memory_ptr, stride_dk, stride_df, d_features_ptr, stride_gb, stride_gf)
     sizes = (K, B, head, N, memory_width, features_width, token)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
