@@ -185,7 +185,7 @@ def _plots(result: Result, stem: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     drawn: list[Path] = []
 
@@ -214,6 +214,10 @@ def _plots(result: Result, stem: Path) -> list[Path]:
         lengths = [each - 1 for each in middle]
         pyplot.barh(range(len(bars)), lengths, left=1, xerr=spread, height=0.7, color=colours)
         pyplot.xscale("log")
+        axis = pyplot.gca().xaxis
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axis.set_minor_formatter(ticker.NullFormatter())
         pyplot.yticks(range(len(bars)), [name for name, _ in bars], fontsize=7)
         pyplot.ylim(len(bars) - 0.4, -0.6)
         pyplot.axvline(1, color="black", linewidth=0.8)
