@@ -180,13 +180,7 @@ def test_sums_over_chunks_and_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     # Small enough that samples are worked on one by one, and a slice holds one token, or 5 columns without a mask.
     monkeypatch.setattr(intra_eager, "_CHUNK_ELEMENTS", 50)
     monkeypatch.setattr(intra_eager, "_CACHED_ELEMENTS", 20)
-    for name, columns in (
-        ("_FORWARD_COLUMNS", 5),
-        ("_BACKWARD_COLUMNS", 5),
-        ("_PART", 2),
-        ("_BACKWARD_PART", 2),
-    ):
-        monkeypatch.setattr(gram_eager, name, columns)
+    monkeypatch.setattr(gram_eager, "_COLUMNS", 5)
     mask = ragged_mask(4, 6, lengths=[6, 2, 5, 1])
     student, teacher = bert_features(4, 6, 4, seed=1), bert_features(4, 6, 9, seed=2)
     own, given = centroids(3, 8, 4), centroids(3, 8, 9)
@@ -270,7 +264,7 @@ def test_gram_of_features_with_an_offset(offset: float, masked: bool) -> None:
 
 
 def test_an_offset_that_only_later_slices_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gram_eager, "_FORWARD_COLUMNS", 16)
+    monkeypatch.setattr(gram_eager, "_COLUMNS", 16)
     features = torch.randn(7, 48, generator=make_generator(0))
     features[:, 32:] += 1000.0
     truth = gram(features.double(), backend="reference")

@@ -12,8 +12,8 @@ memory, and a memory, unless their mean row has more energy than all that sets t
 Beside a memory the features, of which there are fewer, are always centred first.
 
 Backward: Z = T [memory; features] with a constant T (centring, block by block, and the means' rows), so
-d[memory; features] = (T^T (dGamma + dGamma^T) T) [memory; features], slice by slice, written straight to the gradients:
-the small matrix centres them.
+d[memory; features] = (T^T (dGamma + dGamma^T) T) [memory; features], written straight to the gradients: the small
+matrix centres them. Only rows that must be copied, to drop tokens or for another dtype, are walked in slices.
 """
 
 from __future__ import annotations
@@ -26,12 +26,9 @@ from torch import Tensor
 
 from fsd_kernels._numerics import MOST_ENERGY, compute_dtype, rounding_energy
 
-# Columns of a slice. Long slices make few products, of which each pays for its start; the rows of a short one stay in
-# the cache between centring and multiplying. Backward the gradients are held as well, so that the buffer is small.
-_FORWARD_COLUMNS, _BACKWARD_COLUMNS = 16384, 2048
-# Columns of a part of a slice. The parts of a slice are one batch of products, of which a thread takes whole ones: that
-# is faster than threads which share a product of so few rows, and short sums lose less to rounding.
-_PART, _BACKWARD_PART = 2048, 1024
+# Columns of a slice: enough for threads to share a product of few rows, and so few that its sums lose little to
+# rounding and its centred rows stay in the cache until they are multiplied.
+_COLUMNS = 8192
 # Columns of each of some eight samples of a memory.
 _SAMPLED = 256
 # Rows of a strip.
@@ -42,10 +39,10 @@ _MULTIPLE = 4
 _GAP = 16
 
 
-def _slices(width: int, most: int) -> Iterator[slice]:
-    """Cut the feature axis into slices of so many columns."""
-    for start in range(0, width, most):
-        yield slice(start, min(start + most, width))
+def _slices(width: int) -> Iterator[slice]:
+    """Cut the feature axis into slices."""
+    for start in range(0, width, _COLUMNS):
+        yield slice(start, min(start + _COLUMNS, width))
 
 
 def _dropped(mask: Tensor, columns: slice, width: int) -> Tensor:
@@ -81,10 +78,8 @@ def padded(rows: int) -> int:
     return -(-rows // _MULTIPLE) * _MULTIPLE
 
 
-def _stacked(
-    features: Tensor, memory: Tensor | None, mask: Tensor | None, most: int
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (columns, Z[:, columns]) along the feature axis; every slice reuses one buffer.
+def _stacked(features: Tensor, memory: Tensor | None, mask: Tensor | None) -> Iterator[Tensor]:
+    """Yield Z[:, columns] along the feature axis; every slice reuses one buffer.
 
     The rows of the memory and those of the features are each ``padded`` with zeros.
     """
@@ -93,30 +88,17 @@ def _stacked(
     last = first + features.shape[0]
     width = features.shape[1] if memory is None else memory.shape[1]
     total = first + padded(features.shape[0] + 1)
-    buffer = features.new_empty((total, min(most, width) + _GAP), dtype=compute_dtype(features))
+    buffer = features.new_empty((total, min(_COLUMNS, width) + _GAP), dtype=compute_dtype(features))
     buffer[head:first] = 0.0
     buffer[last + 1 :] = 0.0
-    for columns in _slices(width, most):
+    for columns in _slices(width):
         stacked = buffer[:, : columns.stop - columns.start]
         if memory is not None:
             _centre(stacked[: head - 1], stacked[head - 1], memory, columns, None)
         _centre(stacked[first:last], stacked[last], features, columns, mask)
         if memory is not None:
             stacked[last] -= stacked[head - 1]
-        yield columns, stacked
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left right^T, [n, m] in float64, of [n, w] and [m, w]: float32 within parts of the columns, float64 over them."""
-    width = left.shape[1]
-    whole = width - width % _PART
-    result = left.new_zeros((left.shape[0], right.shape[0]), dtype=torch.float64)
-    if whole:
-        parts = [rows[:, :whole].unflatten(1, (-1, _PART)).transpose(0, 1) for rows in (left, right)]
-        torch.sum(torch.bmm(parts[0], parts[1].mT), dim=0, dtype=torch.float64, out=result)
-    if whole < width:
-        result += left[:, whole:] @ right[:, whole:].T
-    return result
+        yield stacked
 
 
 def strips(rows: int) -> Iterator[slice]:
@@ -126,21 +108,20 @@ def strips(rows: int) -> Iterator[slice]:
 
 
 def _own_product(rows: Tensor) -> Tensor:
-    """rows rows^T, [n, n] in float64, of [n, w]: strips of the lower triangle, and their mirror images."""
-    result = rows.new_empty((len(rows), len(rows)), dtype=torch.float64)
+    """rows rows^T, [n, n], of [n, w]: strips of the lower triangle, and their mirror images."""
+    if len(rows) <= _STRIP:
+        return rows @ rows.T
+    result = rows.new_empty((len(rows), len(rows)))
     for strip in strips(len(rows)):
-        result[strip, : strip.stop] = _product(rows[strip], rows[: strip.stop])
+        result[strip, : strip.stop] = rows[strip] @ rows[: strip.stop].T
         result[: strip.start, strip] = result[strip, : strip.start].T
     return result
 
 
-def _uncentred(features: Tensor, mask: Tensor | None, most: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (columns, features[:, columns]), 0 where dropped, along the feature axis."""
-    for columns in _slices(features.shape[1], most):
-        rows = features[:, columns].to(compute_dtype(features))
-        if mask is not None:
-            rows = rows.masked_fill(_dropped(mask, columns, features.shape[1]), 0.0)
-        yield columns, rows
+def _rows_of(source: Tensor, columns: slice, dtype: torch.dtype, mask: Tensor | None = None) -> Tensor:
+    """Columns of ``source`` [n, F] in ``dtype``, 0 where dropped: a copy only where they are not that already."""
+    rows = source[:, columns].to(dtype)
+    return rows if mask is None else rows.masked_fill(_dropped(mask, columns, source.shape[1]), 0.0)
 
 
 def _drop_rounding(block: Tensor, mean_energy: Tensor, dtype: torch.dtype) -> None:
@@ -168,10 +149,10 @@ def _centre_gram(gram: Tensor, gamma: Tensor) -> None:
 def _forward_uncentred(features: Tensor, mask: Tensor | None) -> Tensor | None:
     """Gamma of features [B, F] without a memory, multiplied as they are; None where they must be centred first."""
     gram: Tensor | None = None
-    for _, rows in _uncentred(features, mask, _FORWARD_COLUMNS):
-        product = _own_product(rows)
+    for columns in _slices(features.shape[1]):
+        product = _own_product(_rows_of(features, columns, compute_dtype(features), mask))
         if gram is None:
-            gram = product
+            gram = product.double()
             # Most probably the other slices are no better than the first.
             if _has_offset(gram):
                 return None
@@ -204,17 +185,17 @@ def _forward_uncentred_memory(
         return None
     batch, (num_centroid, width), dtype = len(features), memory.shape, compute_dtype(features)
     head = num_centroid + 1
-    buffer = features.new_empty((padded(batch + 1), min(_FORWARD_COLUMNS, width) + _GAP), dtype=dtype)
+    buffer = features.new_empty((padded(batch + 1), min(_COLUMNS, width) + _GAP), dtype=dtype)
     buffer[batch + 1 :] = 0.0
     own = features.new_zeros((len(buffer), len(buffer)), dtype=torch.float64)
     cross = features.new_zeros((len(buffer), num_centroid), dtype=torch.float64)
     block = features.new_zeros((num_centroid, num_centroid), dtype=torch.float64)
-    for columns in _slices(width, _FORWARD_COLUMNS):
+    for columns in _slices(width):
         centred = buffer[:, : columns.stop - columns.start]
         _centre(centred[:batch], centred[batch], features, columns, mask)
-        rows = memory[:, columns].to(dtype)
+        rows = _rows_of(memory, columns, dtype)
         own += _own_product(centred)
-        cross += _product(centred, rows)
+        cross += centred @ rows.T
         if memory_gram is None:
             block += _own_product(rows)
     gamma = features.new_empty((head + batch + 1, head + batch + 1), dtype=torch.float64)
@@ -264,12 +245,12 @@ def forward(
     if head:
         products += [(other, own)] if memory_gram is not None else [(other, own), (own, own)]
     sums = features.new_zeros((total, total), dtype=torch.float64)
-    for _, stacked in _stacked(features, memory, mask, _FORWARD_COLUMNS):
+    for stacked in _stacked(features, memory, mask):
         for rows, columns in products:
             if rows == columns:
                 sums[rows, rows] += _own_product(stacked[rows])
             else:
-                sums[rows, columns] += _product(stacked[rows], stacked[columns])
+                sums[rows, columns] += stacked[rows] @ stacked[columns].T
     sums[own, other] = sums[other, own].T
     kept = torch.tensor([*range(head), *range(first, last + 1)], device=sums.device)
     gram = sums[kept[:, None], kept]
@@ -294,15 +275,15 @@ def _transposed_map(matrix: Tensor, head: int) -> tuple[Tensor, Tensor]:
     return features, own - own.mean(dim=0) + (own_mean - mean) / (head - 1)
 
 
-def _parts(rows: Tensor) -> Tensor:
-    """[n, w] as [w / _BACKWARD_PART, n, _BACKWARD_PART], or whole."""
-    part = _BACKWARD_PART if rows.shape[1] % _BACKWARD_PART == 0 else rows.shape[1]
-    return rows.unflatten(1, (-1, part)).transpose(0, 1)
-
-
-def _write(target: Tensor, parts: Tensor) -> None:
-    """Write what ``_parts`` made of [n, w] to a target [n, w], in its dtype."""
-    target.unflatten(1, (len(parts), -1)).copy_(parts.transpose(0, 1))
+def _weighted_sum(target: Tensor, terms: list[tuple[Tensor, Tensor]]) -> None:
+    """Write the sum of the products of weights [n, m] and rows [m, w] to a target [n, w], in its dtype."""
+    (weights, rows), *others = terms
+    total = target if target.dtype == rows.dtype else rows.new_empty(target.shape)
+    torch.mm(weights, rows, out=total)
+    for weights, rows in others:
+        torch.addmm(total, weights, rows, out=total)
+    if total is not target:
+        target.copy_(total)
 
 
 def backward(
@@ -312,45 +293,26 @@ def backward(
     needs = needs[0], needs[1] and memory is not None
     d_features = torch.empty_like(features) if needs[0] else features.new_empty(0)
     d_memory = torch.empty_like(memory) if memory is not None and needs[1] else features.new_empty(0)
-    batch, own = features.shape
+    own = features.shape[1]
     head = 0 if memory is None else memory.shape[0] + 1
-    rows_of = [
-        left for left, needed in zip(_transposed_map(d_gram + d_gram.T, head), needs, strict=True) if needed
-    ]
-    if not rows_of:
-        return d_features, d_memory
-    dtype = compute_dtype(features)
-    of_features, of_memory = (
-        right.T.contiguous().to(dtype) for right in _transposed_map(torch.cat(rows_of).T, head)
-    )
-    if memory is None and mask is None and features.dtype == dtype:
-        return torch.mm(of_features, features, out=d_features), d_memory
-    most = _FORWARD_COLUMNS if memory is None else _BACKWARD_COLUMNS
     width = own if memory is None else memory.shape[1]
+    dtype = compute_dtype(features)
+    # What the rows of the features and of the memory weigh in each gradient.
+    weights = [
+        [columns.T.to(dtype) for columns in _transposed_map(rows.T, head)]
+        for rows in _transposed_map(d_gram + d_gram.T, head)
+    ]
+    copied = mask is not None or any(each is not None and each.dtype != dtype for each in (features, memory))
+    most = _COLUMNS if copied else width
     # No slice is cut by the end of the features.
-    edges = [*range(0, own, most), *range(own, width, most), width]
-    for start, stop in pairwise(edges):
-        columns = slice(start, stop)
-        product = None
-        if memory is not None:
-            rows = _parts(memory[:, columns].to(dtype))
-            product = torch.bmm(of_memory.expand(len(rows), -1, -1), rows)
-        if stop <= own and batch:
-            rows = features[:, columns].to(dtype)
-            if mask is not None:
-                rows = rows.masked_fill(_dropped(mask, columns, own), 0.0)
-            rows = _parts(rows)
-            weights = of_features.expand(len(rows), -1, -1)
-            if product is None:
-                product = torch.bmm(weights, rows)
-            else:
-                torch.baddbmm(product, weights, rows, out=product)
-        if product is None:
-            continue
-        if needs[0] and stop <= own:
-            _write(d_features[:, columns], product[:, :batch])
-            if mask is not None:
-                d_features[:, columns].masked_fill_(_dropped(mask, columns, own), 0.0)
-        if needs[1]:
-            _write(d_memory[:, columns], product[:, batch if needs[0] else 0 :])
+    for start, stop in pairwise([*range(0, own, most), *range(own, width, most), width]):
+        columns, inside = slice(start, stop), stop <= own
+        of_features = _rows_of(features, columns, dtype, mask) if inside else None
+        of_memory = None if memory is None else _rows_of(memory, columns, dtype)
+        for target, needed, own_weights in zip((d_features, d_memory), needs, weights, strict=True):
+            if needed and (inside or target is d_memory):
+                both = zip(own_weights, (of_features, of_memory), strict=True)
+                _weighted_sum(target[:, columns], [(w, rows) for w, rows in both if rows is not None])
+        if needs[0] and mask is not None and inside:
+            d_features[:, columns].masked_fill_(_dropped(mask, columns, own), 0.0)
     return d_features, d_memory
