@@ -228,7 +228,8 @@ def eager(op: str, shape: Shape) -> dict[str, int]:
 
         entries = sum(strip.stop * (strip.stop - strip.start) for strip in strips(shape.rows))
         widths = shape.width + (shape.teacher_width or shape.width)
-        forward = shape.pairs * shape.batch * 2 * entries * widths
+        # The Grams, and the products of both Grams with both.
+        forward = shape.pairs * shape.batch * (2 * entries * widths + 2 * 4 * shape.rows**2)
         return {"forward": forward, "backward": stages["backward"].flops}
     from fsd_kernels.gram.eager import padded
     from fsd_kernels.gram.eager import strips as gram_strips

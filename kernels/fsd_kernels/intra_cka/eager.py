@@ -189,12 +189,11 @@ def _centred_grams(
     if dropped is not None:
         grams.masked_fill_(dropped, 0.0)
     floor, least = rounding_energy(grams.dtype), math.ldexp(1.0, -_EXPONENT[grams.dtype])
-    exist = [
-        all(
-            traces[side][i] > max(least, floor * n * (means[side][i] + removed[side][i])) for side in range(2)
-        )
-        for i, n in enumerate(numbers)
+    there = [
+        [trace > max(least, floor * n * (m + r)) for trace, n, m, r in zip(*side, strict=True)]
+        for side in ((traces[0], numbers, means[0], removed[0]), (traces[1], numbers, means[1], removed[1]))
     ]
+    exist = [given and own for given, own in zip(*there, strict=True)]
     return traces, exist
 
 
@@ -215,6 +214,18 @@ def _scale(grams: Tensor, traces: list[list[float]], exist: list[bool]) -> list[
     ]
     grams *= grams.new_tensor(powers)[..., None, None]
     return powers[1]
+
+
+def _products(grams: Tensor) -> list[list[float]]:
+    """<K_c, L_c> and |L_c|^2 of each sample of [2, b, S, S], float64 over sums of at most 8 rows.
+
+    Equal Grams have equal products, so rho is exactly 1 and R exactly 0.
+    """
+    samples, rows = grams.shape[1:3]
+    each = math.gcd(rows, 8)
+    parts = grams.view(2, samples * (rows // each), each * rows).transpose(0, 1)
+    products = torch.bmm(parts, parts.mT)[:, :, 1].view(samples, rows // each, 2)
+    return products.sum(dim=1, dtype=torch.float64).T.tolist()
 
 
 def _balance(gram: Tensor, kept: Tensor | None) -> None:
@@ -260,8 +271,7 @@ def forward(
             grams, result = _view(buffer, 2, part.stop - part.start, rows, rows), gradient[p, part]
             traces, exist = _centred_grams(grams, (teacher[part], student[part]), kept)
             factors = _scale(grams, traces, exist)
-            # Equal Grams have equal products, so rho is exactly 1 and R exactly 0.
-            products = [torch.mul(gram, grams[1], out=result).sum(dim=(1, 2)).tolist() for gram in grams]
+            products = _products(grams)
             rho = [mixed / own if there else 0.0 for there, mixed, own in zip(exist, *products, strict=True)]
             torch.addcmul(grams[0], grams[1], result.new_tensor(rho)[:, None, None], value=-1, out=result)
             rest = torch.linalg.vector_norm(result.flatten(1), dim=1).tolist()
