@@ -50,8 +50,8 @@ def _case(op: str, sizes: Sizes) -> str:
     return sizes.label(OPS[op].letters)
 
 
-def _text(value: Spread) -> str:
-    return f"{value.median:.2f}x ({value.low:.2f} to {value.high:.2f})"
+def _text(value: Spread, row: Row) -> str:
+    return f"{value.median:.2f}x ({value.low:.2f} to {value.high:.2f}; {len(row.samples)} rounds)"
 
 
 def _missing(name: str, required: str, what: str) -> CheckResult:
@@ -78,7 +78,7 @@ def _at_least(name: str, op: str, sizes: Sizes, against: Sequence[str], factor: 
         if value is None:
             return _missing(name, required, f"{op} {case} in one run")
         reason = f"against {best.provider}" if len(against) > 1 else ""
-        return CheckResult(name, required, _text(value), value.median >= factor, ours.noisy, reason)
+        return CheckResult(name, required, _text(value, ours), value.median >= factor, ours.noisy, reason)
 
     return evaluate
 
@@ -93,7 +93,7 @@ def _at_most_slower(name: str, sizes: Sizes, against: str, factor: float) -> Eva
         value = None if ours is None or other is None else _ratio_of(ours, other)
         if ours is None or value is None:
             return _missing(name, required, f"step {case}: ours and {against}")
-        return CheckResult(name, required, _text(value), value.median <= factor, ours.noisy)
+        return CheckResult(name, required, _text(value, ours), value.median <= factor, ours.noisy)
 
     return evaluate
 

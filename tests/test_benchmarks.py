@@ -370,6 +370,24 @@ def test_bench_begins_no_growth_when_its_time_is_up(
     assert ("2 of 2 cases of growth are left out" in capsys.readouterr().out) == (cases == 1)
 
 
+@pytest.mark.usefixtures("quick_ceilings", "ops_as_they_were")
+def test_bench_gives_a_step_more_time_and_growth_less(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shapes = {"paper": [SMALL], "growth": [SMALL]}
+    ops = [dataclasses.replace(OPS[name], shapes=shapes) for name in ("step", "intra")]
+    OPS.clear()
+    OPS.update({op.name: op for op in ops})
+    given: list[tuple[str, float]] = []
+    monkeypatch.setattr(
+        command, "measure_op", lambda op, cases, settings, *_, **__: given.append((op.name, settings.seconds))
+    )
+    monkeypatch.setattr(checks, "evaluate", lambda result: [])
+    monkeypatch.setattr(checks, "GROWTH_OPS", ("intra",))
+    assert command.main(["bench", "--seconds", "2", "--json", str(tmp_path / "result.json")]) == 0
+    assert given == [("step", 30.0), ("intra", 2.0), ("intra", 0.5)]
+
+
 @pytest.mark.usefixtures("quick_ceilings")
 def test_the_table_takes_as_many_rounds_as_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     needed = checks.Needed("intra", (SMALL,), ("ours",), 5), checks.Needed("local", (SMALL,), ("ours",))
@@ -649,7 +667,7 @@ def test_a_ratio_check_compares_with_the_required_factor() -> None:
     name = "L_I against the released formulation"
     ours = _row("ours", [1.0, 1.0, 1.0], noisy=True)
     good = _check([ours, _row("released", [5.6, 5.5, 5.7])], name)
-    assert (good.passed, good.measured, good.noisy) == (True, "5.60x (5.55 to 5.65)", True)
+    assert (good.passed, good.measured, good.noisy) == (True, "5.60x (5.55 to 5.65; 3 rounds)", True)
     assert _check([ours, _row("released", [5.4, 5.4, 5.6])], name).passed is False
     missing = _check([ours], name)
     assert missing.passed is None
