@@ -54,8 +54,16 @@ def test_demo_table_is_the_one_of_its_file() -> None:
 def test_speed_table_is_the_one_of_its_file() -> None:
     files = re.findall(r"\]\((benchmarks/results/\S+\.json)\)", README)
     assert len(files) == 1
-    assert report.markdown(report.summary(results.load(ROOT / files[0]))) in README
+    result = results.load(ROOT / files[0])
+    assert report.markdown(report.summary(result)) in README
     assert f"({files[0].removesuffix('.json')}.md)" in README
+    # What that run missed is told, with its figure.
+    section = README.partition("### Speed on a CPU")[2].partition("\n### ")[0]
+    for check in result.checks:
+        if check.passed is False:
+            assert re.search(
+                rf"(?<![\d.]){re.escape(check.measured.split()[0].rstrip('x'))}(?![\d.])", section
+            ), check
 
 
 def test_memory_table_is_that_of_its_file() -> None:
