@@ -47,19 +47,24 @@ from benchmarks.inputs import Sizes
 from benchmarks.measure import Settings, measure_op
 from benchmarks.registry import OPS
 from benchmarks.report import aligned
+from fsd_fast.cache.feature_cache import FeatureCache, FeatureIdentity
+from fsd_fast.clustering.two_pass import cluster_stream
 from fsd_fast.data import (
     LENGTH_COLUMN,
-    FeatureCache,
-    FeatureIdentity,
     PadCollator,
     get_task,
     load_task_dataset,
     resolve_model,
     tokenize,
 )
-from fsd_fast.memory import FeatureBatch, MemoryIdentity, TeacherMemory, flatten_features, model_fingerprint
-from fsd_fast.teacher import Teacher
-from fsd_fast.two_pass import cluster_stream
+from fsd_fast.memory.teacher_memory import (
+    FeatureBatch,
+    MemoryIdentity,
+    TeacherMemory,
+    flatten_features,
+    model_fingerprint,
+)
+from fsd_fast.models.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTERS, LENGTH, BATCH, SEEDS = 100, 128, 32, 3
@@ -383,7 +388,7 @@ def least_faster(bound: float) -> float:
 
 _PEAK = """
 import re, sys, torch
-from fsd_fast.two_pass import cluster_stream
+from fsd_fast.clustering.two_pass import cluster_stream
 torch.set_num_threads(1)
 rows, features, width = map(int, sys.argv[1:])
 class Stream:

@@ -19,12 +19,12 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "fetch": ("fsd_fast.training.commands", "get the built-in data and backbone"),
-    "teacher": ("fsd_fast.training.commands", "fine-tune a classifier on the hard labels"),
-    "memory": ("fsd_fast.training.commands", "cluster the teacher's features into its memory"),
-    "distill": ("fsd_fast.training.commands", "train a student next to its teacher"),
-    "evaluate": ("fsd_fast.training.commands", "score a saved classifier"),
-    "demo": ("fsd_fast.demo", "all of it on the built-in task, with a table at the end"),
+    "fetch": ("fsd_fast.commands.distill", "get the built-in data and backbone"),
+    "teacher": ("fsd_fast.commands.distill", "fine-tune a classifier on the hard labels"),
+    "memory": ("fsd_fast.commands.distill", "cluster the teacher's features into its memory"),
+    "distill": ("fsd_fast.commands.distill", "train a student next to its teacher"),
+    "evaluate": ("fsd_fast.commands.distill", "score a saved classifier"),
+    "demo": ("fsd_fast.commands.demo", "all of it on the built-in task, with a table at the end"),
 }
 
 
@@ -50,7 +50,7 @@ def run(command: str, arguments: Sequence[str]) -> dict[str, float]:
 def _prepared(command: str, arguments: Sequence[str]):  # type: ignore[no-untyped-def]
     if command not in COMMANDS:
         raise ValueError(f"unknown command {command!r}; expected one of {', '.join(COMMANDS)}")
-    from fsd_fast.training.arguments import parse
+    from fsd_fast.commands.arguments import parse
 
     parsed = parse(command, arguments)
     module = importlib.import_module(COMMANDS[command][0])
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: The command line without the program's name; None takes the process's own.
     """
-    from fsd_fast.training.arguments import split_launcher_rank
+    from fsd_fast.commands.arguments import split_launcher_rank
 
     listed = split_launcher_rank(sys.argv[1:] if arguments is None else arguments)
     if not listed or listed[0] in ("-h", "--help"):
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fsd-fast {listed[0]}: error: {error}", file=sys.stderr)
         return 2
     figures = work()
-    from fsd_fast.collectives import leave_processes
+    from fsd_fast.distributed import leave_processes
 
     leave_processes()
     if os.environ.get("RANK", "0") != "0":

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fsd_fast import cli
+from fsd_fast.commands.arguments import ARGUMENTS, DistillRunArguments, parse, split_launcher_rank
 from fsd_fast.data import builtin
-from fsd_fast.training.arguments import ARGUMENTS, DistillRunArguments, parse, split_launcher_rank
 from tests.tiny import SEQUENCE, memory_flags, save_backbone, save_tokenizer, tiny, write_rte, write_stsb
 
 __all__ = ["tiny"]

@@ -17,11 +17,11 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from fsd_fast.clustering import MiniBatchKMeans
-from fsd_fast.collectives import Collectives
-from fsd_fast.seeding import k_means_plus_plus
-from fsd_fast.sketch import CountSketch
-from fsd_fast.two_pass import cluster_stream
+from fsd_fast.clustering.kmeans import MiniBatchKMeans
+from fsd_fast.clustering.seeding import k_means_plus_plus
+from fsd_fast.clustering.sketch import CountSketch
+from fsd_fast.clustering.two_pass import cluster_stream
+from fsd_fast.distributed import Collectives
 
 ROOT = Path(__file__).resolve().parents[1]
 

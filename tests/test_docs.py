@@ -10,9 +10,9 @@ from transformers import TrainingArguments
 
 from benchmarks import report, results
 from fsd_fast.cli import COMMANDS
-from fsd_fast.demo import results_table
-from fsd_fast.losses import METHODS
-from fsd_fast.training.arguments import ARGUMENTS, RunArguments
+from fsd_fast.commands.arguments import ARGUMENTS, RunArguments
+from fsd_fast.commands.demo import results_table
+from fsd_fast.losses.structures import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

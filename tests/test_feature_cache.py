@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fsd_fast import files
+from fsd_fast.cache.feature_cache import FeatureCache, FeatureIdentity
 from fsd_fast.cli import run
-from fsd_fast.data import FeatureCache, FeatureIdentity
-from fsd_fast.memory import TeacherMemory
-from fsd_fast.teacher import Teacher
+from fsd_fast.memory.teacher_memory import TeacherMemory
+from fsd_fast.models.teacher import Teacher
 from tests.tiny import SEQUENCE, memory_flags, tiny
 
 __all__ = ["tiny"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fsd_fast.layers import parse_layer_pairs, penultimate_pair
+from fsd_fast.models.layers import parse_layer_pairs, penultimate_pair
 
 
 @pytest.mark.parametrize(

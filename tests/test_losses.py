@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-import fsd_fast.losses
-from fsd_fast.losses import (
+import fsd_fast.losses.structures
+from fsd_fast.losses.structures import (
     METHODS,
     FeatureStructureLoss,
     GlobalInterFeatureLoss,
@@ -163,7 +163,7 @@ def gram_calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         calls.append(memory)
         return frozen_gram(memory, **kwargs)
 
-    monkeypatch.setattr(fsd_fast.losses, "frozen_gram", counted)
+    monkeypatch.setattr(fsd_fast.losses.structures, "frozen_gram", counted)
     return calls
 
 
@@ -366,7 +366,7 @@ def test_one_pass_serves_local_and_global(monkeypatch: pytest.MonkeyPatch) -> No
         calls.append(args)
         return inter_structure(*args, **kwargs)
 
-    monkeypatch.setattr(fsd_fast.losses, "inter_structure", counted)
+    monkeypatch.setattr(fsd_fast.losses.structures, "inter_structure", counted)
     module = FeatureStructureLoss("fsd_ilg", pad_features="exclude", **WEIGHTS)
     results = []
     for share in (True, False):

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fsd_fast import memory
-from fsd_fast.memory import (
+from fsd_fast.memory import teacher_memory as memory
+from fsd_fast.memory.teacher_memory import (
     FeatureBatch,
     MemoryIdentity,
     StudentMemory,

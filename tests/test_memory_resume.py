@@ -17,11 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsd_fast import clustering_state, memory
 from fsd_fast.cli import run
-from fsd_fast.clustering_state import ClusteringState, discard_state
-from fsd_fast.memory import FeatureBatch, MemoryIdentity, TeacherMemory
-from fsd_fast.teacher import Teacher
+from fsd_fast.clustering import checkpoint as clustering_state
+from fsd_fast.clustering.checkpoint import ClusteringState, discard_state
+from fsd_fast.memory import teacher_memory as memory
+from fsd_fast.memory.teacher_memory import FeatureBatch, MemoryIdentity, TeacherMemory
+from fsd_fast.models.teacher import Teacher
 from tests.tiny import memory_flags, memory_identity, tiny
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fsd_fast.losses import (
+from fsd_fast.losses.structures import (
     FeatureStructureLoss,
     GlobalInterFeatureLoss,
     IntraFeatureLoss,

@@ -1,8 +1,7 @@
-"""Tasks and their data: GLUE, movie reviews, the built-in backbone, batching, and the cache of teacher features."""
+"""Tasks and their data: GLUE, movie reviews, the built-in backbone, and batching."""
 
 from fsd_fast.data.builtin import BACKBONE_NAME, backbone_path, cache_dir, fetch, resolve_model, reviews_path
 from fsd_fast.data.collate import LENGTH_COLUMN, PadCollator, tokenize
-from fsd_fast.data.feature_cache import FeatureCache, FeatureIdentity
 from fsd_fast.data.glue import read_glue_folder
 from fsd_fast.data.load import load_task_dataset
 from fsd_fast.data.reviews import load_reviews
@@ -12,8 +11,6 @@ __all__ = [
     "BACKBONE_NAME",
     "LENGTH_COLUMN",
     "TASKS",
-    "FeatureCache",
-    "FeatureIdentity",
     "PadCollator",
     "Task",
     "backbone_path",

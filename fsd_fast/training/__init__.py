@@ -1,1 +1,1 @@
-"""Training: arguments, the Trainer, export, and the commands that use them."""
+"""Training: the Trainer, its checkpoints, and the export of the student."""

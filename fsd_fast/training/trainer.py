@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from fsd_fast.student import DistillationModel
-from fsd_fast.teacher import Teacher, TeacherSignals
+from fsd_fast.models.student import DistillationModel
+from fsd_fast.models.teacher import Teacher, TeacherSignals
 
 
 class FSDTrainer(Trainer):

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from fsd_fast.layers import LayerPair
-from fsd_fast.losses import FeatureStructureLoss
-from fsd_fast.memory import StudentMemory
-from fsd_fast.teacher import TeacherSignals, input_arguments, layer_list
+from fsd_fast.losses.structures import FeatureStructureLoss
+from fsd_fast.memory.teacher_memory import StudentMemory
+from fsd_fast.models.layers import LayerPair
+from fsd_fast.models.teacher import TeacherSignals, input_arguments, layer_list
 
 
 def load_classifier(

@@ -30,11 +30,11 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fsd_fast.clustering_state import ClusteringState
-from fsd_fast.collectives import Collectives
+from fsd_fast.clustering.checkpoint import ClusteringState
+from fsd_fast.clustering.lloyd import IterationStats
+from fsd_fast.clustering.two_pass import StreamClustering, cluster_stream
+from fsd_fast.distributed import Collectives
 from fsd_fast.files import differences, write_atomically
-from fsd_fast.lloyd import IterationStats
-from fsd_fast.two_pass import StreamClustering, cluster_stream
 
 CENTROIDS_FILE = "memory.safetensors"
 METADATA_FILE = "memory.json"

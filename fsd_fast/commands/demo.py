@@ -17,8 +17,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from fsd_fast.commands.arguments import DemoArguments
 from fsd_fast.files import write_json
-from fsd_fast.training.arguments import DemoArguments
 
 TASK = ["--task_name", "reviews", "--max_seq_length", "64", "--pad_features", "exclude"]
 TASK += ["--max_train_samples", "2400"]

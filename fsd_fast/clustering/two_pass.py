@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsd_fast.clustering import MiniBatchKMeans
-from fsd_fast.clustering_state import NOT_SAVED, ClusteringState
-from fsd_fast.collectives import Collectives
-from fsd_fast.lloyd import IterationStats, Survey, lloyd, survey
-from fsd_fast.seeding import sort_centred_
-from fsd_fast.sketch import CountSketch
-from fsd_fast.stream import PointStream, Source
+from fsd_fast.clustering.checkpoint import NOT_SAVED, ClusteringState
+from fsd_fast.clustering.kmeans import MiniBatchKMeans
+from fsd_fast.clustering.lloyd import IterationStats, Survey, lloyd, survey
+from fsd_fast.clustering.seeding import sort_centred_
+from fsd_fast.clustering.sketch import CountSketch
+from fsd_fast.clustering.stream import PointStream, Source
+from fsd_fast.distributed import Collectives
 from fsd_kernels.kmeans import assign, update_
 
 # The norms of a sample in the two passes may differ by the rounding of a feature cache, not by more.
@@ -89,8 +89,8 @@ def cluster_stream(
     more; nothing is saved in ``state``, and the sketch's arguments play no part.
 
     Args:
-        points: This process's points, see ``fsd_fast.stream``. Every reading must give the same points in the
-            same order.
+        points: This process's points, see ``fsd_fast.clustering.stream``. Every reading must give the same points
+            in the same order.
         n_clusters: K.
         seed: Of the sketch and of every restart.
         algorithm: "sketch" or "lloyd".

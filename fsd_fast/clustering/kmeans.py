@@ -6,7 +6,7 @@ without an end:
 
     c_k <- c_k + (sum of the batch's x_i in k  -  n_k c_k) / N_k,     N_k all points that k has ever had
 
-(Sculley 2010). ``cluster_stream`` in ``fsd_fast.two_pass`` clusters with two readings of the points in all.
+(Sculley 2010). ``cluster_stream`` in ``fsd_fast.clustering.two_pass`` clusters with two readings of the points in all.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fsd_fast.collectives import Collectives
-from fsd_fast.lloyd import IterationStats, fetch_rows, lloyd, survey
-from fsd_fast.seeding import k_means_plus_plus, sort_centred_
-from fsd_fast.sketch import CountSketch
-from fsd_fast.stream import PointStream, Source
+from fsd_fast.clustering.lloyd import IterationStats, fetch_rows, lloyd, survey
+from fsd_fast.clustering.seeding import k_means_plus_plus, sort_centred_
+from fsd_fast.clustering.sketch import CountSketch
+from fsd_fast.clustering.stream import PointStream, Source
+from fsd_fast.distributed import Collectives
 from fsd_kernels.kmeans import assign, nearest, update
 
 # k-means++ draws by distances in a sketch this wide, or by the points' own where they are narrower.

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fsd_fast.memory import FeatureBatch, TeacherMemory, flatten_features
-from fsd_fast.sketch import CountSketch
+from fsd_fast.clustering.sketch import CountSketch
+from fsd_fast.memory.teacher_memory import FeatureBatch, TeacherMemory, flatten_features
 from fsd_kernels.kmeans import nearest
 
 PLOT_FILE = "memory_plot.png"

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsd_fast.clustering_state import NOT_SAVED, ClusteringState
-from fsd_fast.collectives import Collectives
-from fsd_fast.sketch import CountSketch
-from fsd_fast.stream import PointStream
+from fsd_fast.clustering.checkpoint import NOT_SAVED, ClusteringState
+from fsd_fast.clustering.sketch import CountSketch
+from fsd_fast.clustering.stream import PointStream
+from fsd_fast.distributed import Collectives
 from fsd_kernels.kmeans import assign, update_
 
 _COLUMNS = ("sketches", "numbers", "norms")

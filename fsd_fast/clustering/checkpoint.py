@@ -27,9 +27,9 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from fsd_fast.collectives import Collectives
+from fsd_fast.clustering.stream import PointBatch, PointStream
+from fsd_fast.distributed import Collectives
 from fsd_fast.files import differences, write_atomically
-from fsd_fast.stream import PointBatch, PointStream
 
 _FORMAT = 2
 

@@ -33,36 +33,9 @@ from transformers import (
     set_seed,
 )
 
-from fsd_fast.clustering_state import discard_state
-from fsd_fast.collectives import Collectives
-from fsd_fast.data import (
-    LENGTH_COLUMN,
-    FeatureCache,
-    FeatureIdentity,
-    PadCollator,
-    Task,
-    builtin,
-    get_task,
-    load_task_dataset,
-    resolve_model,
-    tokenize,
-)
-from fsd_fast.files import write_json
-from fsd_fast.layers import parse_layer_pairs
-from fsd_fast.losses import METHODS, FeatureStructureLoss
-from fsd_fast.memory import (
-    STATE_FOLDER,
-    FeatureBatch,
-    MemoryIdentity,
-    StudentMemory,
-    TeacherMemory,
-    model_fingerprint,
-)
-from fsd_fast.memory_plot import PLOT_FILE, plot_memory, sample_numbers
-from fsd_fast.metrics import compute_metrics
-from fsd_fast.student import DistillationModel, export_state, load_classifier, parameter_count
-from fsd_fast.teacher import Teacher
-from fsd_fast.training.arguments import (
+from fsd_fast.cache.feature_cache import FeatureCache, FeatureIdentity
+from fsd_fast.clustering.checkpoint import discard_state
+from fsd_fast.commands.arguments import (
     DataArguments,
     DistillationArguments,
     DistillRunArguments,
@@ -71,6 +44,32 @@ from fsd_fast.training.arguments import (
     RunArguments,
     TeacherArguments,
 )
+from fsd_fast.data import (
+    LENGTH_COLUMN,
+    PadCollator,
+    Task,
+    builtin,
+    get_task,
+    load_task_dataset,
+    resolve_model,
+    tokenize,
+)
+from fsd_fast.distributed import Collectives
+from fsd_fast.files import write_json
+from fsd_fast.losses.structures import METHODS, FeatureStructureLoss
+from fsd_fast.memory.plot import PLOT_FILE, plot_memory, sample_numbers
+from fsd_fast.memory.teacher_memory import (
+    STATE_FOLDER,
+    FeatureBatch,
+    MemoryIdentity,
+    StudentMemory,
+    TeacherMemory,
+    model_fingerprint,
+)
+from fsd_fast.metrics import compute_metrics
+from fsd_fast.models.layers import parse_layer_pairs
+from fsd_fast.models.student import DistillationModel, export_state, load_classifier, parameter_count
+from fsd_fast.models.teacher import Teacher
 from fsd_fast.training.checkpoints import check_output_dir, find_checkpoint
 from fsd_fast.training.export import export_student, model_card
 from fsd_fast.training.trainer import FSDTrainer

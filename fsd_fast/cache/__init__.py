@@ -1,0 +1,1 @@
+"""What the teacher computed, kept on disk."""

@@ -1,0 +1,1 @@
+"""The commands of ``fsd-fast``: one module each, with its flags and its function."""

@@ -1,0 +1,1 @@
+"""Teacher and student: the frozen model, the trained one, and which of their layers are compared."""
