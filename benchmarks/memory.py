@@ -57,13 +57,8 @@ from fsd_fast.data import (
     resolve_model,
     tokenize,
 )
-from fsd_fast.memory.teacher_memory import (
-    FeatureBatch,
-    MemoryIdentity,
-    TeacherMemory,
-    flatten_features,
-    model_fingerprint,
-)
+from fsd_fast.memory.features import FeatureBatch, MemoryIdentity, flatten_features, model_fingerprint
+from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.models.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,7 +20,7 @@ from benchmarks.contenders import Outcome
 from benchmarks.harness import Timed
 from benchmarks.inputs import Inputs, Sizes, with_memories
 from fsd_fast.losses.structures import METHODS, FeatureStructureLoss
-from fsd_fast.memory.teacher_memory import StudentMemory
+from fsd_fast.memory.student_memory import StudentMemory
 from fsd_fast.models.student import DistillationModel
 from fsd_fast.models.teacher import Teacher, TeacherSignals
 

@@ -12,25 +12,17 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import sys
 from collections.abc import Sequence
 
-COMMANDS = {
-    "fetch": ("fsd_fast.commands.distill", "get the built-in data and backbone"),
-    "teacher": ("fsd_fast.commands.distill", "fine-tune a classifier on the hard labels"),
-    "memory": ("fsd_fast.commands.distill", "cluster the teacher's features into its memory"),
-    "distill": ("fsd_fast.commands.distill", "train a student next to its teacher"),
-    "evaluate": ("fsd_fast.commands.distill", "score a saved classifier"),
-    "demo": ("fsd_fast.commands.demo", "all of it on the built-in task, with a table at the end"),
-}
+from fsd_fast.commands import COMMANDS, load_command
 
 
 def _usage() -> str:
     lines = ["usage: fsd-fast COMMAND [flags | FILE.json]", "", "commands:"]
-    lines += [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
+    lines += [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
     return "\n".join([*lines, "", "fsd-fast COMMAND --help lists a command's flags."])
 
 
@@ -48,13 +40,10 @@ def run(command: str, arguments: Sequence[str]) -> dict[str, float]:
 
 
 def _prepared(command: str, arguments: Sequence[str]):  # type: ignore[no-untyped-def]
-    if command not in COMMANDS:
-        raise ValueError(f"unknown command {command!r}; expected one of {', '.join(COMMANDS)}")
-    from fsd_fast.commands.arguments import parse
+    module = load_command(command)
+    from fsd_fast.commands.parsing import parse
 
-    parsed = parse(command, arguments)
-    module = importlib.import_module(COMMANDS[command][0])
-    return getattr(module, command)(*parsed)
+    return module.prepare(*parse(command, arguments))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: The command line without the program's name; None takes the process's own.
     """
-    from fsd_fast.commands.arguments import split_launcher_rank
+    from fsd_fast.commands.parsing import split_launcher_rank
 
     listed = split_launcher_rank(sys.argv[1:] if arguments is None else arguments)
     if not listed or listed[0] in ("-h", "--help"):

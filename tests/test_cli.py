@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from fsd_fast import cli
-from fsd_fast.commands.arguments import ARGUMENTS, DistillRunArguments, parse, split_launcher_rank
+from fsd_fast.commands import load_command
+from fsd_fast.commands.distill import DistillRunArguments
+from fsd_fast.commands.parsing import parse, split_launcher_rank
 from fsd_fast.data import builtin
 from tests.tiny import SEQUENCE, memory_flags, save_backbone, save_tokenizer, tiny, write_rte, write_stsb
 
@@ -418,7 +420,7 @@ def test_help_lists_the_flags(command, capsys):
     assert ended.value.code == 0
     out = capsys.readouterr().out
     assert out.startswith(f"usage: fsd-fast {command}")
-    for group in ARGUMENTS[command]:
+    for group in load_command(command).ARGUMENTS:
         for name, field in group.__dataclass_fields__.items():
             if field.init:
                 assert f"--{name}" in out

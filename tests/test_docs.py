@@ -10,8 +10,9 @@ from transformers import TrainingArguments
 
 from benchmarks import report, results
 from fsd_fast.cli import COMMANDS
-from fsd_fast.commands.arguments import ARGUMENTS, RunArguments
+from fsd_fast.commands import load_command
 from fsd_fast.commands.demo import results_table
+from fsd_fast.commands.flags import RunArguments
 from fsd_fast.losses.structures import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,11 +23,16 @@ def own_flags(command: str) -> set[str]:
     """The command's flags that are not simply TrainingArguments'."""
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     changed = set(RunArguments.__annotations__)
-    names = {field.name for cls in ARGUMENTS[command] for field in dataclasses.fields(cls) if field.init}
+    names = {
+        field.name
+        for cls in load_command(command).ARGUMENTS
+        for field in dataclasses.fields(cls)
+        if field.init
+    }
     return (names - inherited) | (names & changed)
 
 
-@pytest.mark.parametrize("command", sorted(ARGUMENTS))
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_readme_names_every_flag(command: str) -> None:
     missing = {name for name in own_flags(command) if f"`--{name}`" not in README}
     assert not missing, f"README does not explain {sorted(missing)} of {command}"
@@ -39,7 +45,10 @@ def test_readme_names_every_command_and_method() -> None:
 
 def test_readme_names_no_flag_that_does_not_exist() -> None:
     known = {
-        field.name for classes in ARGUMENTS.values() for cls in classes for field in dataclasses.fields(cls)
+        field.name
+        for name in COMMANDS
+        for cls in load_command(name).ARGUMENTS
+        for field in dataclasses.fields(cls)
     }
     launcher = {"help", "num_gpus", "num_accelerators", "check", "device", "json", "batch"}
     named = set(re.findall(r"(?<![\w-])--([a-z_0-9]+)", README))

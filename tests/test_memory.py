@@ -13,14 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fsd_fast.memory import teacher_memory as memory
-from fsd_fast.memory.teacher_memory import (
-    FeatureBatch,
-    MemoryIdentity,
-    StudentMemory,
-    TeacherMemory,
-    flatten_features,
-    model_fingerprint,
-)
+from fsd_fast.memory.features import FeatureBatch, MemoryIdentity, flatten_features, model_fingerprint
+from fsd_fast.memory.student_memory import StudentMemory
+from fsd_fast.memory.teacher_memory import TeacherMemory
 from tests.tiny import memory_identity
 
 S, D, K, N = 12, 16, 5, 70

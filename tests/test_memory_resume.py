@@ -21,7 +21,8 @@ from fsd_fast.cli import run
 from fsd_fast.clustering import checkpoint as clustering_state
 from fsd_fast.clustering.checkpoint import ClusteringState, discard_state
 from fsd_fast.memory import teacher_memory as memory
-from fsd_fast.memory.teacher_memory import FeatureBatch, MemoryIdentity, TeacherMemory
+from fsd_fast.memory.features import FeatureBatch, MemoryIdentity
+from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.models.teacher import Teacher
 from tests.tiny import memory_flags, memory_identity, tiny
 

@@ -10,9 +10,9 @@ from transformers import AutoModelForSequenceClassification, BertModel
 
 from fsd_fast.cli import run
 from fsd_fast.commands import distill as commands
-from fsd_fast.commands.arguments import parse
+from fsd_fast.commands.parsing import parse
 from fsd_fast.losses.structures import METHODS
-from fsd_fast.memory.teacher_memory import model_fingerprint
+from fsd_fast.memory.features import model_fingerprint
 from fsd_fast.models.student import load_classifier
 from fsd_fast.models.teacher import Teacher, layer_list
 from fsd_fast.training.trainer import FSDTrainer

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from fsd_fast.cli import run
-from fsd_fast.memory.teacher_memory import MemoryIdentity
+from fsd_fast.memory.features import MemoryIdentity
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = "one two three four five six seven eight nine ten eleven twelve good bad the a is was".split()

@@ -11,14 +11,26 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from fsd_fast.commands.arguments import DemoArguments
+from fsd_fast.commands.flags import flag
 from fsd_fast.files import write_json
+
+
+@dataclass
+class DemoArguments:
+    """The ``demo`` command: teacher, memory and students on the built-in task."""
+
+    output_dir: str = flag("Folder for everything the demo makes.", "runs/demo")
+    overwrite_output_dir: bool = flag("Run every stage anew, also those that are finished.", False)
+
+
+ARGUMENTS = (DemoArguments,)
 
 TASK = ["--task_name", "reviews", "--max_seq_length", "64", "--pad_features", "exclude"]
 TASK += ["--max_train_samples", "2400"]
@@ -149,7 +161,7 @@ def draw_curves(histories: dict[str, list[dict[str, float]]], path: Path) -> Non
     figure.savefig(path, dpi=120)
 
 
-def demo(arguments: DemoArguments) -> Callable[[], dict[str, float]]:
+def prepare(arguments: DemoArguments) -> Callable[[], dict[str, float]]:
     """Return the work: run every stage, print the table, write results.json and curves.png."""
     folder = Path(arguments.output_dir)
 

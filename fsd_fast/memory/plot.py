@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from fsd_fast.clustering.sketch import CountSketch
-from fsd_fast.memory.teacher_memory import FeatureBatch, TeacherMemory, flatten_features
+from fsd_fast.memory.features import FeatureBatch, flatten_features
+from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_kernels.kmeans import nearest
 
 PLOT_FILE = "memory_plot.png"

@@ -27,129 +27,21 @@ import safetensors
 import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from fsd_fast.clustering.checkpoint import ClusteringState
 from fsd_fast.clustering.lloyd import IterationStats
 from fsd_fast.clustering.two_pass import StreamClustering, cluster_stream
 from fsd_fast.distributed import Collectives
-from fsd_fast.files import differences, write_atomically
+from fsd_fast.files import write_atomically
+from fsd_fast.memory.features import FeatureBatch, MemoryIdentity, flatten_features
 
 CENTROIDS_FILE = "memory.safetensors"
 METADATA_FILE = "memory.json"
 STATE_FOLDER = ".state"
-PAD_POLICIES = ("include", "exclude")
 _FORMAT = 1
 _COMPUTED = "computed_samples"
-
-
-@dataclass
-class FeatureBatch:
-    """Hidden states of one encoder layer for a batch of samples.
-
-    Attributes:
-        features: ``[b, S_b, D]``, floating.
-        attention_mask: ``[b, S_b]``, 1 = token, 0 = padding; None: no padding.
-        index: int64 ``[b]``: the samples' numbers in the data set, each occurring once over all processes.
-        computed: False where they were read from a cache and the teacher was not run.
-    """
-
-    features: Tensor
-    attention_mask: Tensor | None
-    index: Tensor
-    computed: bool = True
-
-
-@dataclass(frozen=True)
-class MemoryIdentity:
-    """Whose features a memory was made of. A run that uses it must agree in every field.
-
-    Attributes:
-        task_name: The task whose training set was clustered.
-        teacher: The teacher's name or path.
-        teacher_fingerprint: sha256 of its parameters, see ``model_fingerprint``.
-        layer: Index of the hidden states, 0 = embeddings.
-        max_seq_length: S.
-        hidden_size: D.
-        num_centroid: K.
-        pad_features: "include" (all S positions count, the paper) or "exclude" (padding is zero).
-    """
-
-    task_name: str
-    teacher: str
-    teacher_fingerprint: str
-    layer: int
-    max_seq_length: int
-    hidden_size: int
-    num_centroid: int
-    pad_features: str
-
-    def __post_init__(self) -> None:
-        if self.pad_features not in PAD_POLICIES:
-            raise ValueError(
-                f"pad_features: expected one of {', '.join(PAD_POLICIES)}, got {self.pad_features!r}"
-            )
-        for name in ("max_seq_length", "hidden_size", "num_centroid"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-
-    @property
-    def features(self) -> int:
-        """F = S*D, the length of a flattened feature vector."""
-        return self.max_seq_length * self.hidden_size
-
-    def check(self, expected: MemoryIdentity, where: str) -> None:
-        """Raise ValueError that lists every field in which this differs from ``expected``.
-
-        The teacher's name alone makes no difference: a folder may have been moved, and the fingerprint tells.
-        """
-        found, wanted = dataclasses.asdict(self), dataclasses.asdict(expected)
-        if {**found, "teacher": None} != {**wanted, "teacher": None}:
-            raise ValueError(f"{where} was built for another run: {differences(found, wanted)}")
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """sha256 over names, shapes, dtypes and bytes of a model's parameters, sorted by name."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        values = parameter.detach().cpu().contiguous()
-        digest.update(f"{name} {list(values.shape)} {values.dtype}\n".encode())
-        digest.update(values.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def flatten_features(batch: FeatureBatch, identity: MemoryIdentity) -> Tensor:
-    """Flattened features ``[b, S_b*D]`` of a batch, padding treated as ``identity.pad_features`` says.
-
-    Under "include" every one of the S positions counts and S_b must be S. Under "exclude" padding positions
-    are zero, and a batch may be shorter than S: what is missing is zero too.
-
-    Raises:
-        ValueError: Shapes that do not fit.
-    """
-    features, mask = batch.features, batch.attention_mask
-    if features.ndim != 3 or features.shape[2] != identity.hidden_size:
-        raise ValueError(
-            f"features: expected [b, S, D] with D = {identity.hidden_size}, got {list(features.shape)}"
-        )
-    length = features.shape[1]
-    if length > identity.max_seq_length or (
-        identity.pad_features == "include" and length != identity.max_seq_length
-    ):
-        raise ValueError(
-            f"features: {length} positions, expected "
-            f"{'exactly' if identity.pad_features == 'include' else 'at most'} max_seq_length = "
-            f"{identity.max_seq_length} with pad_features = {identity.pad_features!r}"
-        )
-    if identity.pad_features == "exclude" and mask is not None:
-        if mask.shape != features.shape[:2]:
-            raise ValueError(
-                f"attention_mask: expected [b, S] = {list(features.shape[:2])}, got {list(mask.shape)}"
-            )
-        # Not a product: a masked position may hold NaN.
-        features = features.masked_fill(mask.to(features.device)[:, :, None] == 0, 0)
-    return features.flatten(1)
 
 
 class _Bars:
@@ -454,50 +346,3 @@ def _read_metadata(path: Path) -> tuple[dict[str, Any], MemoryIdentity]:
     if not math.isfinite(metadata["inertia"]):
         raise ValueError(f"{path}: inertia is {metadata['inertia']}, expected a finite number")
     return metadata, identity
-
-
-class StudentMemory(nn.Module):
-    """The student's memory: a parameter ``centroids`` ``[K, S*D]``, trained by the global inter-feature loss.
-
-    Args:
-        num_centroid: K.
-        max_seq_length: S.
-        hidden_size: D of the student.
-        init: "normal" (the paper: independent numbers from N(0, ``std``^2)) or "teacher" (a copy of the
-            teacher's centroids).
-        teacher_memory: Needed for "teacher".
-        std: Of "normal". 1 is the standard normal.
-        generator: Of "normal", on the CPU; None: one seeded with 0.
-
-    Raises:
-        ValueError: An unknown ``init``; "teacher" without a memory or with one of another shape.
-    """
-
-    def __init__(
-        self,
-        num_centroid: int,
-        max_seq_length: int,
-        hidden_size: int,
-        init: str = "normal",
-        *,
-        teacher_memory: TeacherMemory | None = None,
-        std: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__()
-        shape = (num_centroid, max_seq_length * hidden_size)
-        if init == "normal":
-            generator = generator if generator is not None else torch.Generator().manual_seed(0)
-            centroids = torch.randn(shape, generator=generator) * std
-        elif init == "teacher":
-            if teacher_memory is None:
-                raise ValueError("teacher_memory: init = 'teacher' needs the teacher's memory, got None")
-            if teacher_memory.centroids.shape != shape:
-                raise ValueError(
-                    f"teacher_memory: its centroids are {list(teacher_memory.centroids.shape)}; init = 'teacher' "
-                    f"needs [K, S*D] = {list(shape)}, a student as wide as its teacher: use init = 'normal'"
-                )
-            centroids = teacher_memory.centroids.clone()
-        else:
-            raise ValueError(f"init: expected 'normal' or 'teacher', got {init!r}")
-        self.centroids = nn.Parameter(centroids)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from fsd_fast.losses.structures import FeatureStructureLoss
-from fsd_fast.memory.teacher_memory import StudentMemory
+from fsd_fast.memory.student_memory import StudentMemory
 from fsd_fast.models.layers import LayerPair
 from fsd_fast.models.teacher import TeacherSignals, input_arguments, layer_list
 

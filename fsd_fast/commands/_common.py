@@ -1,0 +1,87 @@
+"""What several commands do: read a task, and check a model against it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+from transformers import AutoConfig, EvalPrediction, PreTrainedTokenizerBase
+
+from fsd_fast.commands.flags import DataArguments
+from fsd_fast.data import PadCollator, Task, get_task, load_task_dataset, tokenize
+from fsd_fast.metrics import compute_metrics
+from fsd_fast.models.teacher import Teacher
+
+Work = Callable[[], dict[str, float]]
+"""The work that a command does once its input has been checked; returns its figures."""
+
+
+@dataclass
+class TaskData:
+    """A task, tokenized."""
+
+    task: Task
+    train: Dataset
+    evaluation: dict[str, Dataset]
+    collator: PadCollator
+
+
+def load_data(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> TaskData:
+    """Read, cut and tokenize the splits of a task.
+
+    Raises:
+        ValueError: The task is unknown, a file is damaged or a setting is out of range.
+        FileNotFoundError: A file is missing.
+    """
+    task = get_task(arguments.task_name)
+    splits: DatasetDict = load_task_dataset(task, arguments.data_dir)
+
+    def part(name: str, most: int | None) -> Dataset:
+        rows = splits[name]
+        if most is not None:
+            if most < 1:
+                raise ValueError(f"max_train_samples, max_eval_samples: expected at least 1, got {most}")
+            rows = rows.select(range(min(most, len(rows))))
+        return tokenize(rows, tokenizer, task, arguments.max_seq_length)
+
+    return TaskData(
+        task,
+        part("train", arguments.max_train_samples),
+        {name: part(name, arguments.max_eval_samples) for name in task.eval_splits},
+        PadCollator(tokenizer, arguments.pad_features, arguments.max_seq_length),
+    )
+
+
+def metrics_of(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Trainer's function of predictions and labels that scores a task."""
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        return compute_metrics(task, np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
+
+    return compute
+
+
+def evaluation_sets(data: TaskData) -> Dataset | dict[str, Dataset]:
+    """One split as it is; several (MNLI) under their names, so that one never overwrites the other."""
+    return next(iter(data.evaluation.values())) if len(data.evaluation) == 1 else data.evaluation
+
+
+def check_length(path: str, max_seq_length: int) -> None:
+    """Check that a model has as many positions as samples have tokens; its tokenizer may know no limit."""
+    positions = getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", None)
+    if positions is not None and max_seq_length > positions:
+        raise ValueError(
+            f"max_seq_length: expected at most the {positions} positions of {path}, got {max_seq_length}"
+        )
+
+
+def check_outputs(teacher_model: Teacher, task: Task, argument: str = "teacher_model_name_or_path") -> None:
+    """Check that a classifier has as many outputs as a task has classes."""
+    logits = teacher_model.model.config.num_labels
+    if logits != task.num_labels:
+        raise ValueError(
+            f"{argument}: {teacher_model.name} has {logits} outputs; task {task.name!r} needs "
+            f"{task.num_labels}; fine-tune it with the 'teacher' command"
+        )

@@ -1,0 +1,64 @@
+"""``fsd-fast teacher``: fine-tune a classifier on the hard labels."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoTokenizer, Trainer, set_seed
+
+from fsd_fast.commands._common import Work, check_length, evaluation_sets, load_data, metrics_of
+from fsd_fast.commands.flags import DataArguments, RunArguments, flag
+from fsd_fast.data import get_task, resolve_model
+from fsd_fast.models.student import load_classifier, parameter_count
+from fsd_fast.models.whole_weights import whole_weights
+from fsd_fast.training.checkpoints import find_checkpoint
+from fsd_fast.training.run import finish_run, run_settings
+
+
+@dataclass
+class TeacherArguments:
+    """The ``teacher`` command: fine-tune a classifier on the hard labels."""
+
+    model_name_or_path: str = flag(
+        "Pre-trained model to fine-tune: a folder, a Hub name, or 'minilm', the built-in backbone.", "minilm"
+    )
+    num_layers: int | None = flag(
+        "Keep only the first so many layers: trains a shallow model without a teacher.", None
+    )
+
+
+ARGUMENTS = (DataArguments, TeacherArguments, RunArguments)
+
+
+def prepare(data_arguments: DataArguments, arguments: TeacherArguments, run: RunArguments) -> Work:
+    """Fine-tune a classifier on the hard labels."""
+    resume = find_checkpoint(str(run.output_dir), run.resume_from_checkpoint)
+    task = get_task(data_arguments.task_name)
+    set_seed(run.seed)
+    path = resolve_model(arguments.model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    check_length(path, data_arguments.max_seq_length)
+    with whole_weights():
+        model = load_classifier(path, task.labels, arguments.num_layers)
+    data = load_data(data_arguments, tokenizer)
+    trainer = Trainer(
+        model=model,
+        args=run,
+        train_dataset=data.train,
+        eval_dataset=evaluation_sets(data),
+        data_collator=data.collator,
+        processing_class=tokenizer,
+        compute_metrics=metrics_of(task),
+    )
+
+    def state() -> dict[str, torch.Tensor] | None:
+        wrapped = trainer.deepspeed if trainer.is_deepspeed_enabled else trainer.model
+        return trainer.accelerator.get_state_dict(wrapped)
+
+    settings = {**run_settings(data_arguments, arguments, run), "parameters": parameter_count(model)}
+    title = f"{model.config.num_hidden_layers}-layer classifier for {task.name}"
+    return functools.partial(
+        finish_run, trainer, resume, state, model, task.name, len(data.train), tokenizer, title, settings
+    )

@@ -1,0 +1,227 @@
+"""The teacher's features of a training set: whose they are, and the one iterator over them.
+
+A feature vector is a hidden state ``[S, D]`` of one layer, flattened to F = S*D numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from torch import Tensor, nn
+
+from fsd_fast.cache.feature_cache import FeatureCache, FeatureIdentity
+from fsd_fast.data import LENGTH_COLUMN, PadCollator, Task
+from fsd_fast.distributed import Collectives
+from fsd_fast.files import differences
+from fsd_fast.models.teacher import Teacher
+
+PAD_POLICIES = ("include", "exclude")
+
+
+@dataclass
+class FeatureBatch:
+    """Hidden states of one encoder layer for a batch of samples.
+
+    Attributes:
+        features: ``[b, S_b, D]``, floating.
+        attention_mask: ``[b, S_b]``, 1 = token, 0 = padding; None: no padding.
+        index: int64 ``[b]``: the samples' numbers in the data set, each occurring once over all processes.
+        computed: False where they were read from a cache and the teacher was not run.
+    """
+
+    features: Tensor
+    attention_mask: Tensor | None
+    index: Tensor
+    computed: bool = True
+
+
+@dataclass(frozen=True)
+class MemoryIdentity:
+    """Whose features a memory was made of. A run that uses it must agree in every field.
+
+    Attributes:
+        task_name: The task whose training set was clustered.
+        teacher: The teacher's name or path.
+        teacher_fingerprint: sha256 of its parameters, see ``model_fingerprint``.
+        layer: Index of the hidden states, 0 = embeddings.
+        max_seq_length: S.
+        hidden_size: D.
+        num_centroid: K.
+        pad_features: "include" (all S positions count, the paper) or "exclude" (padding is zero).
+    """
+
+    task_name: str
+    teacher: str
+    teacher_fingerprint: str
+    layer: int
+    max_seq_length: int
+    hidden_size: int
+    num_centroid: int
+    pad_features: str
+
+    def __post_init__(self) -> None:
+        if self.pad_features not in PAD_POLICIES:
+            raise ValueError(
+                f"pad_features: expected one of {', '.join(PAD_POLICIES)}, got {self.pad_features!r}"
+            )
+        for name in ("max_seq_length", "hidden_size", "num_centroid"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+    @property
+    def features(self) -> int:
+        """F = S*D, the length of a flattened feature vector."""
+        return self.max_seq_length * self.hidden_size
+
+    def check(self, expected: MemoryIdentity, where: str) -> None:
+        """Raise ValueError that lists every field in which this differs from ``expected``.
+
+        The teacher's name alone makes no difference: a folder may have been moved, and the fingerprint tells.
+        """
+        found, wanted = dataclasses.asdict(self), dataclasses.asdict(expected)
+        if {**found, "teacher": None} != {**wanted, "teacher": None}:
+            raise ValueError(f"{where} was built for another run: {differences(found, wanted)}")
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """sha256 over names, shapes, dtypes and bytes of a model's parameters, sorted by name."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        values = parameter.detach().cpu().contiguous()
+        digest.update(f"{name} {list(values.shape)} {values.dtype}\n".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def flatten_features(batch: FeatureBatch, identity: MemoryIdentity) -> Tensor:
+    """Flattened features ``[b, S_b*D]`` of a batch, padding treated as ``identity.pad_features`` says.
+
+    Under "include" every one of the S positions counts and S_b must be S. Under "exclude" padding positions
+    are zero, and a batch may be shorter than S: what is missing is zero too.
+
+    Raises:
+        ValueError: Shapes that do not fit.
+    """
+    features, mask = batch.features, batch.attention_mask
+    if features.ndim != 3 or features.shape[2] != identity.hidden_size:
+        raise ValueError(
+            f"features: expected [b, S, D] with D = {identity.hidden_size}, got {list(features.shape)}"
+        )
+    length = features.shape[1]
+    if length > identity.max_seq_length or (
+        identity.pad_features == "include" and length != identity.max_seq_length
+    ):
+        raise ValueError(
+            f"features: {length} positions, expected "
+            f"{'exactly' if identity.pad_features == 'include' else 'at most'} max_seq_length = "
+            f"{identity.max_seq_length} with pad_features = {identity.pad_features!r}"
+        )
+    if identity.pad_features == "exclude" and mask is not None:
+        if mask.shape != features.shape[:2]:
+            raise ValueError(
+                f"attention_mask: expected [b, S] = {list(features.shape[:2])}, got {list(mask.shape)}"
+            )
+        # Not a product: a masked position may hold NaN.
+        features = features.masked_fill(mask.to(features.device)[:, :, None] == 0, 0)
+    return features.flatten(1)
+
+
+def memory_identity(
+    teacher_model: Teacher, task: Task, max_seq_length: int, pad_features: str, num_centroid: int | None
+) -> MemoryIdentity:
+    """What a memory for this teacher, task and padding policy must be; K defaults to the paper's for the task."""
+    return MemoryIdentity(
+        task_name=task.name,
+        teacher=teacher_model.name,
+        teacher_fingerprint=model_fingerprint(teacher_model.model),
+        layer=teacher_model.num_layers - 1,
+        max_seq_length=max_seq_length,
+        hidden_size=teacher_model.hidden_size,
+        num_centroid=task.default_num_centroid if num_centroid is None else num_centroid,
+        pad_features=pad_features,
+    )
+
+
+def local_sample_indices(dataset: Dataset) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Numbers of this process's training samples, each sample in exactly one process.
+
+    In order of length, so that a batch padded to its own longest wastes little.
+    """
+    state = PartialState()
+    order = np.argsort(np.asarray(dataset[LENGTH_COLUMN]), kind="stable").astype(np.int64)
+    return order[state.process_index :: state.num_processes]
+
+
+def feature_batches(
+    teacher_model: Teacher,
+    dataset: Dataset,
+    collator: PadCollator,
+    samples: np.ndarray[Any, np.dtype[np.int64]],
+    batch_size: int,
+    device: torch.device,
+    first: int = 0,
+    cache: FeatureCache | None = None,
+) -> Iterator[FeatureBatch]:
+    """Features of the given training samples, from batch number ``first`` on: the teacher's, or those it had cached."""
+    for index in list(torch.from_numpy(samples).split(batch_size))[first:]:
+        stored = None if cache is None else cache.read(index)
+        if stored is not None:
+            yield FeatureBatch(stored.to(device), None, index, computed=False)
+            continue
+        inputs = collator([dataset[number] for number in index.tolist()])
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        batch = FeatureBatch(teacher_model.penultimate(inputs), inputs.get("attention_mask"), index)
+        yield batch
+        # Not before: who reads refuses features that are not finite.
+        if cache is not None:
+            cache.write(index, batch.features, batch.attention_mask)
+
+
+def open_feature_cache(
+    folder: str,
+    teacher_model: Teacher,
+    dataset: Dataset,
+    identity: MemoryIdentity,
+    samples: np.ndarray[Any, np.dtype[np.int64]],
+    batch_size: int,
+    tokens: str,
+) -> FeatureCache:
+    """Open the cache of a training set's features, on all processes together.
+
+    Raises:
+        ValueError: The folder holds something else, or its disk has not enough room.
+    """
+    record = dataclasses.asdict(identity)
+    kept = {
+        item.name: record[item.name] for item in dataclasses.fields(FeatureIdentity) if item.name in record
+    }
+    dtype = next(teacher_model.model.parameters()).dtype
+    own = FeatureIdentity(
+        **kept, dtype=str(dtype).removeprefix("torch."), num_samples=len(dataset), tokens=tokens
+    )
+    collectives = Collectives()
+    cache = collectives.agree(lambda: FeatureCache(folder, own))
+    # Short samples take less room only where padding is left out.
+    lengths = torch.tensor(dataset[LENGTH_COLUMN])
+    if identity.pad_features == "include":
+        lengths = torch.full_like(lengths, identity.max_seq_length)
+    missing = [index for index in torch.from_numpy(samples).split(batch_size) if not cache.holds(index)]
+    positions = sum(collectives.gather_sizes(sum(int(lengths[index].sum()) for index in missing)))
+    collectives.agree(lambda: cache.check_room(positions))
+    return cache
+
+
+def tokens_digest(samples: Dataset) -> str:
+    """sha256 over the tokens of all samples in their order."""
+    digest = hashlib.sha256()
+    for rows in samples.select_columns("input_ids").iter(batch_size=1000):
+        digest.update(repr([list(row) for row in rows["input_ids"]]).encode())
+    return digest.hexdigest()
