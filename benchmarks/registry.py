@@ -19,7 +19,7 @@ from benchmarks.contenders import MODES, Contender, LossContender, ValueContende
 from benchmarks.harness import Timed
 from benchmarks.inputs import Inputs, Sizes
 from benchmarks.peers import Unavailable
-from fsd_fast.losses.structures import (
+from fsd_fast.losses import (
     FeatureStructureLoss,
     GlobalInterFeatureLoss,
     IntraFeatureLoss,

@@ -19,9 +19,9 @@ from benchmarks import baselines
 from benchmarks.contenders import Outcome
 from benchmarks.harness import Timed
 from benchmarks.inputs import Inputs, Sizes, with_memories
-from fsd_fast.losses.structures import METHODS, FeatureStructureLoss
+from fsd_fast.losses import METHODS, FeatureStructureLoss
 from fsd_fast.memory.student_memory import StudentMemory
-from fsd_fast.models.student import DistillationModel
+from fsd_fast.models.distillation import DistillationModel
 from fsd_fast.models.teacher import Teacher, TeacherSignals
 
 _ALPHA, _TEMPERATURE = 0.5, 10.0

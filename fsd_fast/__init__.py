@@ -1,6 +1,6 @@
 """Feature structure distillation: losses, teacher memory, and training of a small student from a large teacher."""
 
-from fsd_fast.losses.structures import (
+from fsd_fast.losses import (
     FeatureStructureLoss,
     GlobalInterFeatureLoss,
     GlobalInterFeatureOutput,

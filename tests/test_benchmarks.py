@@ -192,7 +192,7 @@ class _Wrong:
     """Our own contender with its value or its gradient changed."""
 
     def __init__(self, inputs: Inputs, value: float, gradient: float) -> None:
-        from fsd_fast.losses.structures import IntraFeatureLoss
+        from fsd_fast.losses import IntraFeatureLoss
 
         module = IntraFeatureLoss()
         self._inner = LossContender(lambda t: module(t["student"], t["teacher"]), inputs, ("student",))

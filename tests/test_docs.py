@@ -13,7 +13,7 @@ from fsd_fast.cli import COMMANDS
 from fsd_fast.commands import load_command
 from fsd_fast.commands.demo import results_table
 from fsd_fast.commands.flags import RunArguments
-from fsd_fast.losses.structures import METHODS
+from fsd_fast.losses import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import fsd_fast.losses.structures
-from fsd_fast.losses.structures import (
+from fsd_fast.losses import (
     METHODS,
     FeatureStructureLoss,
     GlobalInterFeatureLoss,

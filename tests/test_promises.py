@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fsd_fast.losses.structures import (
+from fsd_fast.losses import (
     FeatureStructureLoss,
     GlobalInterFeatureLoss,
     IntraFeatureLoss,

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, BertModel
 from fsd_fast.cli import run
 from fsd_fast.commands import distill as commands
 from fsd_fast.commands.parsing import parse
-from fsd_fast.losses.structures import METHODS
+from fsd_fast.losses import METHODS
 from fsd_fast.memory.features import model_fingerprint
 from fsd_fast.models.student import load_classifier
 from fsd_fast.models.teacher import Teacher, layer_list

@@ -19,12 +19,13 @@ from fsd_fast.commands._common import (
 )
 from fsd_fast.commands.flags import DataArguments, RunArguments, flag
 from fsd_fast.data import get_task, resolve_model
-from fsd_fast.losses.structures import METHODS, FeatureStructureLoss
+from fsd_fast.losses import METHODS, FeatureStructureLoss
 from fsd_fast.memory.features import memory_identity
 from fsd_fast.memory.student_memory import StudentMemory
 from fsd_fast.memory.teacher_memory import TeacherMemory
+from fsd_fast.models.distillation import DistillationModel, export_state
 from fsd_fast.models.layers import parse_layer_pairs
-from fsd_fast.models.student import DistillationModel, export_state, load_classifier, parameter_count
+from fsd_fast.models.student import load_classifier, parameter_count
 from fsd_fast.models.teacher import Teacher
 from fsd_fast.models.whole_weights import whole_weights
 from fsd_fast.training.checkpoints import find_checkpoint

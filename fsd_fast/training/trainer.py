@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from fsd_fast.models.student import DistillationModel
+from fsd_fast.models.distillation import DistillationModel
 from fsd_fast.models.teacher import Teacher, TeacherSignals
 
 

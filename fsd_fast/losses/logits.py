@@ -1,0 +1,80 @@
+"""L_VKD: hard labels and the teacher's softened predictions [paper, eq. 1-3]."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fsd_fast.losses._checks import check_unit_interval
+
+
+class LogitDistillationLoss(nn.Module):
+    """L_VKD: hard labels and the teacher's softened predictions [eq. 1-3].
+
+    Classification (two or more logits): alpha CE(z_S, labels) + (1 - alpha) tau^2 KL(p_T || p_S) with
+    p = softmax(z / tau), KL averaged over the batch.
+
+    Regression (one logit): alpha MSE(z_S, labels) + (1 - alpha) MSE(z_S, z_T). The softmax of a single logit is
+    always 1, so its KL term would be identically 0. With more logits tau^2 KL approaches a squared difference of
+    logits as tau grows, and that is what one logit uses. tau plays no part.
+
+    Args:
+        alpha: Weight of the hard labels, in [0, 1].
+        temperature: tau > 0.
+
+    Raises:
+        ValueError: ``alpha`` or ``temperature`` is out of range.
+    """
+
+    def __init__(self, alpha: float = 0.5, temperature: float = 10.0) -> None:
+        super().__init__()
+        check_unit_interval("alpha", alpha)
+        if not temperature > 0:
+            raise ValueError(f"temperature: expected a number above 0, got {temperature}")
+        self.alpha = alpha
+        self.temperature = temperature
+
+    def extra_repr(self) -> str:
+        """Show the settings in repr."""
+        return f"alpha={self.alpha}, temperature={self.temperature}"
+
+    def components(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (L_VKD, hard-label term, soft-label term), unweighted terms; arguments as in ``forward``."""
+        if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
+            raise ValueError(
+                f"student_logits, teacher_logits: expected the same [B, C], got {list(student_logits.shape)} "
+                f"and {list(teacher_logits.shape)}"
+            )
+        if labels.shape != student_logits.shape[:1]:
+            raise ValueError(f"labels: expected [B] = [{len(student_logits)}], got {list(labels.shape)}")
+        own, given = student_logits.float(), teacher_logits.detach().float()
+        if own.shape[1] == 1:
+            hard = functional.mse_loss(own[:, 0], labels.to(own.dtype))
+            soft = functional.mse_loss(own, given)
+        else:
+            if labels.is_floating_point():
+                raise TypeError(f"labels: expected class numbers (an integer dtype), got {labels.dtype}")
+            hard = functional.cross_entropy(own, labels)
+            soft = self.temperature**2 * functional.kl_div(
+                functional.log_softmax(own / self.temperature, dim=1),
+                functional.log_softmax(given / self.temperature, dim=1),
+                reduction="batchmean",
+                log_target=True,
+            )
+        return self.alpha * hard + (1 - self.alpha) * soft, hard, soft
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        """Return L_VKD, a float32 scalar.
+
+        Args:
+            student_logits: [B, C].
+            teacher_logits: [B, C]; a constant.
+            labels: [B], class numbers; for C = 1 the targets.
+
+        Raises:
+            TypeError: Class labels are not integers.
+            ValueError: Shapes do not fit.
+        """
+        return self.components(student_logits, teacher_logits, labels)[0]
