@@ -12,10 +12,14 @@ Classes are predicted as the argmax of the logits `[N, C]`; a regression's score
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import logsumexp
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from fsd_fast.data.tasks import Task
+
+MAIN_METRIC = "main"
+"""Stands for a task's main metric until the task is known."""
 
 _Array = npt.NDArray[np.float64]
 
@@ -27,6 +31,29 @@ def _correlation(name: str, predictions: _Array, labels: _Array) -> float:
         return 0.0
     correlation = pearsonr if name == "pearson" else spearmanr
     return float(correlation(predictions, labels).statistic)
+
+
+def main_metric_first(task: Task) -> list[str]:
+    """Names of what ``compute_metrics`` returns, the task's main score first: the mean where there are several."""
+    return ["combined_score", *task.metrics] if len(task.metrics) > 1 else list(task.metrics)
+
+
+def hard_label_loss(task: Task, predictions: npt.ArrayLike, labels: npt.ArrayLike) -> float:
+    """Mean loss of all samples on the hard labels, in float64.
+
+        classes      mean_i -log softmax(z_i)[y_i]
+        regression   mean_i (z_i - y_i)^2
+
+    Args:
+        task: Tells classes from a regression.
+        predictions: Logits `[N, C]`; for a regression scores `[N, 1]` or `[N]`.
+        labels: Class numbers `[N]`, or scores `[N]`.
+    """
+    logits = np.asarray(predictions, dtype=np.float64)
+    truth = np.asarray(labels)
+    if task.is_regression:
+        return float(np.mean((logits.reshape(truth.shape) - truth) ** 2))
+    return float(np.mean(logsumexp(logits, axis=1) - logits[np.arange(truth.size), truth.astype(np.int64)]))
 
 
 def compute_metrics(task: Task, predictions: npt.ArrayLike, labels: npt.ArrayLike) -> dict[str, float]:

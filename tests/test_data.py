@@ -394,7 +394,14 @@ def pair_dataset(labels, length=(3, 2)):
 
 def test_tokenize_pairs(tokenizer):
     encoded = tokenize(pair_dataset([1, 0]), tokenizer, TASKS["rte"], 16)
-    assert set(encoded.column_names) == {"input_ids", "attention_mask", "token_type_ids", "labels", "length"}
+    assert set(encoded.column_names) == {
+        "input_ids",
+        "attention_mask",
+        "token_type_ids",
+        "labels",
+        "length",
+        "sample_index",
+    }
     assert encoded[0]["input_ids"] == [2, 5, 6, 7, 3, 6, 6, 3]
     assert encoded[0]["token_type_ids"] == [0, 0, 0, 0, 0, 1, 1, 1]
     assert encoded["length"][:] == [8, 5]
@@ -427,7 +434,8 @@ def test_tokenize_names_missing_columns(tokenizer):
 def test_padding_policy(tokenizer, pad_features, multiple, positions):
     encoded = tokenize(pair_dataset([1, 0]), tokenizer, TASKS["rte"], 16)
     batch = PadCollator(tokenizer, pad_features, 16, multiple)(list(encoded))
-    assert set(batch) == {"input_ids", "attention_mask", "token_type_ids", "labels"}
+    assert set(batch) == {"input_ids", "attention_mask", "token_type_ids", "labels", "sample_index"}
+    assert batch["sample_index"].tolist() == [0, 1]
     assert batch["input_ids"].shape == (2, positions)
     assert batch["input_ids"][0, :8].tolist() == encoded[0]["input_ids"]
     assert not batch["input_ids"][1, 5:].any()

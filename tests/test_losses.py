@@ -690,3 +690,20 @@ def test_errors_name_the_argument_and_what_was_expected(case: str) -> None:
     call, kind, message = ERRORS[case]
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_samples_without_a_label_leave_the_hard_term():
+    logits, teacher = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
+    loss = LogitDistillationLoss(alpha=1.0)
+    some = loss(logits, teacher, torch.tensor([2, -100, 0, -100]))
+    assert torch.equal(some, torch.nn.functional.cross_entropy(logits[[0, 2]], torch.tensor([2, 0])))
+    none = loss(logits, teacher, torch.full((4,), -100))
+    none.backward()
+    assert none == 0
+    assert torch.equal(logits.grad, torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_labels_that_are_no_class_are_refused(label):
+    with pytest.raises(ValueError, match=rf"labels: expected class numbers from 0 to 2.*got \[0, {label}\]"):
+        LogitDistillationLoss()(torch.randn(2, 3), torch.randn(2, 3), torch.tensor([0, label]))

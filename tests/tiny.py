@@ -49,7 +49,13 @@ def save_backbone(folder, *, layers=TEACHER_LAYERS, hidden=HIDDEN, seed=0, famil
     sizes = {"vocab_size": len(VOCABULARY), "max_position_embeddings": 66}
     if family == "distilbert":
         config = DistilBertConfig(
-            dim=hidden, n_layers=layers, n_heads=2, hidden_dim=64, dropout=dropout, **sizes
+            dim=hidden,
+            n_layers=layers,
+            n_heads=2,
+            hidden_dim=64,
+            dropout=dropout,
+            seq_classif_dropout=dropout,
+            **sizes,
         )
     else:
         config = {"bert": BertConfig, "roberta": RobertaConfig}[family](

@@ -11,7 +11,7 @@ from transformers import AutoConfig, EvalPrediction, PreTrainedTokenizerBase
 
 from fsd_fast.commands.flags import DataArguments
 from fsd_fast.data import PadCollator, Task, get_task, load_task_dataset, tokenize
-from fsd_fast.metrics import compute_metrics
+from fsd_fast.metrics import compute_metrics, hard_label_loss
 from fsd_fast.models.teacher import Teacher
 
 Work = Callable[[], dict[str, float]]
@@ -55,10 +55,11 @@ def load_data(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> T
 
 
 def metrics_of(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Trainer's function of predictions and labels that scores a task."""
+    """Trainer's function of predictions and labels that scores a task: its metrics and the loss on the hard labels."""
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
-        return compute_metrics(task, np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
+        logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+        return {"loss": hard_label_loss(task, logits, labels), **compute_metrics(task, logits, labels)}
 
     return compute
 

@@ -29,7 +29,7 @@ from fsd_fast.models.student import load_classifier, parameter_count
 from fsd_fast.models.teacher import Teacher
 from fsd_fast.models.whole_weights import whole_weights
 from fsd_fast.training.checkpoints import find_checkpoint
-from fsd_fast.training.run import finish_run, run_settings
+from fsd_fast.training.run import choose_best_metric, finish_run, run_settings
 from fsd_fast.training.trainer import FSDTrainer
 from fsd_kernels import resolve_backend
 
@@ -90,6 +90,7 @@ def prepare(
     """Train a student next to its frozen teacher."""
     resume = find_checkpoint(str(run.output_dir), run.resume_from_checkpoint)
     task = get_task(data_arguments.task_name)
+    choose_best_metric(run, task)
     set_seed(run.seed)
     teacher_path = resolve_model(arguments.teacher_model_name_or_path)
     source = teacher_path if arguments.copy_teacher else arguments.model_name_or_path

@@ -6,13 +6,14 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoTokenizer, TrainingArguments
 
 from fsd_fast.commands._common import Work, check_outputs, evaluation_sets, load_data, metrics_of
 from fsd_fast.commands.flags import DataArguments, flag
 from fsd_fast.data import get_task, resolve_model
 from fsd_fast.files import write_json
 from fsd_fast.models.teacher import Teacher
+from fsd_fast.training.trainer import ClassifierTrainer
 
 
 @dataclass
@@ -43,7 +44,7 @@ def prepare(data_arguments: DataArguments, arguments: EvaluationArguments) -> Wo
         use_cpu=arguments.use_cpu,
         report_to=[],
     )
-    trainer = Trainer(
+    trainer = ClassifierTrainer(
         model=saved.model,
         args=run,
         eval_dataset=evaluation_sets(data),

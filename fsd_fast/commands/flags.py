@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from fsd_fast.metrics import MAIN_METRIC
+
 
 def flag(text: str, default: Any = dataclasses.MISSING, **keywords: Any) -> Any:
     """A dataclass field that is a flag, with its help text."""
@@ -51,12 +53,25 @@ class RunArguments(TrainingArguments):
     save_strategy: str = flag("When to save a checkpoint: no, steps or epoch.", "epoch")
     save_total_limit: int | None = flag("Checkpoints to keep.", 1)
     logging_steps: float = flag("Steps between two log entries.", 10)
+    logging_nan_inf_filter: bool = flag(
+        "Log a loss that is not finite as the mean of those before it. Training stops at one here.", False
+    )
     # HfArgumentParser understands this annotation in transformers' own order only.
     report_to: None | str | list[str] = field(  # noqa: RUF036
         default_factory=_default_report,
         metadata={"help": "Where to log to. Default: TensorBoard if installed."},
     )
+    metric_for_best_model: str | None = flag(
+        "Metric by which the best checkpoint is chosen, with or without 'eval_'. Default: the task's main one.",
+        None,
+    )
     remove_unused_columns: bool = flag(
         "Drop data columns that the model does not take; grouping by length reads one of them.", False
     )
     overwrite_output_dir: bool = flag("Start anew in a folder that holds a run already.", False)
+
+    def __post_init__(self) -> None:
+        # TrainingArguments would put "loss" in the place of no metric.
+        if self.metric_for_best_model is None:
+            self.metric_for_best_model = MAIN_METRIC
+        super().__post_init__()

@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoTokenizer, Trainer, set_seed
+from transformers import AutoTokenizer, set_seed
 
 from fsd_fast.commands._common import Work, check_length, evaluation_sets, load_data, metrics_of
 from fsd_fast.commands.flags import DataArguments, RunArguments, flag
@@ -14,7 +14,8 @@ from fsd_fast.data import get_task, resolve_model
 from fsd_fast.models.student import load_classifier, parameter_count
 from fsd_fast.models.whole_weights import whole_weights
 from fsd_fast.training.checkpoints import find_checkpoint
-from fsd_fast.training.run import finish_run, run_settings
+from fsd_fast.training.run import choose_best_metric, finish_run, run_settings
+from fsd_fast.training.trainer import ClassifierTrainer
 
 
 @dataclass
@@ -36,6 +37,7 @@ def prepare(data_arguments: DataArguments, arguments: TeacherArguments, run: Run
     """Fine-tune a classifier on the hard labels."""
     resume = find_checkpoint(str(run.output_dir), run.resume_from_checkpoint)
     task = get_task(data_arguments.task_name)
+    choose_best_metric(run, task)
     set_seed(run.seed)
     path = resolve_model(arguments.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -43,7 +45,7 @@ def prepare(data_arguments: DataArguments, arguments: TeacherArguments, run: Run
     with whole_weights():
         model = load_classifier(path, task.labels, arguments.num_layers)
     data = load_data(data_arguments, tokenizer)
-    trainer = Trainer(
+    trainer = ClassifierTrainer(
         model=model,
         args=run,
         train_dataset=data.train,

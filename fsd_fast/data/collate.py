@@ -15,6 +15,8 @@ from fsd_fast.data.tasks import Task
 
 LENGTH_COLUMN = "length"
 """Number of tokens of a sample: what `TrainingArguments.length_column_name` is called by default."""
+SAMPLE_COLUMN = "sample_index"
+"""Place of a sample in its split, from 0: names it in messages, and finds what was stored for it."""
 
 
 def tokenize(
@@ -30,7 +32,7 @@ def tokenize(
 
     Returns:
         N rows with the tokenizer's columns (`input_ids`, `attention_mask`, and `token_type_ids` where it has
-        them), `labels`, and `length`, the number of tokens, by which
+        them), `labels`, `sample_index`, the row's place, and `length`, the number of tokens, by which
         `TrainingArguments(train_sampling_strategy="group_by_length")` sorts. Trainer drops the column before
         it looks for it unless `remove_unused_columns=False`, and then counts the tokens itself.
 
@@ -52,14 +54,17 @@ def tokenize(
             f"{sorted(missing)}"
         )
 
-    def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def encode(rows: dict[str, list[Any]], places: list[int]) -> dict[str, list[Any]]:
         texts = [rows[name] for name in task.text_columns]
         encoded = dict(tokenizer(*texts, truncation=True, max_length=max_seq_length))
         encoded["labels"] = rows["label"]
+        encoded[SAMPLE_COLUMN] = places
         encoded[LENGTH_COLUMN] = [len(ids) for ids in encoded["input_ids"]]
         return encoded
 
-    return dataset.map(encode, batched=True, remove_columns=dataset.column_names, desc="Tokenizing")
+    return dataset.map(
+        encode, batched=True, with_indices=True, remove_columns=dataset.column_names, desc="Tokenizing"
+    )
 
 
 class PadCollator:
@@ -104,8 +109,8 @@ class PadCollator:
         """Pad B samples as `tokenize` makes them.
 
         Returns:
-            The tokenizer's tensors `[B, S]` (int64) and `labels` `[B]`, int64 for classes and float32 for
-            scores. `length` is left out: the model takes no such argument.
+            The tokenizer's tensors `[B, S]` (int64), `sample_index` `[B]`, and `labels` `[B]`, int64 for classes
+            and float32 for scores. `length` is left out: the model takes no such argument.
 
         Raises:
             ValueError: If a sample has more than `max_seq_length` tokens.

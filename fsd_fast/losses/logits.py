@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fsd_fast.losses._checks import check_unit_interval
+
+_NO_LABEL = -100
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean of -log softmax(z_i)[y_i] over the samples that have a label, 0 where none has."""
+    labelled = labels != _NO_LABEL
+    eager = logits.device.type == "cpu" and not torch.compiler.is_compiling()
+    if eager and bool((labelled & ((labels < 0) | (labels >= logits.shape[1]))).any()):
+        raise ValueError(
+            f"labels: expected class numbers from 0 to {logits.shape[1] - 1}, or {_NO_LABEL} for none; "
+            f"got {labels.tolist()}"
+        )
+    total = functional.cross_entropy(logits, labels, ignore_index=_NO_LABEL, reduction="sum")
+    return total / labelled.sum().clamp(min=1)
 
 
 class LogitDistillationLoss(nn.Module):
@@ -56,7 +72,7 @@ class LogitDistillationLoss(nn.Module):
         else:
             if labels.is_floating_point():
                 raise TypeError(f"labels: expected class numbers (an integer dtype), got {labels.dtype}")
-            hard = functional.cross_entropy(own, labels)
+            hard = _cross_entropy(own, labels)
             soft = self.temperature**2 * functional.kl_div(
                 functional.log_softmax(own / self.temperature, dim=1),
                 functional.log_softmax(given / self.temperature, dim=1),
@@ -71,10 +87,11 @@ class LogitDistillationLoss(nn.Module):
         Args:
             student_logits: [B, C].
             teacher_logits: [B, C]; a constant.
-            labels: [B], class numbers; for C = 1 the targets.
+            labels: [B], class numbers; for C = 1 the targets. A sample labelled -100 has no hard label, as in torch:
+                the hard term is the mean over the others, 0 where there are none.
 
         Raises:
             TypeError: Class labels are not integers.
-            ValueError: Shapes do not fit.
+            ValueError: Shapes do not fit, or, on a CPU, a label is no class. (On a GPU torch itself stops there.)
         """
         return self.components(student_logits, teacher_logits, labels)[0]

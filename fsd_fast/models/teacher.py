@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from fsd_fast.data import SAMPLE_COLUMN
+
 
 class TeacherSignals(NamedTuple):
     """What the student learns from in one batch; constants."""
@@ -24,8 +26,8 @@ class TeacherSignals(NamedTuple):
 
 
 def input_arguments(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Pick what a model's forward takes from a batch: everything but the labels."""
-    return {name: value for name, value in inputs.items() if name != "labels"}
+    """Pick what a model's forward takes from a batch: everything but the labels and the samples' places."""
+    return {name: value for name, value in inputs.items() if name not in ("labels", SAMPLE_COLUMN)}
 
 
 def layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

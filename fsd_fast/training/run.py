@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, SchedulerType, Trainer, TrainingArguments
 
+from fsd_fast.data import Task
 from fsd_fast.files import write_json
+from fsd_fast.metrics import MAIN_METRIC, main_metric_first
 from fsd_fast.training.export import export_student, model_card
 
 
@@ -34,7 +37,8 @@ def finish_run(
     if resume is None and trainer.is_world_process_zero():
         # A run that starts anew must not be continued from the checkpoints of the one before.
         for old in folder.glob("checkpoint-*"):
-            shutil.rmtree(old)
+            if re.fullmatch(r"checkpoint-\d+", old.name):
+                shutil.rmtree(old)
     result = trainer.train(resume_from_checkpoint=resume)
     metrics = _final_metrics(trainer)
     train_metrics = {**result.metrics, "train_samples": train_samples}
@@ -45,8 +49,11 @@ def finish_run(
         card = model_card(title, task_name, settings, scores)
         export_student(student, weights, tokenizer, folder, card)
         write_json(folder / "fsd_arguments.json", settings)
-    trainer.save_metrics("train", train_metrics)
-    trainer.save_metrics("eval", metrics)
+    # Not combined by Trainer, which would read what an earlier run may have left half-written.
+    trainer.save_metrics("train", train_metrics, combined=False)
+    trainer.save_metrics("eval", metrics, combined=False)
+    if trainer.is_world_process_zero():
+        write_json(folder / "all_results.json", {**train_metrics, **metrics})
     trainer.save_state()
     trainer.accelerator.wait_for_everyone()
     return {**train_metrics, **metrics}
@@ -62,6 +69,29 @@ def _final_metrics(trainer: Trainer) -> dict[str, float]:
     if not last or trainer.args.load_best_model_at_end:
         return trainer.evaluate()
     return {name: value for entry in last for name, value in entry.items() if name != "step"}
+
+
+def choose_best_metric(run: TrainingArguments, task: Task) -> None:
+    """Set ``metric_for_best_model`` to a metric that evaluation reports.
+
+    "main" is the task's main metric. Where a task has several evaluation splits (MNLI), a metric without the name of
+    its split is the first one's.
+
+    Raises:
+        ValueError: The task's evaluation reports no such metric; the known ones are listed.
+    """
+    metrics = [*main_metric_first(task), "loss"]
+    prefixes = [f"{split}_" for split in task.eval_splits] if len(task.eval_splits) > 1 else [""]
+    known = [prefix + metric for prefix in prefixes for metric in metrics]
+    asked = str(run.metric_for_best_model).removeprefix("eval_")
+    found = metrics[0] if asked == MAIN_METRIC else asked
+    if found in metrics:
+        found = prefixes[0] + found
+    if found not in known:
+        raise ValueError(
+            f"metric_for_best_model: task {task.name!r} reports {', '.join(known)}; got {run.metric_for_best_model!r}"
+        )
+    run.metric_for_best_model = found
 
 
 def _is_score(name: str) -> bool:

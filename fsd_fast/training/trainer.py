@@ -1,4 +1,4 @@
-"""``FSDTrainer``: transformers' Trainer with the teacher's signals added to every training batch."""
+"""transformers' Trainer with exact losses: ``ClassifierTrainer`` for hard labels, ``FSDTrainer`` for distillation."""
 
 from __future__ import annotations
 
@@ -8,14 +8,69 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from fsd_fast.data import SAMPLE_COLUMN
 from fsd_fast.models.distillation import DistillationModel
 from fsd_fast.models.teacher import Teacher, TeacherSignals
+from fsd_fast.training.finite import FiniteCheck
 
 
-class FSDTrainer(Trainer):
-    """Trains a ``DistillationModel`` next to a frozen teacher.
+class ClassifierTrainer(Trainer):
+    """Trains or evaluates a classifier whose loss is a mean over the batch.
 
-    Everything but the loss is Trainer's: the loop, DeepSpeed, resuming, logging, evaluation, checkpoints.
+    Everything but the following is Trainer's: the loop, DeepSpeed, resuming, logging, checkpoints.
+
+    - A step of ``gradient_accumulation_steps`` micro-batches of b samples has the loss and the gradient of one batch
+      of ``gradient_accumulation_steps * b`` samples, on any number of processes. Trainer takes a forward with
+      ``**kwargs`` for one that normalises its own loss by the number of items; a classifier's does not.
+    - The evaluation loss is computed by ``compute_metrics`` from the logits and labels of all samples, so it does not
+      depend on how they are spread over batches and processes.
+    - Training stops at the first loss or gradient norm that is not finite, see ``FiniteCheck``.
+    """
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.model_accepts_loss_kwargs = False
+        self.finite = FiniteCheck(str(self.args.output_dir))
+        self.add_callback(self.finite)
+        self._components: dict[str, Tensor] = {}
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Run forward and backward on a micro-batch and return its loss, checked to be finite."""
+        samples = inputs.pop(SAMPLE_COLUMN, None)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.finite.add(self.state.global_step + 1, "the loss", loss, samples, self._components)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Check the norm that Trainer logs. Trainer calls this between the backward and the optimizer's step."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        # The scaler of --fp16 looks for overflows itself, skips their steps and lowers its scale.
+        if norm is not None and not self.args.fp16:
+            self.finite.add(self.state.global_step + 1, "the gradient's norm", torch.as_tensor(norm))
+        return norm
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Return (None, logits, labels): ``compute_metrics`` computes the loss of all samples together."""
+        inputs = {name: value for name, value in inputs.items() if name != SAMPLE_COLUMN}
+        labels = self._prepare_inputs({"labels": inputs.pop("labels")})["labels"]
+        _, logits, _ = super().prediction_step(model, inputs, False, ignore_keys)
+        return None, logits, labels
+
+
+class FSDTrainer(ClassifierTrainer):
+    """Trains a ``DistillationModel`` next to a frozen teacher, whose signals are added to every training batch.
+
     Evaluation runs the student alone.
 
     Args:
@@ -33,10 +88,8 @@ class FSDTrainer(Trainer):
         half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         self.teacher = teacher.to(self.args.device, half)
         self.teacher_memory = None if teacher_memory is None else teacher_memory.to(self.args.device)
-        # The loss is a mean over the batch: Trainer itself divides it by the accumulation steps.
-        self.model_accepts_loss_kwargs = False
         self._sums: dict[str, Tensor] = {}
-        self._steps = 0
+        self._steps = 0.0
 
     def signals(self, inputs: dict[str, Tensor]) -> TeacherSignals:
         """Run the teacher on a batch and keep what the losses read."""
@@ -57,25 +110,32 @@ class FSDTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the integrated loss while training, the hard-label loss while evaluating."""
-        if not model.training:
-            outputs = model(**inputs)
-            return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+        """Return the integrated loss of a micro-batch."""
         outputs = model(**inputs, teacher=self.signals(inputs))
-        # Added up on the device: nothing waits for it before the next log entry.
-        for name, value in outputs["components"].items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._steps += 1
+        self._components = outputs["components"]
+        # Added up on the device: nothing waits for it before the next log entry. A micro-batch counts as Trainer
+        # counts its loss, as one of those that share an optimizer step; the last group of an epoch may be smaller.
+        share = 1 / self.current_gradient_accumulation_steps
+        for name, value in self._components.items():
+            self._sums[name] = self._sums.get(name, 0) + value * share
+        self._steps += share
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with each loss component's mean since the last entry."""
+        """Log, with each loss component's mean over the optimizer steps since the last entry, like the loss."""
         if "loss" in logs and self._steps:
             values = torch.stack(list(self._sums.values())).float() / self._steps
             values = self.accelerator.reduce(values, reduction="mean")
             logs = {**logs, **dict(zip(self._sums, values.tolist(), strict=True))}
-            self._sums, self._steps = {}, 0
+            self._sums, self._steps = {}, 0.0
         super().log(logs, start_time)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Leave the student memory out of weight decay: its entries are features, not weights."""
+        memory = self.distillation.student_memory
+        own = {id(parameter) for parameter in ([] if memory is None else memory.parameters())}
+        names = {name for name, parameter in model.named_parameters() if id(parameter) in own}
+        return [name for name in super().get_decay_parameter_names(model) if name not in names]
 
     def gathered_state(self) -> dict[str, Tensor] | None:
         """Gather the ``DistillationModel`` state; call it on all processes. ZeRO-3 gives it to the first alone."""
