@@ -55,6 +55,7 @@ def save_backbone(folder, *, layers=TEACHER_LAYERS, hidden=HIDDEN, seed=0, famil
             hidden_dim=64,
             dropout=dropout,
             seq_classif_dropout=dropout,
+            attention_dropout=dropout,
             **sizes,
         )
     else:
