@@ -19,10 +19,10 @@ from benchmarks import baselines
 from benchmarks.contenders import Outcome
 from benchmarks.harness import Timed
 from benchmarks.inputs import Inputs, Sizes, with_memories
-from fsd_fast.losses import METHODS, FeatureStructureLoss
+from fsd_fast.losses import METHODS, FeatureStructureLoss, FeatureStructureObjective, Signals
 from fsd_fast.memory.student_memory import StudentMemory
 from fsd_fast.models.distillation import DistillationModel
-from fsd_fast.models.teacher import Teacher, TeacherSignals
+from fsd_fast.models.teacher import Teacher
 
 _ALPHA, _TEMPERATURE = 0.5, 10.0
 _LEARNING_RATE, _CLIP = 3e-5, 1.0
@@ -114,7 +114,8 @@ class TrainingStep:
                 gamma_m=baselines.GAMMA_M,
                 backend=backend,
             )
-            model = DistillationModel(student, loss, [self.layers], self.memory if uses_memory else None)  # type: ignore[arg-type]
+            objective = FeatureStructureObjective(loss, [self.layers], self.layers)
+            model = DistillationModel(student, objective, self.memory if uses_memory else None)  # type: ignore[arg-type]
             self.ours = Teacher(teacher, "teacher"), model  # type: ignore[arg-type]
         self.parameters = [*student.parameters(), *([self.memory.centroids] if uses_memory else [])]
         # Fused as in transformers' Trainer.
@@ -122,8 +123,8 @@ class TrainingStep:
 
     def _our_loss(self, teacher: Teacher, model: DistillationModel) -> Tensor:
         logits, hidden = teacher.hidden_states({"input_ids": self.ids})
-        given = hidden[self.layers[0]]
-        signals = TeacherSignals(logits, (given,), given, self.teacher_memory)
+        layer = self.layers[0]
+        signals = Signals(logits, {layer: hidden[layer]}, self.teacher_memory)
         loss: Tensor = model(input_ids=self.ids, labels=self.labels, teacher=signals)["loss"]
         return loss
 

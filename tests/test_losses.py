@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +14,17 @@ from torch import Tensor
 from torch.nn import functional
 
 import fsd_fast.losses.structures
+from fsd_fast.commands.distill import DistillationArguments
 from fsd_fast.losses import (
     METHODS,
     FeatureStructureLoss,
+    FeatureStructureObjective,
     GlobalInterFeatureLoss,
     GlobalInterFeatureOutput,
     IntraFeatureLoss,
     LocalInterFeatureLoss,
     LogitDistillationLoss,
+    Requirements,
 )
 from fsd_kernels import frozen_gram, inter_structure
 from fsd_kernels.intra_cka.reference import sample_cka
@@ -707,3 +712,27 @@ def test_samples_without_a_label_leave_the_hard_term():
 def test_labels_that_are_no_class_are_refused(label):
     with pytest.raises(ValueError, match=rf"labels: expected class numbers from 0 to 2.*got \[0, {label}\]"):
         LogitDistillationLoss()(torch.randn(2, 3), torch.randn(2, 3), torch.tensor([0, label]))
+
+
+def test_modules_and_flags_have_the_same_defaults():
+    flags = {field.name: field.default for field in dataclasses.fields(DistillationArguments)}
+    for module in (FeatureStructureLoss, LogitDistillationLoss, GlobalInterFeatureLoss, IntraFeatureLoss):
+        for name, parameter in inspect.signature(module).parameters.items():
+            if name not in ("pad_features", "reduction"):
+                assert parameter.default == flags[name], (module, name)
+    assert inspect.signature(IntraFeatureLoss).parameters["reduction"].default == flags["intra_reduction"]
+
+
+def test_an_objective_asks_for_what_its_method_reads():
+    pairs, last = [(2, 1), (4, 2)], (5, 3)
+    wanted = {
+        "vkd": Requirements((), (), False, 1),
+        "fsd_i": Requirements((1, 2), (2, 4), False, 1),
+        "fsd_l": Requirements((1, 2), (2, 4), False, 2),
+        "fsd_g": Requirements((3,), (5,), True, 1),
+        "fsd_il": Requirements((1, 2), (2, 4), False, 2),
+        "fsd_ilg": Requirements((1, 2, 3), (2, 4, 5), True, 2),
+    }
+    assert wanted.keys() == METHODS.keys()
+    for method, requires in wanted.items():
+        assert FeatureStructureObjective(FeatureStructureLoss(method), pairs, last).requires == requires

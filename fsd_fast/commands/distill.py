@@ -19,12 +19,12 @@ from fsd_fast.commands._common import (
 )
 from fsd_fast.commands.flags import DataArguments, RunArguments, flag
 from fsd_fast.data import get_task, resolve_model
-from fsd_fast.losses import METHODS, FeatureStructureLoss
+from fsd_fast.losses import DEFAULTS, METHODS, FeatureStructureLoss, FeatureStructureObjective, Objective
 from fsd_fast.memory.features import memory_identity
 from fsd_fast.memory.student_memory import StudentMemory
 from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.models.distillation import DistillationModel, export_state
-from fsd_fast.models.layers import parse_layer_pairs
+from fsd_fast.models.layers import parse_layer_pairs, penultimate_pair
 from fsd_fast.models.student import load_classifier, parameter_count
 from fsd_fast.models.teacher import Teacher
 from fsd_fast.models.whole_weights import whole_weights
@@ -53,16 +53,18 @@ class DistillationArguments:
         "uses the penultimate pair.",
         "penultimate",
     )
-    alpha: float = flag("Weight of the hard labels in L_VKD, in [0, 1].", 0.5)
-    temperature: float = flag("Temperature tau of L_VKD.", 10.0)
-    beta: float = flag("Weight of the structures against L_VKD.", 4.0)
-    gamma_i: float = flag("Weight of L_I.", 1.0)
-    gamma_l: float = flag("Weight of L_L.", 1.0)
-    gamma_g: float = flag("Weight of L_G.", 1e-4)
-    gamma_m: float = flag("Weight of the Euclidean term in L_G against the cosine term, in [0, 1].", 0.5)
+    alpha: float = flag("Weight of the hard labels in L_VKD, in [0, 1].", DEFAULTS.alpha)
+    temperature: float = flag("Temperature tau of L_VKD.", DEFAULTS.temperature)
+    beta: float = flag("Weight of the structures against L_VKD.", DEFAULTS.beta)
+    gamma_i: float = flag("Weight of L_I.", DEFAULTS.gamma_i)
+    gamma_l: float = flag("Weight of L_L.", DEFAULTS.gamma_l)
+    gamma_g: float = flag("Weight of L_G.", DEFAULTS.gamma_g)
+    gamma_m: float = flag(
+        "Weight of the Euclidean term in L_G against the cosine term, in [0, 1].", DEFAULTS.gamma_m
+    )
     intra_reduction: Literal["mean_log", "log_mean"] = flag(
         "L_I: mean over samples of -log CKA (the paper), or -log of the mean CKA (the released code).",
-        "mean_log",
+        DEFAULTS.reduction,
     )
     memory_path: str | None = flag("Folder that 'memory' wrote; needed by fsd_g and fsd_ilg.", None)
     student_memory_init: Literal["normal", "teacher"] = flag(
@@ -131,16 +133,17 @@ def prepare(
             f"distill trains on one GPU in each process and sees {run.n_gpu}; start a process for each with "
             f"deepspeed --num_gpus {run.n_gpu} train_ds.py distill ..., or choose one with CUDA_VISIBLE_DEVICES=0"
         )
-    if loss.uses_local and run.per_device_train_batch_size < 2:
-        raise ValueError(
-            f"per_device_train_batch_size: method {arguments.method!r} compares the samples of a batch and needs "
-            f"at least 2, got {run.per_device_train_batch_size}"
-        )
     teacher_layers = int(AutoConfig.from_pretrained(teacher_path).num_hidden_layers)
     student_layers = (
         max(1, teacher_layers // 2) if arguments.student_layers is None else arguments.student_layers
     )
     layer_pairs = parse_layer_pairs(arguments.layer_pairs, teacher_layers, student_layers)
+    objective = FeatureStructureObjective(loss, layer_pairs, penultimate_pair(teacher_layers, student_layers))
+    if run.per_device_train_batch_size < objective.requires.minimum_batch:
+        raise ValueError(
+            f"per_device_train_batch_size: method {arguments.method!r} compares the samples of a batch and needs "
+            f"at least {objective.requires.minimum_batch}, got {run.per_device_train_batch_size}"
+        )
     check_length(teacher_path, data_arguments.max_seq_length)
     check_length(source, data_arguments.max_seq_length)
     with whole_weights():
@@ -148,11 +151,11 @@ def prepare(
         check_outputs(teacher_model, task)
         student = load_classifier(source, task.labels, student_layers)
     teacher_memory, student_memory = _memories(
-        data_arguments, arguments, loss, teacher_model, student, run.seed
+        data_arguments, arguments, objective, teacher_model, student, run.seed
     )
     data = load_data(data_arguments, tokenizer)
     trainer = FSDTrainer(
-        model=DistillationModel(student, loss, layer_pairs, student_memory),
+        model=DistillationModel(student, objective, student_memory),
         args=run,
         train_dataset=data.train,
         eval_dataset=evaluation_sets(data),
@@ -187,13 +190,13 @@ def prepare(
 def _memories(
     data_arguments: DataArguments,
     arguments: DistillationArguments,
-    loss: FeatureStructureLoss,
+    objective: Objective,
     teacher_model: Teacher,
     student: Any,
     seed: int,
 ) -> tuple[torch.Tensor | None, StudentMemory | None]:
     """Load the teacher memory and start the student memory, or (None, None) where the method uses none."""
-    if not loss.uses_global:
+    if not objective.requires.memories:
         return None, None
     if arguments.memory_path is None:
         users = ", ".join(name for name, used in METHODS.items() if used[2])

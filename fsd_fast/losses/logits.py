@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fsd_fast.losses._checks import check_unit_interval
+from fsd_fast.losses.defaults import DEFAULTS
 
 _NO_LABEL = -100
 
@@ -42,7 +43,7 @@ class LogitDistillationLoss(nn.Module):
         ValueError: ``alpha`` or ``temperature`` is out of range.
     """
 
-    def __init__(self, alpha: float = 0.5, temperature: float = 10.0) -> None:
+    def __init__(self, alpha: float = DEFAULTS.alpha, temperature: float = DEFAULTS.temperature) -> None:
         super().__init__()
         check_unit_interval("alpha", alpha)
         if not temperature > 0:

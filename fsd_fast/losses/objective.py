@@ -1,175 +1,117 @@
-"""The integrated loss, and the methods that are parts of it [paper, eq. 11]."""
+"""What a training method is: an objective that says what it requires of teacher and student, and its loss.
+
+A new method is one subclass of ``Objective``: the trainer runs both models, keeps what ``requires`` names, and
+calls it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from fsd_fast.losses._checks import check_choice
-from fsd_fast.losses.logits import LogitDistillationLoss
-from fsd_fast.losses.structures import (
-    Features,
-    GlobalInterFeatureLoss,
-    IntraFeatureLoss,
-    LocalInterFeatureLoss,
-    PadFeatures,
-    Reduction,
-    layer_pairs,
-)
-
-METHODS: dict[str, tuple[bool, bool, bool]] = {
-    "vkd": (False, False, False),
-    "fsd_i": (True, False, False),
-    "fsd_l": (False, True, False),
-    "fsd_g": (False, False, True),
-    "fsd_il": (True, True, False),
-    "fsd_ilg": (True, True, True),
-}
-"""Method name -> whether it uses (L_I, L_L, L_G)."""
+from fsd_fast.losses.integrated import FeatureStructureLoss
 
 
-class FeatureStructureOutput(NamedTuple):
-    """What ``FeatureStructureLoss`` returns."""
+class Signals(NamedTuple):
+    """What one model computed for a batch, as far as an objective requires it."""
+
+    logits: Tensor
+    """[B, C]."""
+    hidden_states: Mapping[int, Tensor]
+    """Layer index (0 = embeddings) -> [B, S, D]."""
+    memory: Tensor | None = None
+    """[K, S * D], the centroids of the model's memory; None where none is required."""
+
+
+class Requirements(NamedTuple):
+    """What an objective reads."""
+
+    student_layers: tuple[int, ...] = ()
+    """Indices of the student's hidden states."""
+    teacher_layers: tuple[int, ...] = ()
+    """Indices of the teacher's hidden states."""
+    memories: bool = False
+    """Whether it reads a teacher memory and trains a student memory."""
+    minimum_batch: int = 1
+    """Samples that a batch must have; the last batch of an epoch may have fewer."""
+
+
+class ObjectiveOutput(NamedTuple):
+    """What an objective returns."""
 
     loss: Tensor
-    """The integrated loss L."""
+    """The scalar that is minimised."""
     components: dict[str, Tensor]
-    """Every term by name, detached scalars: those of L_VKD, and of the structures that the method uses."""
+    """Its terms by name, detached scalars, for the log."""
 
 
-class FeatureStructureLoss(nn.Module):
-    """L = L_VKD + beta (gamma_i L_I + gamma_l L_L + gamma_g L_G) [eq. 11].
+class Objective(nn.Module):
+    """The loss of a training method.
+
+    Attributes:
+        requires: What ``forward`` reads of the two models.
+    """
+
+    requires: Requirements
+
+    def forward(
+        self, student: Signals, teacher: Signals, labels: Tensor, attention_mask: Tensor | None
+    ) -> ObjectiveOutput:
+        """Return the loss of a batch.
+
+        Args:
+            student: Of the trained model; differentiable.
+            teacher: Of the frozen model; constants.
+            labels: [B].
+            attention_mask: [B, S], 1 = keep.
+        """
+        raise NotImplementedError
+
+
+class FeatureStructureObjective(Objective):
+    """The methods of the paper: L_VKD plus the structures that the loss uses [eq. 11].
 
     Args:
-        method: "vkd", "fsd_i", "fsd_l", "fsd_g", "fsd_il" or "fsd_ilg": which structures are used.
-        alpha: Weight of the hard labels in L_VKD.
-        temperature: tau of L_VKD.
-        beta: Weight of the structures against L_VKD.
-        gamma_i: Weight of L_I.
-        gamma_l: Weight of L_L.
-        gamma_g: Weight of L_G.
-        gamma_m: Weight of the Euclidean term in L_G.
-        reduction: "mean_log" or "log_mean", for L_I.
-        pad_features: "include" or "exclude", for all structures.
-        backend: "auto", "triton", "eager" or "reference".
-
-    Raises:
-        ValueError: A name is unknown (the known ones are listed) or a weight is out of range.
+        loss: The integrated loss.
+        layer_pairs: (teacher layer, student layer) pairs that L_I and L_L compare.
+        penultimate: The pair that L_G compares: the last layer but one on both sides.
     """
 
     def __init__(
         self,
-        method: str = "fsd_ilg",
-        *,
-        alpha: float = 0.5,
-        temperature: float = 10.0,
-        beta: float = 4.0,
-        gamma_i: float = 1.0,
-        gamma_l: float = 1.0,
-        gamma_g: float = 1e-3,
-        gamma_m: float = 0.5,
-        reduction: Reduction = "mean_log",
-        pad_features: PadFeatures = "include",
-        backend: str = "auto",
+        loss: FeatureStructureLoss,
+        layer_pairs: Sequence[tuple[int, int]],
+        penultimate: tuple[int, int],
     ) -> None:
         super().__init__()
-        check_choice("method", method, list(METHODS))
-        for name, weight in (
-            ("beta", beta),
-            ("gamma_i", gamma_i),
-            ("gamma_l", gamma_l),
-            ("gamma_g", gamma_g),
-        ):
-            if not weight >= 0:
-                raise ValueError(f"{name}: expected a weight >= 0, got {weight}")
-        self.method = method
-        self.uses_intra, self.uses_local, self.uses_global = METHODS[method]
-        self.beta, self.gamma_i, self.gamma_l, self.gamma_g = beta, gamma_i, gamma_l, gamma_g
-        self.logits = LogitDistillationLoss(alpha, temperature)
-        self.intra = IntraFeatureLoss(reduction, pad_features, backend)
-        self.local = LocalInterFeatureLoss(pad_features, backend)
-        self.global_ = GlobalInterFeatureLoss(gamma_m, pad_features, backend)
-
-    def extra_repr(self) -> str:
-        """Show the settings in repr."""
-        return (
-            f"method={self.method!r}, beta={self.beta}, gamma_i={self.gamma_i}, gamma_l={self.gamma_l}, "
-            f"gamma_g={self.gamma_g}"
+        self.loss = loss
+        self._pairs = list(layer_pairs) if loss.uses_intra or loss.uses_local else []
+        self._penultimate = penultimate if loss.uses_global else None
+        read = [*self._pairs, *([penultimate] if loss.uses_global else [])]
+        self.requires = Requirements(
+            student_layers=tuple(sorted({student for _, student in read})),
+            teacher_layers=tuple(sorted({teacher for teacher, _ in read})),
+            memories=loss.uses_global,
+            minimum_batch=2 if loss.uses_local else 1,
         )
 
     def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        labels: Tensor,
-        student_features: Features = (),
-        teacher_features: Features = (),
-        attention_mask: Tensor | None = None,
-        *,
-        student_penultimate: Tensor | None = None,
-        teacher_penultimate: Tensor | None = None,
-        student_memory: Tensor | None = None,
-        teacher_memory: Tensor | None = None,
-    ) -> FeatureStructureOutput:
-        """Return the integrated loss and every component.
-
-        In a batch of one sample there is nothing to compare it with: L_L is 0 there.
-
-        Args:
-            student_logits: [B, C].
-            teacher_logits: [B, C]; a constant.
-            labels: [B].
-            student_features: [B, S, D_s] or a sequence of layers, for L_I and L_L (averaged over layers).
-            teacher_features: [B, S, D_t] or as many layers; a constant.
-            attention_mask: [B, S], 1 = keep.
-            student_penultimate: [B, S, D_s], for L_G. Where the very same tensors are among the features, L_L
-                and L_G share one pass over them.
-            teacher_penultimate: [B, S, D_t], for L_G; a constant.
-            student_memory: [K, S * D_s], for L_G; trained.
-            teacher_memory: [K, S * D_t], for L_G; a constant.
-
-        Raises:
-            TypeError: An argument is not of the expected kind.
-            ValueError: Something that the method needs is missing, or shapes do not fit.
-        """
-        loss, hard, soft = self.logits.components(student_logits, teacher_logits, labels)
-        components = {"loss_vkd": loss, "loss_hard": hard, "loss_soft": soft}
-        structures = torch.zeros_like(loss)
-        pairs = layer_pairs(student_features, teacher_features) if self.uses_intra or self.uses_local else []
-        shared: Tensor | None = None
-        if self.uses_global:
-            needed = (student_penultimate, student_memory, teacher_penultimate, teacher_memory)
-            if any(tensor is None for tensor in needed):
-                raise ValueError(
-                    f"method {self.method!r} uses L_G: expected student_penultimate, student_memory, "
-                    "teacher_penultimate and teacher_memory"
-                )
-            read = self.global_.structures(*needed, attention_mask)  # type: ignore[arg-type]
-            output, shared = self.global_.combine(read), read.local
-            structures = structures + self.gamma_g * output.loss
-            components |= {
-                "loss_global": output.loss,
-                "global_memory_cka": output.memory_cka,
-                "global_distance": output.distance,
-                "global_cosine": output.cosine,
-            }
-        if self.uses_intra:
-            intra = self.intra([own for own, _ in pairs], [given for _, given in pairs], attention_mask)
-            structures = structures + self.gamma_i * intra
-            components["loss_intra"] = intra
-        if self.uses_local:
-            terms = []
-            for own, given in pairs:
-                if shared is not None and own is student_penultimate and given is teacher_penultimate:
-                    terms.append(shared)
-                elif own.shape[0] == 1:
-                    terms.append(torch.zeros_like(loss))
-                else:
-                    terms.append(self.local(own, given, attention_mask))
-            local = terms[0] if len(terms) == 1 else torch.stack(terms).mean()
-            structures = structures + self.gamma_l * local
-            components["loss_local"] = local
-        loss = loss + self.beta * structures
-        return FeatureStructureOutput(loss, {name: value.detach() for name, value in components.items()})
+        self, student: Signals, teacher: Signals, labels: Tensor, attention_mask: Tensor | None
+    ) -> ObjectiveOutput:
+        """Return the integrated loss and its terms."""
+        last = self._penultimate
+        loss, components = self.loss(
+            student.logits,
+            teacher.logits,
+            labels,
+            [student.hidden_states[layer] for _, layer in self._pairs],
+            [teacher.hidden_states[layer] for layer, _ in self._pairs],
+            attention_mask,
+            student_penultimate=None if last is None else student.hidden_states[last[1]],
+            teacher_penultimate=None if last is None else teacher.hidden_states[last[0]],
+            student_memory=student.memory,
+            teacher_memory=teacher.memory,
+        )
+        return ObjectiveOutput(loss, components)

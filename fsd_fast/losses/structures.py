@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from fsd_fast.losses._checks import check_choice, check_unit_interval
+from fsd_fast.losses.defaults import DEFAULTS, Reduction
 from fsd_kernels import GramBasis, InterStructure, frozen_gram, inter_structure, intra_cka
 
 PadFeatures = Literal["include", "exclude"]
-Reduction = Literal["mean_log", "log_mean"]
 Features = Tensor | Sequence[Tensor]
 
 
@@ -86,7 +86,7 @@ class IntraFeatureLoss(_StructureLoss):
 
     def __init__(
         self,
-        reduction: Reduction = "mean_log",
+        reduction: Reduction = DEFAULTS.reduction,
         pad_features: PadFeatures = "include",
         backend: str = "auto",
     ) -> None:
@@ -190,7 +190,7 @@ class GlobalInterFeatureLoss(_StructureLoss):
     """
 
     def __init__(
-        self, gamma_m: float = 0.5, pad_features: PadFeatures = "include", backend: str = "auto"
+        self, gamma_m: float = DEFAULTS.gamma_m, pad_features: PadFeatures = "include", backend: str = "auto"
     ) -> None:
         super().__init__(pad_features, backend)
         check_unit_interval("gamma_m", gamma_m)

@@ -1,6 +1,6 @@
-"""The one module that is trained: student, student memory and losses.
+"""The one module that is trained: student, student memory and objective.
 
-The losses are computed in its own forward, so that whatever wraps it (DeepSpeed ZeRO, DistributedDataParallel) sees
+The loss is computed in its own forward, so that whatever wraps it (DeepSpeed ZeRO, DistributedDataParallel) sees
 every use of every parameter.
 """
 
@@ -11,44 +11,34 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fsd_fast.losses import FeatureStructureLoss
+from fsd_fast.losses import Objective, Signals
 from fsd_fast.memory.student_memory import StudentMemory
-from fsd_fast.models.layers import LayerPair
-from fsd_fast.models.teacher import TeacherSignals, input_arguments
+from fsd_fast.models.teacher import input_arguments
 
 
 class DistillationModel(nn.Module):
-    """Student, student memory and losses: the one module that is trained.
+    """Student, student memory and objective.
 
     Args:
         student: The student; exported alone when training ends.
-        loss: The integrated loss.
-        layer_pairs: (teacher, student) hidden-state indices for L_I and L_L.
-        student_memory: Trained by L_G and left behind by the export; None where the method uses none.
+        objective: Says which hidden states it requires and computes the loss.
+        student_memory: Trained by the objective and left behind by the export; None where it requires none.
+
+    Raises:
+        ValueError: The objective requires a memory and there is none, or the other way round.
     """
 
     def __init__(
-        self,
-        student: PreTrainedModel,
-        loss: FeatureStructureLoss,
-        layer_pairs: list[LayerPair],
-        student_memory: StudentMemory | None = None,
+        self, student: PreTrainedModel, objective: Objective, student_memory: StudentMemory | None = None
     ) -> None:
         super().__init__()
-        if loss.uses_global != (student_memory is not None):
-            raise ValueError(
-                f"student_memory: method {loss.method!r} {'needs' if loss.uses_global else 'does not use'} one"
-            )
+        if objective.requires.memories != (student_memory is not None):
+            wanted = "one" if objective.requires.memories else "none"
+            raise ValueError(f"student_memory: the objective requires {wanted}, got {student_memory}")
         self.student = student
-        self.loss = loss
-        self.layer_pairs = layer_pairs
+        self.objective = objective
         self.student_memory = student_memory
         self.config = student.config
-
-    @property
-    def student_layers(self) -> list[int]:
-        """The student's hidden states that the losses read."""
-        return [student for _, student in self.layer_pairs]
 
     def gradient_checkpointing_enable(self, *arguments: Any, **keywords: Any) -> None:
         """Pass the request on to the student."""
@@ -60,46 +50,35 @@ class DistillationModel(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        teacher: TeacherSignals | None = None,
+        teacher: Signals | None = None,
     ) -> dict[str, Any]:
-        """Run the student, and the losses where the teacher's signals are given.
+        """Run the student, and the objective where the teacher's signals are given.
 
         Args:
             input_ids: [B, S].
             attention_mask: [B, S], 1 = keep.
             token_type_ids: [B, S].
             labels: [B].
-            teacher: What the teacher made of the same batch; None evaluates the student alone.
+            teacher: What the teacher computed for the same batch; None runs the student alone.
 
         Returns:
-            "logits" [B, C], and "loss" where labels are given: the integrated loss with a teacher, the
-            hard-label loss without. With a teacher also "components", every term by name.
+            "logits" [B, C]; with a teacher also "loss", and "components", the loss's terms by name.
+
+        Raises:
+            ValueError: There is a teacher and there are no labels.
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         inputs = input_arguments({name: value for name, value in given.items() if value is not None})
         if teacher is None:
-            output = self.student(**inputs, labels=labels)
-            return (
-                {"logits": output.logits}
-                if labels is None
-                else {"loss": output.loss, "logits": output.logits}
-            )
+            return {"logits": self.student(**inputs).logits}
         if labels is None:
             raise ValueError("labels: the hard-label term of the loss needs them")
-        wants_features = self.loss.uses_intra or self.loss.uses_local or self.loss.uses_global
-        output = self.student(**inputs, output_hidden_states=wants_features)
-        hidden = output.hidden_states if wants_features else ()
-        result = self.loss(
-            output.logits,
-            teacher.logits,
-            labels,
-            [hidden[layer] for layer in self.student_layers] if wants_features else (),
-            teacher.features,
-            attention_mask,
-            student_penultimate=hidden[self.config.num_hidden_layers - 1] if self.loss.uses_global else None,
-            teacher_penultimate=teacher.penultimate,
-            student_memory=None if self.student_memory is None else self.student_memory.centroids,
-            teacher_memory=teacher.memory,
+        layers = self.objective.requires.student_layers
+        output = self.student(**inputs, output_hidden_states=bool(layers))
+        hidden_states = {layer: output.hidden_states[layer] for layer in layers}
+        memory = None if self.student_memory is None else self.student_memory.centroids
+        result = self.objective(
+            Signals(output.logits, hidden_states, memory), teacher, labels, attention_mask
         )
         return {"loss": result.loss, "logits": output.logits, "components": result.components}
 

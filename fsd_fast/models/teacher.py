@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fsd_fast.data import SAMPLE_COLUMN
-
-
-class TeacherSignals(NamedTuple):
-    """What the student learns from in one batch; constants."""
-
-    logits: Tensor
-    """[B, C]."""
-    features: tuple[Tensor, ...]
-    """[B, S, D_t] for each layer pair, in their order."""
-    penultimate: Tensor | None
-    """[B, S, D_t] of the last layer but one; None where no memory is used."""
-    memory: Tensor | None
-    """[K, S * D_t], the teacher memory's centroids; None where none is used."""
 
 
 def input_arguments(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

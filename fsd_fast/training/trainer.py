@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from fsd_fast.data import SAMPLE_COLUMN
+from fsd_fast.losses import Signals
 from fsd_fast.models.distillation import DistillationModel
-from fsd_fast.models.teacher import Teacher, TeacherSignals
+from fsd_fast.models.teacher import Teacher
 from fsd_fast.training.finite import FiniteCheck
 
 
@@ -91,17 +92,11 @@ class FSDTrainer(ClassifierTrainer):
         self._sums: dict[str, Tensor] = {}
         self._steps = 0.0
 
-    def signals(self, inputs: dict[str, Tensor]) -> TeacherSignals:
-        """Run the teacher on a batch and keep what the losses read."""
-        logits, hidden = self.teacher.hidden_states(inputs)
-        loss = self.distillation.loss
-        uses_features = loss.uses_intra or loss.uses_local
-        return TeacherSignals(
-            logits,
-            tuple(hidden[layer] for layer, _ in self.distillation.layer_pairs) if uses_features else (),
-            hidden[self.teacher.num_layers - 1] if loss.uses_global else None,
-            self.teacher_memory,
-        )
+    def signals(self, inputs: dict[str, Tensor]) -> Signals:
+        """Run the teacher on a batch and keep what the objective requires."""
+        logits, hidden_states = self.teacher.hidden_states(inputs)
+        layers = self.distillation.objective.requires.teacher_layers
+        return Signals(logits, {layer: hidden_states[layer] for layer in layers}, self.teacher_memory)
 
     def compute_loss(
         self,
