@@ -182,3 +182,70 @@ def test_a_memory_does_not_depend_on_the_number_of_processes(tiny, tmp_path):
     run("memory", [*memory_flags(tiny, tmp_path / "again"), *cached])
     third = json.loads((tmp_path / "again" / "memory.json").read_text())
     assert (third["teacher_passes"], third["cluster_sizes"]) == (0, first["cluster_sizes"])
+
+
+def launch_with_torchrun(processes, arguments, port):
+    """Start train_ds.py in so many processes with torchrun, on the CPU, and return what it printed."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    command = [*(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes))]
+    command += ["--master_port", str(port), "train_ds.py", *arguments]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_an_evaluation_is_the_same_on_several_processes(tiny, tmp_path, processes):
+    # 12 samples in batches of 5: the last round is ragged, and some processes get samples twice.
+    flags = [*tiny.data(), "--model_name_or_path", str(tiny.teacher), "--use_cpu", "true"]
+    alone = run("evaluate", [*flags, "--per_device_eval_batch_size", "12"])
+    folder = tmp_path / "together"
+    more = ["--per_device_eval_batch_size", "5", "--output_dir", str(folder)]
+    launch_with_torchrun(processes, ["evaluate", *flags, *more], 29660 + processes)
+    together = json.loads((folder / "evaluate_results.json").read_text())
+    assert together["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-6)
+    assert together["eval_accuracy"] == alone["eval_accuracy"]
+
+
+def test_a_teacher_is_the_same_on_two_processes(tiny, steady, tmp_path):
+    logs = []
+    for processes, batch, accumulated in ((1, 8, 1), (2, 2, 2)):
+        folder = tmp_path / f"run{processes}"
+        flags = [*tiny.data(), "--use_cpu", "true", "--report_to", "none", "--output_dir", str(folder)]
+        flags += [
+            "--model_name_or_path",
+            str(steady),
+            "--max_steps",
+            "2",
+            "--logging_steps",
+            "1",
+            "--optim",
+            "sgd",
+        ]
+        flags += [
+            "--save_strategy",
+            "no",
+            "--per_device_train_batch_size",
+            str(batch),
+            "--learning_rate",
+            "0",
+        ]
+        flags += ["--gradient_accumulation_steps", str(accumulated), "--dataloader_drop_last", "true"]
+        flags += ["--max_train_samples", "8"]
+        if processes == 1:
+            run("teacher", flags)
+        else:
+            launch_with_torchrun(processes, ["teacher", *flags], 29670)
+        logs.append([entry for entry in history(folder) if "loss" in entry])
+    for alone, together in zip(*logs, strict=True):
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)

@@ -65,6 +65,22 @@ def test_the_evaluation_loss_does_not_depend_on_the_batches(tiny, batch):
     assert figures["eval_accuracy"] == whole["eval_accuracy"]
 
 
+def test_an_evaluation_drops_no_sample(tiny, tmp_path):
+    flags = [*tiny.data(), *TRAINING, "--model_name_or_path", str(tiny.teacher), "--max_steps", "1"]
+    flags += [
+        "--learning_rate",
+        "0",
+        "--per_device_eval_batch_size",
+        "5",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    figures = run("teacher", [*flags, "--dataloader_drop_last", "true"])
+    whole = run("evaluate", [*tiny.data(), "--model_name_or_path", str(tiny.teacher), "--use_cpu", "true"])
+    for name in ("eval_loss", "eval_accuracy"):
+        assert figures[name] == pytest.approx(whole[name], rel=1e-6)
+
+
 @pytest.mark.parametrize(("task", "logits", "labels"), [("rte", 2, [0, 1, 1]), ("stsb", 1, [0.5, 4.5, 2.0])])
 def test_the_evaluation_loss_is_torchs(task, logits, labels):
     z = np.random.default_rng(0).normal(size=(3, logits)) * 30

@@ -25,6 +25,7 @@ class ClassifierTrainer(Trainer):
       ``**kwargs`` for one that normalises its own loss by the number of items; a classifier's does not.
     - The evaluation loss is computed by ``compute_metrics`` from the logits and labels of all samples, so it does not
       depend on how they are spread over batches and processes.
+    - ``dataloader_drop_last`` drops samples of the training set alone; Trainer would drop them from the evaluation too.
     - Training stops at the first loss or gradient norm that is not finite, see ``FiniteCheck``.
     """
 
@@ -54,6 +55,14 @@ class ClassifierTrainer(Trainer):
         if norm is not None and not self.args.fp16:
             self.finite.add(self.state.global_step + 1, "the gradient's norm", torch.as_tensor(norm))
         return norm
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Read all samples of an evaluation split."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def prediction_step(
         self,
