@@ -10,14 +10,28 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+import fsd_fast
 from fsd_fast import cli
-from fsd_fast.commands import load_command
+from fsd_fast.commands import env, load_command
 from fsd_fast.commands.distill import DistillRunArguments
+from fsd_fast.commands.figures import figures_table
 from fsd_fast.commands.launcher import split_launcher_rank
 from fsd_fast.commands.parsing import parse
 from fsd_fast.commands.training_flags import refusal_of
 from fsd_fast.data import builtin
-from tests.tiny import SEQUENCE, memory_flags, save_backbone, save_tokenizer, tiny, write_rte, write_stsb
+from fsd_fast.training.trainer import FSDTrainer
+from fsd_fast.versions import PACKAGES
+from tests.tiny import (
+    ROOT,
+    SEQUENCE,
+    in_subprocess,
+    memory_flags,
+    save_backbone,
+    save_tokenizer,
+    tiny,
+    write_rte,
+    write_stsb,
+)
 
 __all__ = ["tiny"]
 
@@ -412,6 +426,77 @@ def test_one_process_prints_the_figures(monkeypatch, capsys, rank):
     assert capsys.readouterr().out == ("evaluation\n  accuracy  0.5\n" if rank == "0" else "")
 
 
+def test_version_and_usage_load_nothing():
+    program = "\n".join(
+        (
+            "import sys, fsd_fast",
+            "from fsd_fast import __version__",
+            "from fsd_fast.cli import main",
+            "assert [main(['--version']), main(['--help']), main([]), main(['destil'])] == [0, 0, 2, 2]",
+            "print(sorted({'torch', 'transformers', 'numpy', 'deepspeed'} & set(sys.modules)), __version__)",
+        )
+    )
+    lines = in_subprocess(["-c", program], PYTHONPATH=str(ROOT / "kernels")).splitlines()
+    assert lines[-1] == f"[] {fsd_fast.__version__}"
+    assert lines[0] == f"fsd-fast {fsd_fast.__version__}"
+
+
+def test_what_the_package_gives_is_imported_when_it_is_used():
+    assert set(fsd_fast.__all__) <= set(dir(fsd_fast))
+    assert [getattr(fsd_fast, name).__name__ for name in fsd_fast.__all__] == fsd_fast.__all__
+    assert fsd_fast.FSDTrainer is FSDTrainer
+    assert not hasattr(fsd_fast, "nothing")
+
+
+def test_env(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("FSD_CACHE_DIR", raising=False)
+    assert cli.main(["env"]) == 0
+    out = capsys.readouterr().out
+    rows = {line[:22].strip(): line[22:] for line in out.splitlines() if line.startswith("  ")}
+    assert rows["torch"] == torch.__version__
+    assert rows["fsd_fast"] == fsd_fast.__version__
+    assert set(PACKAGES) | {"python", "C++ compiler", "ninja", "threads"} <= rows.keys()
+    assert rows["cache folder"] == "~/.cache/fsd_fast"
+    assert str(tmp_path) not in out
+    if not torch.cuda.is_available():
+        assert rows["gram"] == "eager: there is no GPU"
+    monkeypatch.setenv("FSD_BACKEND", "reference")
+    assert env.report()["backends"]["gram"] == "reference: FSD_BACKEND asks for it"
+    monkeypatch.setenv("FSD_BACKEND", "triton")
+    if not torch.cuda.is_available():
+        assert env.report()["backends"]["kmeans"].startswith("none: kmeans: backend 'triton' was asked for")
+    monkeypatch.setattr(env.shutil, "which", lambda name, path: None)
+    assert env.report()["build tools"]["ninja"] == "not found"
+
+
+def test_figures_are_grouped_and_named_for_people():
+    figures = {
+        "train_runtime": 61.51234567,
+        "epoch": 2.0,
+        "train_samples": 24000,
+        "eval_validation_matched_f1": 0.25,
+        "eval_validation_mismatched_f1": 0.5,
+        "memory_inertia": 1.5e20,
+        "total_flos": 0.0,
+    }
+    assert figures_table(figures).splitlines() == [
+        "training",
+        "  seconds                    61.5123",
+        "  samples                    24,000",
+        "run",
+        "  epoch                      2",
+        "  floating-point operations  0",
+        "evaluation, matched",
+        "  F1                         0.25",
+        "evaluation, mismatched",
+        "  F1                         0.5",
+        "memory",
+        "  inertia                    1.5e+20",
+    ]
+    assert figures_table({}) == ""
+
+
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
 def test_help_lists_the_flags(command, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -422,7 +507,7 @@ def test_help_lists_the_flags(command, capsys):
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     for group in load_command(command).ARGUMENTS:
         for name, field in group.__dataclass_fields__.items():
-            if field.init and refusal_of(name, command) is None or name not in inherited:
+            if field.init and (name not in inherited or refusal_of(name, command) is None):
                 assert re.search(rf"--{name}\b", out), name
 
 

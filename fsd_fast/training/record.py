@@ -100,6 +100,8 @@ def make_record(command: str, *groups: Any, **facts: Any) -> Record:
             if not field.init or field.name in _START:
                 continue
             value = _json_value(getattr(group, field.name))
+            if field.name == "debug" and not own:
+                value = " ".join(value)  # TrainingArguments splits its text
             if own or field.name in _ALWAYS or value != _default(field):
                 arguments[field.name] = value
         if not own:
