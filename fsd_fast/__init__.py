@@ -1,21 +1,63 @@
-"""Feature structure distillation: losses, teacher memory, and training of a small student from a large teacher."""
+"""Feature structure distillation: losses, teacher memory, and training of a small student from a large teacher.
 
-from fsd_fast.losses import (
-    FeatureStructureLoss,
-    GlobalInterFeatureLoss,
-    GlobalInterFeatureOutput,
-    IntraFeatureLoss,
-    LocalInterFeatureLoss,
-    LogitDistillationLoss,
-)
+What the package gives is imported when it is first used, so that ``import fsd_fast`` takes no time.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fsd_fast.clustering.kmeans import MiniBatchKMeans
+    from fsd_fast.losses import (
+        FeatureStructureLoss,
+        GlobalInterFeatureLoss,
+        GlobalInterFeatureOutput,
+        IntraFeatureLoss,
+        LocalInterFeatureLoss,
+        LogitDistillationLoss,
+    )
+    from fsd_fast.memory.student_memory import StudentMemory
+    from fsd_fast.memory.teacher_memory import TeacherMemory
+    from fsd_fast.models.distillation import DistillationModel
+    from fsd_fast.models.teacher import Teacher
+    from fsd_fast.training.trainer import FSDTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DistillationModel",
+    "FSDTrainer",
     "FeatureStructureLoss",
     "GlobalInterFeatureLoss",
     "GlobalInterFeatureOutput",
     "IntraFeatureLoss",
     "LocalInterFeatureLoss",
     "LogitDistillationLoss",
+    "MiniBatchKMeans",
+    "StudentMemory",
+    "Teacher",
+    "TeacherMemory",
 ]
+
+_MODULES = {
+    "DistillationModel": "models.distillation",
+    "FSDTrainer": "training.trainer",
+    "MiniBatchKMeans": "clustering.kmeans",
+    "StudentMemory": "memory.student_memory",
+    "Teacher": "models.teacher",
+    "TeacherMemory": "memory.teacher_memory",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'losses')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

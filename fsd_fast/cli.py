@@ -7,23 +7,31 @@
 ``distill``    train a student next to its teacher
 ``evaluate``   score a saved classifier
 ``demo``       all of it on the built-in task, with a table at the end
+``env``        versions, devices and backends of this machine
 =============  ====================================================================
+
+The exit status is 0; 2 where the input is refused, which is before any work; 1 where the work fails; 130 after an
+interrupt. See ``fsd_fast.commands.failures`` for what is printed then.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from fsd_fast import __version__
 from fsd_fast.commands import COMMANDS, load_command
+from fsd_fast.commands.failures import fail
+from fsd_fast.commands.launcher import rank, split_launcher_rank
+
+INTERRUPTED = 130
 
 
 def _usage() -> str:
-    lines = ["usage: fsd-fast COMMAND [flags | FILE.json]", "", "commands:"]
+    lines = ["usage: fsd-fast COMMAND [FILE.json] [flags]", "", "commands:"]
     lines += [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
-    return "\n".join([*lines, "", "fsd-fast COMMAND --help lists a command's flags."])
+    return "\n".join([*lines, "", "fsd-fast COMMAND --help lists a command's flags.", "fsd-fast --version"])
 
 
 def run(command: str, arguments: Sequence[str]) -> dict[str, float]:
@@ -31,7 +39,7 @@ def run(command: str, arguments: Sequence[str]) -> dict[str, float]:
 
     Args:
         command: A key of ``COMMANDS``.
-        arguments: Its flags, or one JSON file.
+        arguments: Its flags, or a JSON file of them and flags that override it.
 
     Raises:
         ValueError, TypeError, OSError: Something is wrong with the input; nothing has been done.
@@ -39,37 +47,45 @@ def run(command: str, arguments: Sequence[str]) -> dict[str, float]:
     return _prepared(command, arguments)()
 
 
-def _prepared(command: str, arguments: Sequence[str]):  # type: ignore[no-untyped-def]
+def _prepared(command: str, arguments: Sequence[str]) -> Callable[[], dict[str, float]]:
     module = load_command(command)
+    if not module.ARGUMENTS and not arguments:
+        return module.prepare()  # nothing to parse, so transformers need not be imported
     from fsd_fast.commands.parsing import parse
 
     return module.prepare(*parse(command, arguments))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; return the exit status: 0, or 2 where the input is refused.
+    """Run a command line and return the exit status.
 
     Args:
         arguments: The command line without the program's name; None takes the process's own.
     """
-    from fsd_fast.commands.parsing import split_launcher_rank
-
     listed = split_launcher_rank(sys.argv[1:] if arguments is None else arguments)
     if not listed or listed[0] in ("-h", "--help"):
         print(_usage())
         return 0 if listed else 2
+    if listed[0] == "--version":
+        print(f"fsd-fast {__version__}")
+        return 0
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    command, working = listed[0], False
     try:
-        work = _prepared(listed[0], listed[1:])
-    except (ValueError, TypeError, OSError) as error:
-        print(f"fsd-fast {listed[0]}: error: {error}", file=sys.stderr)
-        return 2
-    figures = work()
+        work = _prepared(command, listed[1:])
+        working = True
+        figures = work()
+    except KeyboardInterrupt:
+        if rank() == 0:
+            print(f"fsd-fast {command}: interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED
+    except Exception as error:
+        return fail(command, error, working)
     from fsd_fast.distributed import leave_processes
 
     leave_processes()
-    if os.environ.get("RANK", "0") != "0":
-        return 0
-    for name, value in figures.items():
-        print(f"{name} = {value:.6g}" if isinstance(value, float) else f"{name} = {value}")
+    if rank() == 0 and figures:
+        from fsd_fast.commands.figures import figures_table
+
+        print(figures_table(figures))
     return 0

@@ -17,6 +17,10 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+class PeerError(RuntimeError):
+    """Another process failed, and that process says why."""
+
+
 class Collectives:
     """The processes that share a computation.
 
@@ -88,7 +92,7 @@ class Collectives:
 
         Raises:
             Exception: What ``stage`` raised here.
-            RuntimeError: It raised in another process.
+            PeerError: It raised in another process.
         """
         error: Exception | None = None
         result: T | None = None
@@ -100,9 +104,7 @@ class Collectives:
         if error is not None:
             raise error
         if failed:
-            raise RuntimeError(
-                f"stopped because process {failed[0]} of {self.world_size} failed; see its error"
-            )
+            raise PeerError(f"stopped because process {failed[0]} of {self.world_size} failed; see its error")
         return result  # type: ignore[return-value]
 
 

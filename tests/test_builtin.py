@@ -3,9 +3,11 @@
 import hashlib
 import io
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -287,12 +289,50 @@ def test_model_alias(cache, pip):
         builtin.resolve_model("./minilm")
 
 
+def save_model(folder):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+
+
+def test_a_mistyped_path_is_no_name_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "runs" / "teacher")
+    save_model(tmp_path / "student")
+    (tmp_path / "teacher.json").write_text("{}")
+    for name, hint in (
+        ("runs/teachr", "did you mean runs/teacher"),
+        ("runs/other", "no such folder"),
+        ("studnet", "did you mean student"),
+        ("~/teacher", "no such folder"),
+    ):
+        with pytest.raises(FileNotFoundError, match=re.escape(hint)):
+            builtin.resolve_model(name)
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        builtin.resolve_model("teacher.json")
+    # Names that could be on the Hub: no folder of saved models has them, or the Hub's cache knows them.
+    (tmp_path / "google").mkdir()
+    for name in ("bert-base-uncased", "google/electra", "roberta/base"):
+        assert builtin.resolve_model(name) == name
+    monkeypatch.setattr(builtin, "try_to_load_from_cache", lambda name, file: f"/cache/{name}/{file}")
+    assert builtin.resolve_model("runs/other") == "runs/other"
+
+
 def test_cache_dir(monkeypatch, tmp_path):
     monkeypatch.setenv("FSD_CACHE_DIR", str(tmp_path))
     assert builtin.cache_dir() == tmp_path
     monkeypatch.delenv("FSD_CACHE_DIR")
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     assert builtin.cache_dir() == tmp_path / ".cache" / "fsd_fast"
+
+
+def test_cache_dir_of_a_user_without_a_home(monkeypatch, tmp_path):
+    monkeypatch.delenv("FSD_CACHE_DIR", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(
+        os.path, "expanduser", lambda path: path
+    )  # as for a user whom the system does not know
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert builtin.cache_dir() == tmp_path / f"fsd_fast-{os.getuid()}"
 
 
 def test_what_is_fetched_is_pinned():

@@ -118,7 +118,7 @@ def test_zero_2_and_zero_3_train_alike(zero2, zero3):
     assert len(losses(two)) == 4
     assert losses(two) == pytest.approx(losses(three), rel=1e-5)
     close(load_file(two / "model.safetensors"), load_file(three / "model.safetensors"), 1e-4)
-    assert json.loads((two / "fsd_arguments.json").read_text())["world_size"] == 2
+    assert json.loads((two / "fsd_arguments.json").read_text())["facts"]["world_size"] == 2
     # One process speaks for both.
     assert sum("eval_accuracy = " in line for line in printed.splitlines()) == 1
 

@@ -75,6 +75,7 @@ def test_an_evaluation_drops_no_sample(tiny, tmp_path):
         "--output_dir",
         str(tmp_path / "run"),
     ]
+    flags += ["--per_device_train_batch_size", "12"]
     figures = run("teacher", [*flags, "--dataloader_drop_last", "true"])
     whole = run("evaluate", [*tiny.data(), "--model_name_or_path", str(tiny.teacher), "--use_cpu", "true"])
     for name in ("eval_loss", "eval_accuracy"):

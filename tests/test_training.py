@@ -15,6 +15,7 @@ from fsd_fast.losses import METHODS
 from fsd_fast.memory.features import model_fingerprint
 from fsd_fast.models.student import load_classifier
 from fsd_fast.models.teacher import Teacher, layer_list
+from fsd_fast.training.record import read_record
 from fsd_fast.training.trainer import FSDTrainer
 from tests.tiny import (
     CENTROIDS,
@@ -131,8 +132,8 @@ def test_files_of_a_run(full_run):
     expected = {"train_loss", "train_runtime", "train_samples", "eval_accuracy", "eval_loss", "epoch"}
     assert expected <= results.keys()
     assert results["train_samples"] == 24
-    settings = json.loads((full_run / "fsd_arguments.json").read_text())
-    assert (settings["student_layers"], settings["layer_pairs"], settings["method"]) == (2, "3:1", "fsd_ilg")
+    settings = read_record(full_run / "fsd_arguments.json").facts
+    assert (settings["student_layers"], settings["layer_pairs"]) == (2, "3:1")
     assert settings["parameters"] == sum(value.numel() for value in weights(full_run).values())
 
 
@@ -200,8 +201,14 @@ def test_first_layers_come_from_the_pretrained_model(tiny, tmp_path, layers):
     assert not same(student, {name: encoder_layers(weights(tiny.teacher))[name] for name in kept})
 
 
+def without_source(flags):
+    """The flags without the pre-trained model that the student starts from."""
+    at = flags.index("--model_name_or_path")
+    return flags[:at] + flags[at + 2 :]
+
+
 def test_copying_the_teacher_takes_its_layers_and_its_head(tiny, tmp_path):
-    flags = tiny.distillation(tmp_path / "run", "vkd", steps=1)
+    flags = without_source(tiny.distillation(tmp_path / "run", "vkd", steps=1))
     run("distill", [*flags, "--learning_rate", "0", "--copy_teacher", "true"])
     student, teacher = weights(tmp_path / "run"), weights(tiny.teacher)
     assert same(student, {name: teacher[name] for name in student})
@@ -218,7 +225,8 @@ def test_a_student_defaults_to_half_of_its_teacher(tiny, tmp_path):
 
 def test_the_teacher_stays_as_it_is(tiny, tmp_path, trainers):
     before = model_fingerprint(Teacher.from_pretrained(str(tiny.teacher)).model)
-    run("distill", [*tiny.distillation(tmp_path / "run", steps=3), "--copy_teacher", "true"])
+    flags = without_source(tiny.distillation(tmp_path / "run", steps=3))
+    run("distill", [*flags, "--copy_teacher", "true"])
     (trainer,) = trainers
     assert model_fingerprint(trainer.teacher.model) == before
     assert all(p.grad is None and not p.requires_grad for p in trainer.teacher.model.parameters())
@@ -339,7 +347,7 @@ def test_layerwise_pairs(tiny, tmp_path):
     run("distill", [*tiny.distillation(tmp_path / "other", "fsd_ilg", steps=1)])
     (penultimate,) = losses(tmp_path / "other")
     assert pairs != pytest.approx(penultimate, rel=1e-3)
-    assert json.loads((tmp_path / "run" / "fsd_arguments.json").read_text())["layer_pairs"] == "4:2,3:1,0:0"
+    assert read_record(tmp_path / "run" / "fsd_arguments.json").facts["layer_pairs"] == "4:2,3:1,0:0"
 
 
 def test_regression(tiny, tmp_path):

@@ -7,6 +7,7 @@ that does it and gives its figures.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from types import ModuleType
 
@@ -17,6 +18,7 @@ COMMANDS = {
     "distill": "train a student next to its teacher",
     "evaluate": "score a saved classifier",
     "demo": "all of it on the built-in task, with a table at the end",
+    "env": "versions, devices and backends of this machine",
 }
 """Command name -> what it does. Modules are imported when their command is run: --help should not load torch."""
 
@@ -28,5 +30,7 @@ def load_command(name: str) -> ModuleType:
         ValueError: There is no such command.
     """
     if name not in COMMANDS:
-        raise ValueError(f"unknown command {name!r}; expected one of {', '.join(COMMANDS)}")
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"unknown command {name!r}; {hint}expected one of {', '.join(COMMANDS)}")
     return importlib.import_module(f"fsd_fast.commands.{name}")

@@ -20,13 +20,14 @@ from matplotlib.figure import Figure
 
 from fsd_fast.commands.flags import flag
 from fsd_fast.files import write_json
+from fsd_fast.training.record import RECORD_FILE, read_record
 
 
 @dataclass
 class DemoArguments:
     """The ``demo`` command: teacher, memory and students on the built-in task."""
 
-    output_dir: str = flag("Folder for everything the demo makes.", "runs/demo")
+    output_dir: str = flag("Folder for everything the demo makes.", "runs/demo", writes=True)
     overwrite_output_dir: bool = flag("Run every stage anew, also those that are finished.", False)
 
 
@@ -103,13 +104,10 @@ def _run_stage(
 
 
 def _row(name: str, figures: dict[str, float], folder: Path) -> dict[str, Any]:
-    settings = json.loads(
-        (folder / name.replace(" ", "_") / "fsd_arguments.json").read_text(encoding="utf-8")
-    )
-    layers = settings.get("student_layers") or settings.get("num_layers") or 6
+    settings = read_record(folder / name.replace(" ", "_") / RECORD_FILE).settings
     return {
         "method": name,
-        "layers": layers,
+        "layers": settings.get("student_layers") or settings["num_layers"],
         "parameters": settings["parameters"],
         "dev_accuracy": figures[SCORE],
         "seconds": figures["seconds"],

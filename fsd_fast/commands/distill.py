@@ -17,7 +17,8 @@ from fsd_fast.commands._common import (
     load_data,
     metrics_of,
 )
-from fsd_fast.commands.flags import DataArguments, RunArguments, flag
+from fsd_fast.commands.flags import LEARNING_RATES, DataArguments, RunArguments, flag
+from fsd_fast.commands.values import Range
 from fsd_fast.data import get_task, resolve_model
 from fsd_fast.losses import DEFAULTS, METHODS, FeatureStructureLoss, FeatureStructureObjective, Objective
 from fsd_fast.memory.features import memory_identity
@@ -29,9 +30,13 @@ from fsd_fast.models.student import load_classifier, parameter_count
 from fsd_fast.models.teacher import Teacher
 from fsd_fast.models.whole_weights import whole_weights
 from fsd_fast.training.checkpoints import find_checkpoint
-from fsd_fast.training.run import choose_best_metric, finish_run, run_settings
+from fsd_fast.training.record import make_record
+from fsd_fast.training.run import choose_best_metric, finish_run
 from fsd_fast.training.trainer import FSDTrainer
 from fsd_kernels import resolve_backend
+
+# The squares that Adam keeps of gradients weighted like this stay within float32.
+_WEIGHTS = Range(minimum=0, maximum=1e6)
 
 
 @dataclass
@@ -44,7 +49,9 @@ class DistillationArguments:
         None,
     )
     copy_teacher: bool = flag("Start the student from the fine-tuned teacher's first layers instead.", False)
-    student_layers: int | None = flag("Layers of the student. Default: half of the teacher's.", None)
+    student_layers: int | None = flag(
+        "Layers of the student. Default: half of the teacher's.", None, numbers=Range(minimum=1)
+    )
     method: Literal["vkd", "fsd_i", "fsd_l", "fsd_g", "fsd_il", "fsd_ilg"] = flag(
         "Which structures are matched: letters i, l, g for L_I, L_L, L_G.", "fsd_ilg"
     )
@@ -53,14 +60,20 @@ class DistillationArguments:
         "uses the penultimate pair.",
         "penultimate",
     )
-    alpha: float = flag("Weight of the hard labels in L_VKD, in [0, 1].", DEFAULTS.alpha)
-    temperature: float = flag("Temperature tau of L_VKD.", DEFAULTS.temperature)
-    beta: float = flag("Weight of the structures against L_VKD.", DEFAULTS.beta)
-    gamma_i: float = flag("Weight of L_I.", DEFAULTS.gamma_i)
-    gamma_l: float = flag("Weight of L_L.", DEFAULTS.gamma_l)
-    gamma_g: float = flag("Weight of L_G.", DEFAULTS.gamma_g)
+    alpha: float = flag(
+        "Weight of the hard labels in L_VKD.", DEFAULTS.alpha, numbers=Range(minimum=0, maximum=1)
+    )
+    temperature: float = flag(
+        "Temperature tau of L_VKD.", DEFAULTS.temperature, numbers=Range(minimum=1e-3, maximum=1e6)
+    )
+    beta: float = flag("Weight of the structures against L_VKD.", DEFAULTS.beta, numbers=_WEIGHTS)
+    gamma_i: float = flag("Weight of L_I.", DEFAULTS.gamma_i, numbers=_WEIGHTS)
+    gamma_l: float = flag("Weight of L_L.", DEFAULTS.gamma_l, numbers=_WEIGHTS)
+    gamma_g: float = flag("Weight of L_G.", DEFAULTS.gamma_g, numbers=_WEIGHTS)
     gamma_m: float = flag(
-        "Weight of the Euclidean term in L_G against the cosine term, in [0, 1].", DEFAULTS.gamma_m
+        "Weight of the Euclidean term in L_G against the cosine term.",
+        DEFAULTS.gamma_m,
+        numbers=Range(minimum=0, maximum=1),
     )
     intra_reduction: Literal["mean_log", "log_mean"] = flag(
         "L_I: mean over samples of -log CKA (the paper), or -log of the mean CKA (the released code).",
@@ -80,7 +93,9 @@ class DistillationArguments:
 class DistillRunArguments(RunArguments):
     """``RunArguments`` with the learning rate of the paper's structure losses."""
 
-    learning_rate: float = flag("Initial learning rate of AdamW; it falls linearly to 0.", 4e-5)
+    learning_rate: float = flag(
+        "Initial learning rate of AdamW; it falls linearly to 0.", 4e-5, numbers=LEARNING_RATES
+    )
 
 
 ARGUMENTS = (DataArguments, DistillationArguments, DistillRunArguments)
@@ -96,6 +111,11 @@ def prepare(
     set_seed(run.seed)
     teacher_path = resolve_model(arguments.teacher_model_name_or_path)
     source = teacher_path if arguments.copy_teacher else arguments.model_name_or_path
+    if arguments.copy_teacher and arguments.model_name_or_path is not None:
+        raise ValueError(
+            "model_name_or_path: --copy_teacher true starts the student from the teacher; expected one of the two, got "
+            f"both and {arguments.model_name_or_path}"
+        )
     if source is None:
         raise ValueError(
             "model_name_or_path: expected the pre-trained model the student starts from, or --copy_teacher true"
@@ -119,12 +139,6 @@ def prepare(
         pad_features=data_arguments.pad_features,
         backend=arguments.backend,
     )
-    for name, value, neutral in (
-        ("label_smoothing_factor", run.label_smoothing_factor, 0.0),
-        ("push_to_hub", run.push_to_hub, False),
-    ):
-        if value != neutral:
-            raise ValueError(f"{name}: distill does not use it; expected {neutral}, got {value}")
     for op in ("intra_cka", "gram", "structure"):
         resolve_backend(arguments.backend, run.device, op)
     if run.n_gpu > 1:
@@ -165,13 +179,16 @@ def prepare(
         teacher=teacher_model,
         teacher_memory=teacher_memory,
     )
-    settings = {
-        **run_settings(data_arguments, arguments, run),
-        "student_layers": student_layers,
-        "layer_pairs": ",".join(f"{given}:{own}" for given, own in layer_pairs),
-        "parameters": parameter_count(student),
-        "teacher_parameters": parameter_count(teacher_model.model),
-    }
+    record = make_record(
+        "distill",
+        data_arguments,
+        arguments,
+        run,
+        student_layers=student_layers,
+        layer_pairs=",".join(f"{teacher}:{student}" for teacher, student in layer_pairs),
+        parameters=parameter_count(student),
+        teacher_parameters=parameter_count(teacher_model.model),
+    )
     title = f"{student_layers}-layer student for {task.name}, distilled by {arguments.method}"
     return functools.partial(
         finish_run,
@@ -183,7 +200,7 @@ def prepare(
         len(data.train),
         tokenizer,
         title,
-        settings,
+        record,
     )
 
 

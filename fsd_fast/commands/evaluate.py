@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, TrainingArguments
 
 from fsd_fast.commands._common import Work, check_outputs, evaluation_sets, load_data, metrics_of
 from fsd_fast.commands.flags import DataArguments, flag
+from fsd_fast.commands.values import Range
 from fsd_fast.data import get_task, resolve_model
 from fsd_fast.files import write_json
 from fsd_fast.models.teacher import Teacher
@@ -21,8 +22,10 @@ class EvaluationArguments:
     """The ``evaluate`` command: metrics of a saved classifier."""
 
     model_name_or_path: str = flag("The classifier: a folder or a Hub name.")
-    output_dir: str | None = flag("Folder to write evaluate_results.json to. Default: print only.", None)
-    per_device_eval_batch_size: int = flag("Samples of one forward pass.", 64)
+    output_dir: str | None = flag(
+        "Folder to write evaluate_results.json to. Default: print only.", None, writes=True
+    )
+    per_device_eval_batch_size: int = flag("Samples of one forward pass.", 64, numbers=Range(minimum=1))
     use_cpu: bool = flag("Use the CPU even where there is a GPU.", False)
 
 

@@ -9,12 +9,34 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from fsd_fast.commands.values import Range
 from fsd_fast.metrics import MAIN_METRIC
 
 
-def flag(text: str, default: Any = dataclasses.MISSING, **keywords: Any) -> Any:
-    """A dataclass field that is a flag, with its help text."""
-    return field(default=default, metadata={"help": text}, **keywords)
+def flag(
+    text: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    choices: tuple[str, ...] | None = None,
+    numbers: Range | None = None,
+    writes: bool = False,
+) -> Any:
+    """A dataclass field that is a flag.
+
+    Args:
+        text: Its help text.
+        default: Its default; without one it must be given.
+        choices: The texts it takes, where its annotation does not list them.
+        numbers: The numbers it takes.
+        writes: Whether it names a folder that the command writes to.
+    """
+    metadata = {
+        "help": text,
+        "choices": choices,
+        "writes": writes,
+        "numbers": numbers,
+    }
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -27,14 +49,23 @@ class DataArguments:
         "the Hub for GLUE.",
         None,
     )
-    max_seq_length: int = flag("Tokens S of a sample, special tokens included; longer ones are cut.", 128)
+    max_seq_length: int = flag(
+        "Tokens S of a sample, special tokens included; longer ones are cut.", 128, numbers=Range(minimum=2)
+    )
     pad_features: Literal["include", "exclude"] = flag(
         "include: all S positions count in the structures, and every batch is padded to S (the paper). "
         "exclude: padding counts nowhere, and a batch is padded to its own longest sample.",
         "exclude",
     )
-    max_train_samples: int | None = flag("Use only the first so many training samples.", None)
-    max_eval_samples: int | None = flag("Use only the first so many samples of each evaluation split.", None)
+    max_train_samples: int | None = flag(
+        "Use only the first so many training samples.", None, numbers=Range(minimum=1)
+    )
+    max_eval_samples: int | None = flag(
+        "Use only the first so many samples of each evaluation split.", None, numbers=Range(minimum=1)
+    )
+
+
+LEARNING_RATES = Range(minimum=0, maximum=1000)
 
 
 def _default_report() -> list[str]:
@@ -45,21 +76,27 @@ def _default_report() -> list[str]:
 class RunArguments(TrainingArguments):
     """Every flag of transformers' ``TrainingArguments``, with the paper's defaults."""
 
-    output_dir: str = flag("Folder of the run: checkpoints, logs, results and the trained model.")
-    per_device_train_batch_size: int = flag("Samples of one training step on each device.", 32)
-    per_device_eval_batch_size: int = flag("Samples of one evaluation step on each device.", 64)
-    learning_rate: float = flag("Initial learning rate of AdamW; it falls linearly to 0.", 2e-5)
-    eval_strategy: str = flag("When to evaluate: no, steps or epoch.", "epoch")
-    save_strategy: str = flag("When to save a checkpoint: no, steps or epoch.", "epoch")
-    save_total_limit: int | None = flag("Checkpoints to keep.", 1)
-    logging_steps: float = flag("Steps between two log entries.", 10)
+    output_dir: str = flag(
+        "Folder of the run: checkpoints, logs, results and the trained model.", writes=True
+    )
+    per_device_train_batch_size: int = flag(
+        "Samples of one training step on each device.", 32, numbers=Range(minimum=1)
+    )
+    per_device_eval_batch_size: int = flag(
+        "Samples of one evaluation step on each device.", 64, numbers=Range(minimum=1)
+    )
+    learning_rate: float = flag(
+        "Initial learning rate of AdamW; it falls linearly to 0.", 2e-5, numbers=LEARNING_RATES
+    )
+    eval_strategy: str = flag("When to evaluate.", "epoch", choices=("no", "steps", "epoch"))
+    save_strategy: str = flag("When to save a checkpoint.", "epoch", choices=("no", "steps", "epoch", "best"))
+    save_total_limit: int | None = flag("Checkpoints to keep.", 1, numbers=Range(minimum=1))
+    logging_steps: float = flag("Steps between two log entries.", 10, numbers=Range(above=0))
     logging_nan_inf_filter: bool = flag(
         "Log a loss that is not finite as the mean of those before it. Training stops at one here.", False
     )
-    # HfArgumentParser understands this annotation in transformers' own order only.
-    report_to: None | str | list[str] = field(  # noqa: RUF036
-        default_factory=_default_report,
-        metadata={"help": "Where to log to. Default: TensorBoard if installed."},
+    report_to: str | list[str] | None = field(
+        default_factory=_default_report, metadata={"help": "Where to log to; TensorBoard if it is installed."}
     )
     metric_for_best_model: str | None = flag(
         "Metric by which the best checkpoint is chosen, with or without 'eval_'. Default: the task's main one.",
@@ -67,6 +104,11 @@ class RunArguments(TrainingArguments):
     )
     remove_unused_columns: bool = flag(
         "Drop data columns that the model does not take; grouping by length reads one of them.", False
+    )
+    resume_from_checkpoint: str | None = flag(
+        "Checkpoint to continue from: its folder, 'last' for the run's newest one, or 'auto' for the newest one "
+        "if there is any, else a new start.",
+        None,
     )
     overwrite_output_dir: bool = flag("Start anew in a folder that holds a run already.", False)
 

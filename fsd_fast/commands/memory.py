@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from fsd_fast.clustering.checkpoint import discard_state
 from fsd_fast.commands._common import Work, check_length, check_outputs, load_data
 from fsd_fast.commands.flags import DataArguments, flag
+from fsd_fast.commands.values import Range
 from fsd_fast.data import get_task, resolve_model
 from fsd_fast.distributed import Collectives
 from fsd_fast.memory.features import (
@@ -30,6 +31,7 @@ from fsd_fast.memory.plot import PLOT_FILE, plot_memory, sample_numbers
 from fsd_fast.memory.teacher_memory import STATE_FOLDER, TeacherMemory
 from fsd_fast.models.teacher import Teacher
 from fsd_fast.training.checkpoints import check_output_dir
+from fsd_kernels import resolve_backend
 
 
 @dataclass
@@ -37,17 +39,24 @@ class MemoryArguments:
     """The ``memory`` command: cluster the teacher's penultimate features of the training set."""
 
     teacher_model_name_or_path: str = flag("The fine-tuned teacher.")
-    output_dir: str = flag("Folder for memory.safetensors and memory.json.")
-    num_centroid: int | None = flag("Centroids K. Default: 300 for MNLI and QQP, 100 for the others.", None)
-    per_device_batch_size: int = flag("Samples of one teacher pass.", 32)
-    memory_refine: int = flag("Exact Lloyd epochs after the two passes; each is one more pass.", 0)
+    output_dir: str = flag("Folder for memory.safetensors and memory.json.", writes=True)
+    num_centroid: int | None = flag(
+        "Centroids K. Default: 300 for MNLI and QQP, 100 for the others.", None, numbers=Range(minimum=1)
+    )
+    per_device_batch_size: int = flag("Samples of one teacher pass.", 32, numbers=Range(minimum=1))
+    memory_refine: int = flag(
+        "Exact Lloyd epochs after the two passes; each is one more pass.", 0, numbers=Range(minimum=0)
+    )
     feature_cache_dir: str | None = flag(
         "Folder for the teacher's features: written as the teacher runs, read instead of running it again, now and "
         "in later builds.",
         None,
+        writes=True,
     )
     plot: bool = flag("Draw cluster sizes and a t-SNE of the memory into memory_plot.png.", False)
-    seed: int = flag("Seed of the sketch and of the first centroids.", 42)
+    seed: int = flag(
+        "Seed of the sketch and of the first centroids.", 42, numbers=Range(minimum=0, maximum=2**32 - 1)
+    )
     use_cpu: bool = flag("Use the CPU even where there is a GPU.", False)
     overwrite_output_dir: bool = flag("Replace a memory that is already there.", False)
 
@@ -61,8 +70,6 @@ def prepare(data_arguments: DataArguments, arguments: MemoryArguments) -> Work:
     # An unfinished build is continued where it was killed.
     if not (folder / STATE_FOLDER).is_dir():
         check_output_dir(str(folder), None, arguments.overwrite_output_dir)
-    if arguments.per_device_batch_size < 1:
-        raise ValueError(f"per_device_batch_size: expected at least 1, got {arguments.per_device_batch_size}")
     task = get_task(data_arguments.task_name)
     path = resolve_model(arguments.teacher_model_name_or_path)
     check_length(path, data_arguments.max_seq_length)
@@ -81,6 +88,7 @@ def prepare(data_arguments: DataArguments, arguments: MemoryArguments) -> Work:
             f"num_centroid: expected at most the {len(data.train)} training samples, got {identity.num_centroid}"
         )
     state = PartialState(cpu=arguments.use_cpu)
+    resolve_backend(None, state.device, "kmeans")
     teacher_model.to(state.device)
     samples = local_sample_indices(data.train)
 

@@ -1,43 +1,82 @@
-"""Flags into dataclasses: from the command line or from one JSON file."""
+"""Flags into dataclasses: from the command line, or from a JSON file and the flags that follow it."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import json
+import difflib
 import os
+import typing
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from fsd_fast.commands import load_command
-from fsd_fast.training.checkpoints import check_output_dir
+from fsd_fast.commands.launcher import check_deepspeed
+from fsd_fast.commands.training_checks import check_optimisation, check_training
+from fsd_fast.commands.training_flags import CHOICES, RANGES, Refusal, refusal_of
+from fsd_fast.commands.values import FlagType, shown
+from fsd_fast.files import read_json_object
+from fsd_fast.training.checkpoints import check_output_dir, check_writable
+from fsd_fast.training.record import Record
+
+_METAVARS = {"bool": "BOOL", "int": "N", "float": "X", "object": "JSON"}
 
 
-def launched() -> bool:
-    """Whether a launcher started this process and told it its place."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+@dataclass(frozen=True)
+class Flag:
+    """A dataclass field as a flag."""
+
+    field: dataclasses.Field[Any]
+    values: FlagType
+    group: type
+    refusal: Refusal | None
+
+    @property
+    def required(self) -> bool:
+        """Whether the field has no default."""
+        return self.field.default is dataclasses.MISSING and self.field.default_factory is dataclasses.MISSING
 
 
-def check_deepspeed(wants_deepspeed: bool, command: str) -> None:
-    """Check that ``--deepspeed`` is used under a launcher.
+@dataclass(frozen=True)
+class Given:
+    """A value, and the name under which its source gave it, as in "--beta" or "run.json: beta"."""
 
-    Raises:
-        ValueError: It is not; the message says what to run instead.
-    """
-    if wants_deepspeed and not launched():
-        raise ValueError(
-            "deepspeed: --deepspeed works only under its launcher; run\n"
-            f"    deepspeed --num_gpus N train_ds.py {command} --deepspeed ds_config.json ...\n"
-            "or, without a GPU,\n"
-            f"    DS_ACCELERATOR=cpu deepspeed --num_accelerators N train_ds.py {command} "
-            "--deepspeed ds_config.json --use_cpu true ..."
+    value: Any
+    name: str
+
+
+def command_flags(command: str) -> dict[str, Flag]:
+    """Return the flags of a command by name, also those that it refuses."""
+    flags: dict[str, Flag] = {}
+    for group in load_command(command).ARGUMENTS:
+        inherited = (
+            {field.name for field in dataclasses.fields(TrainingArguments)}
+            if issubclass(group, TrainingArguments)
+            else set()
         )
+        types = typing.get_type_hints(group)
+        for field in dataclasses.fields(group):
+            if field.init:
+                name, choices = field.name, field.metadata.get("choices")
+                flag_type = FlagType.of(
+                    types[name],
+                    field.metadata.get("numbers") or RANGES.get(name),
+                    tuple(choices) if choices else CHOICES.get(name) if name in inherited else None,
+                )
+                refusal = refusal_of(name, command) if name in inherited else None
+                flags[name] = Flag(field, flag_type, group, refusal)
+    return flags
 
 
 def parse(command: str, arguments: Sequence[str]) -> tuple[Any, ...]:
-    """Parse a command's flags, or the one JSON file that holds them, into its dataclasses.
+    """Parse a command's flags into its dataclasses.
+
+    The first argument may be a JSON file: flags as an object, or the record of a run, which repeats it. Flags that
+    follow override the file.
 
     Args:
         command: A key of ``COMMANDS``.
@@ -47,82 +86,146 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Any, ...]:
         One instance for each dataclass of the command.
 
     Raises:
-        ValueError: The file is no JSON object or holds an unknown key, ``--deepspeed`` is used without a
-            launcher, or a flag's value is refused.
-        FileNotFoundError: The JSON file does not exist.
-        FileExistsError: The output folder holds a run already.
+        ValueError: A flag is unknown, missing, or its value is of another type or out of range; the file is no JSON
+            object of flags; or ``--deepspeed`` is used without a launcher.
+        OSError: The JSON file cannot be read, or the output folder cannot be written or holds a run already.
     """
-    classes = load_command(command).ARGUMENTS
-    # Checked before the dataclasses are made: making TrainingArguments starts the process group.
-    values = (
-        _read_json(Path(arguments[0])) if len(arguments) == 1 and arguments[0].endswith(".json") else None
+    flags = command_flags(command)
+    listed = list(arguments)
+    given: dict[str, Given] = {}
+    if listed and listed[0].endswith(".json"):
+        given = _from_file(command, listed.pop(0), flags)
+    given |= _from_command_line(command, listed, flags)
+    missing = [f"--{name}" for name, flag in flags.items() if flag.required and name not in given]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} must be given; see fsd-fast {command} --help")
+    values = {name: _checked(flags[name], entry) for name, entry in given.items()}
+    groups = load_command(command).ARGUMENTS
+    # All of it before the dataclasses are made: making TrainingArguments starts the process group.
+    if values.get("deepspeed") is not None:
+        check_deepspeed(command)
+    _check_folders(values, flags)
+    if any(issubclass(group, TrainingArguments) for group in groups):
+        check_training(values, {name: entry.name for name, entry in given.items()})
+        check_output_dir(
+            values["output_dir"],
+            values.get("resume_from_checkpoint"),
+            bool(values.get("overwrite_output_dir")),
+        )
+    made = tuple(
+        group(**{name: value for name, value in values.items() if flags[name].group is group})
+        for group in groups
     )
-    listed = list(arguments) if values is None else [f"--{name}" for name in values]
-    if any(entry.split("=")[0] == "--deepspeed" for entry in listed):
-        check_deepspeed(True, command)
-    parser = _Parser(classes, prog=f"fsd-fast {command}")
-    if values is None:
-        _check_flags_first(parser, classes, list(arguments), command)
-        return tuple(parser.parse_args_into_dataclasses(list(arguments)))
-    known = {f.name for cls in classes for f in dataclasses.fields(cls) if f.init}
-    unknown = sorted(set(values) - known)
+    for instance in made:
+        if isinstance(instance, TrainingArguments):
+            check_optimisation(instance)
+    return made
+
+
+def _from_file(command: str, file: str, flags: dict[str, Flag]) -> dict[str, Given]:
+    values = read_json_object(Path(file))
+    if Record.is_record(values):
+        record = Record.from_json(values, file)
+        if record.command != command:
+            raise ValueError(f"{file}: expected the record of {command!r}, got the one of {record.command!r}")
+        values = record.arguments
+    unknown = sorted(set(values) - set(flags))
     if unknown:
-        raise ValueError(f"{arguments[0]}: unknown keys {', '.join(unknown)}; see fsd-fast {command} --help")
-    _check_run_folder(values)
-    return tuple(parser.parse_dict(values))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected JSON, got line {error.lineno}: {error.msg}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object of flags, got {type(values).__name__}")
+        raise ValueError(
+            f"{file}: unknown keys {', '.join(unknown)}{_nearest(unknown, flags)}; see fsd-fast {command} --help"
+        )
     resume = values.get("resume_from_checkpoint")
     if isinstance(resume, bool):  # what JSON makes of "--resume_from_checkpoint true"
         values["resume_from_checkpoint"] = "last" if resume else None
-    return values
+    return {name: Given(value, f"{file}: {name}") for name, value in values.items()}
 
 
-class _Parser(HfArgumentParser):
+class _Parser(argparse.ArgumentParser):
     """Raises where argparse would print every flag there is, the error below them, and exit."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see {self.prog} --help")
 
 
-def _check_flags_first(
-    parser: HfArgumentParser, classes: tuple[type, ...], arguments: list[str], command: str
-) -> None:
-    namespace, unknown = parser.parse_known_args(arguments)
+def _from_command_line(command: str, arguments: list[str], flags: dict[str, Flag]) -> dict[str, Given]:
+    known, unknown = _parser(command, flags).parse_known_args([_underscored(word) for word in arguments])
     if unknown:
-        raise ValueError(f"unknown arguments {' '.join(unknown)}; see fsd-fast {command} --help")
-    if any(issubclass(cls, TrainingArguments) for cls in classes):
-        _check_run_folder(vars(namespace))
-
-
-def _check_run_folder(values: dict[str, Any]) -> None:
-    if values.get("output_dir") is not None:
-        check_output_dir(
-            values["output_dir"],
-            values.get("resume_from_checkpoint"),
-            bool(values.get("overwrite_output_dir")),
+        names = [word.split("=")[0].lstrip("-") for word in unknown if word.startswith("--")]
+        raise ValueError(
+            f"unknown arguments {' '.join(unknown)}{_nearest(names, flags, '--')}; see fsd-fast {command} --help"
         )
+    return {
+        name: Given(flags[name].values.from_text(_listed(words)), f"--{name}")
+        for name, words in vars(known).items()
+    }
 
 
-def split_launcher_rank(arguments: Sequence[str]) -> list[str]:
-    """Drop ``--local_rank=N`` (also spelt ``--local-rank``, also as two words): LOCAL_RANK says the same.
+def _listed(words: str | list[str]) -> list[str]:
+    # argparse takes the "--" of "--name=--" for the end of the flags.
+    return [words] if isinstance(words, str) else words or ["--"]
 
-    The deepspeed launcher puts it before the script's own arguments.
-    """
-    kept: list[str] = []
-    skip = False
-    for argument in arguments:
-        if skip:
-            skip = False
-        elif argument in ("--local_rank", "--local-rank"):
-            skip = True
-        elif not argument.startswith(("--local_rank=", "--local-rank=")):
-            kept.append(argument)
-    return kept
+
+def _underscored(word: str) -> str:
+    """Spell a flag with underscores: ``--learning-rate=1`` becomes ``--learning_rate=1``."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
+
+
+def _nearest(unknown: Sequence[str], flags: dict[str, Flag], dashes: str = "") -> str:
+    found = [f"{dashes}{near}" for name in unknown for near in difflib.get_close_matches(name, flags, n=1)]
+    return f"; did you mean {', '.join(found)}?" if found else ""
+
+
+def _parser(command: str, flags: dict[str, Flag]) -> _Parser:
+    parser = _Parser(
+        prog=f"fsd-fast {command}",
+        usage=f"fsd-fast {command} [FILE.json] [flags]",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    sections: dict[str, Any] = {}
+    for name, flag in flags.items():
+        title = (flag.group.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+        if title not in sections:
+            sections[title] = parser.add_argument_group(title)
+        switch = flag.values.kinds == ("bool",)
+        sections[title].add_argument(
+            f"--{name}",
+            nargs="?" if switch else "+" if flag.values.takes_several else None,
+            metavar=_METAVARS.get(flag.values.kinds[0], "TEXT") if flag.values.kinds else None,
+            help=argparse.SUPPRESS if flag.refusal else _help(flag),
+            **({"const": "true"} if switch else {}),
+        )
+        if switch and flag.field.default is True:
+            sections[title].add_argument(
+                f"--no_{name}", dest=name, action="store_const", const="false", help=argparse.SUPPRESS
+            )
+    return parser
+
+
+def _help(flag: Flag) -> str:
+    text = str(flag.field.metadata.get("help", ""))
+    if flag.values.choices:
+        text += f" One of {', '.join(filter(None, flag.values.choices))}."
+    if flag.field.default_factory is not dataclasses.MISSING:
+        text += f" (default: {flag.field.default_factory()})"
+    elif not flag.required and flag.field.default is not None:
+        default = flag.field.default
+        text += f" (default: {getattr(default, 'value', default)})"
+    return text.replace("%%", "%").replace("%", "%%")
+
+
+def _checked(flag: Flag, given: Given) -> Any:
+    if flag.refusal and given.value != flag.refusal.accepted:
+        raise ValueError(f"{given.name}: {flag.refusal.reason}; got {shown(given.value)}")
+    try:
+        return flag.values.check(given.value)
+    except ValueError as error:
+        raise ValueError(f"{given.name}: {error}") from None
+
+
+def _check_folders(values: dict[str, Any], flags: dict[str, Flag]) -> None:
+    for name, flag in flags.items():
+        value = values.get(name, None if flag.required else flag.field.default)
+        if value is not None and flag.field.metadata.get("writes"):
+            check_writable(name, os.path.expanduser(value))

@@ -10,11 +10,13 @@ from transformers import AutoTokenizer, set_seed
 
 from fsd_fast.commands._common import Work, check_length, evaluation_sets, load_data, metrics_of
 from fsd_fast.commands.flags import DataArguments, RunArguments, flag
+from fsd_fast.commands.values import Range
 from fsd_fast.data import get_task, resolve_model
 from fsd_fast.models.student import load_classifier, parameter_count
 from fsd_fast.models.whole_weights import whole_weights
 from fsd_fast.training.checkpoints import find_checkpoint
-from fsd_fast.training.run import choose_best_metric, finish_run, run_settings
+from fsd_fast.training.record import make_record
+from fsd_fast.training.run import choose_best_metric, finish_run
 from fsd_fast.training.trainer import ClassifierTrainer
 
 
@@ -26,7 +28,9 @@ class TeacherArguments:
         "Pre-trained model to fine-tune: a folder, a Hub name, or 'minilm', the built-in backbone.", "minilm"
     )
     num_layers: int | None = flag(
-        "Keep only the first so many layers: trains a shallow model without a teacher.", None
+        "Keep only the first so many layers: trains a shallow model without a teacher.",
+        None,
+        numbers=Range(minimum=1),
     )
 
 
@@ -38,6 +42,11 @@ def prepare(data_arguments: DataArguments, arguments: TeacherArguments, run: Run
     resume = find_checkpoint(str(run.output_dir), run.resume_from_checkpoint)
     task = get_task(data_arguments.task_name)
     choose_best_metric(run, task)
+    if run.label_smoothing_factor and task.is_regression:
+        raise ValueError(
+            f"label_smoothing_factor: expected 0 for a regression, as {task.name!r} is, "
+            f"got {run.label_smoothing_factor}"
+        )
     set_seed(run.seed)
     path = resolve_model(arguments.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -59,8 +68,15 @@ def prepare(data_arguments: DataArguments, arguments: TeacherArguments, run: Run
         wrapped = trainer.deepspeed if trainer.is_deepspeed_enabled else trainer.model
         return trainer.accelerator.get_state_dict(wrapped)
 
-    settings = {**run_settings(data_arguments, arguments, run), "parameters": parameter_count(model)}
+    record = make_record(
+        "teacher",
+        data_arguments,
+        arguments,
+        run,
+        num_layers=int(model.config.num_hidden_layers),
+        parameters=parameter_count(model),
+    )
     title = f"{model.config.num_hidden_layers}-layer classifier for {task.name}"
     return functools.partial(
-        finish_run, trainer, resume, state, model, task.name, len(data.train), tokenizer, title, settings
+        finish_run, trainer, resume, state, model, task.name, len(data.train), tokenizer, title, record
     )

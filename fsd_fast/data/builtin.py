@@ -13,6 +13,7 @@ checks size and sha256 of each, and moves them into the cache. Nothing is instal
 match is never used.
 """
 
+import difflib
 import hashlib
 import logging
 import os
@@ -24,6 +25,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 logger = logging.getLogger(__name__)
 
@@ -148,9 +152,17 @@ _SOURCES = (_REVIEWS, _BACKBONE)
 
 
 def cache_dir() -> Path:
-    """The folder of the cache: $FSD_CACHE_DIR, or ~/.cache/fsd_fast. It need not exist."""
+    """The folder of the cache: $FSD_CACHE_DIR, or ~/.cache/fsd_fast. It need not exist.
+
+    Where there is no home folder, as for a user whom a container does not know, it is among the temporary files.
+    """
     configured = os.environ.get("FSD_CACHE_DIR")
-    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "fsd_fast"
+    if configured:
+        return Path(os.path.expanduser(configured))
+    home = os.path.expanduser("~")
+    if home == "~":
+        return Path(tempfile.gettempdir()) / f"fsd_fast-{os.getuid()}"
+    return Path(home) / ".cache" / "fsd_fast"
 
 
 def _sha256(path: Path) -> str:
@@ -311,6 +323,10 @@ def reviews_path() -> Path:
 def resolve_model(name_or_path: str) -> str:
     """Replace the name of the built-in backbone by its folder; any other name or path stays as it is.
 
+    Looking for a name on the Hub takes half a minute where it cannot be reached, so a name that is rather a mistyped
+    path is refused at once: where its parent is a folder of saved models, or holds one with nearly that name, unless
+    the Hub's cache knows the name.
+
     Args:
         name_or_path: `BACKBONE_NAME`, a path, or a name on the Hub. A folder of that very name is
             reached as "./minilm".
@@ -318,14 +334,38 @@ def resolve_model(name_or_path: str) -> str:
     Raises:
         FileNotFoundError: If the backbone is asked for and has not been fetched, or if what can only be a path
             is no folder.
+        NotADirectoryError: If it is a file.
         ValueError: If the backbone is asked for and a file of it is damaged.
     """
     if name_or_path == BACKBONE_NAME:
         return str(backbone_path())
-    # A name on the Hub is NAME or OWNER/NAME. Anything else would be looked for there in vain, and for long.
     path = Path(name_or_path)
-    if (path.is_absolute() or name_or_path.startswith(".") or len(path.parts) > 2) and not path.is_dir():
+    if path.is_dir():
+        return name_or_path
+    if path.is_file():
+        raise NotADirectoryError(f"{name_or_path} is a file; expected the folder of a saved model")
+    # A name on the Hub is NAME or OWNER/NAME. Anything else would be looked for there in vain.
+    certain = path.is_absolute() or name_or_path.startswith((".", "~")) or len(path.parts) > 2
+    beside = _saved_models(path.parent)
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    likely = bool(near) or (len(path.parts) == 2 and bool(beside))
+    if certain or (likely and not _in_hub_cache(name_or_path)):
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise FileNotFoundError(
-            f"{name_or_path}: no such folder; expected a saved model, or a name on the Hub"
+            f"{name_or_path}: no such folder; expected a saved model, or a name on the Hub{hint}"
         )
     return name_or_path
+
+
+def _saved_models(folder: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in folder.iterdir() if (path / "config.json").is_file())
+    except OSError:
+        return []
+
+
+def _in_hub_cache(name: str) -> bool:
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
+        return False

@@ -44,6 +44,10 @@ class DistillationModel(nn.Module):
         """Pass the request on to the student."""
         self.student.gradient_checkpointing_enable(*arguments, **keywords)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the student's token embeddings, to which ``--neftune_noise_alpha`` adds its noise."""
+        return self.student.get_input_embeddings()
+
     def forward(
         self,
         input_ids: Tensor,

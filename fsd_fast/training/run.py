@@ -1,8 +1,7 @@
-"""A training run: its record, its start, and what is written when it ends."""
+"""A training run: its start, and what is written when it ends."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shutil
 from collections.abc import Callable
@@ -10,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, SchedulerType, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from fsd_fast.data import Task
 from fsd_fast.files import write_json
 from fsd_fast.metrics import MAIN_METRIC, main_metric_first
 from fsd_fast.training.export import export_student, model_card
+from fsd_fast.training.record import RECORD_FILE, Record, write_record
 
 
 def finish_run(
@@ -27,28 +27,39 @@ def finish_run(
     train_samples: int,
     tokenizer: PreTrainedTokenizerBase,
     title: str,
-    settings: dict[str, Any],
+    record: Record,
 ) -> dict[str, float]:
     """Train, evaluate and export; every process takes part, the first one writes.
 
-    ``state`` gathers the weights, on all processes together; ZeRO-3 leaves them on the first one alone.
+    ``state`` gathers the weights, on all processes together; ZeRO-3 leaves them on the first one alone. The record is
+    written before the first step, so that a run that is cut off can be told from other files, and repeated.
+
+    Raises:
+        InterruptedError: Training stopped before its last step, as it does after SIGTERM with
+            ``--enable_jit_checkpoint``. Nothing is exported.
     """
     folder = Path(str(trainer.args.output_dir))
-    if resume is None and trainer.is_world_process_zero():
-        # A run that starts anew must not be continued from the checkpoints of the one before.
-        for old in folder.glob("checkpoint-*"):
-            if re.fullmatch(r"checkpoint-\d+", old.name):
-                shutil.rmtree(old)
+    if trainer.is_world_process_zero():
+        if resume is None:
+            # A run that starts anew must not be continued from the checkpoints of the one before.
+            for old in folder.glob("checkpoint-*"):
+                if re.fullmatch(r"checkpoint-\d+", old.name):
+                    shutil.rmtree(old)
+        write_record(folder / RECORD_FILE, record)
     result = trainer.train(resume_from_checkpoint=resume)
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise InterruptedError(
+            f"training stopped at step {trainer.state.global_step} of {trainer.state.max_steps} and nothing was "
+            "exported; where a checkpoint was saved, --resume_from_checkpoint last continues from it"
+        )
     metrics = _final_metrics(trainer)
     train_metrics = {**result.metrics, "train_samples": train_samples}
     weights = state()
     scores = {name: value for name, value in metrics.items() if _is_score(name)}
     if trainer.is_world_process_zero():
         assert weights is not None
-        card = model_card(title, task_name, settings, scores)
+        card = model_card(title, task_name, record.settings, scores)
         export_student(student, weights, tokenizer, folder, card)
-        write_json(folder / "fsd_arguments.json", settings)
     # Not combined by Trainer, which would read what an earlier run may have left half-written.
     trainer.save_metrics("train", train_metrics, combined=False)
     trainer.save_metrics("eval", metrics, combined=False)
@@ -96,22 +107,3 @@ def choose_best_metric(run: TrainingArguments, task: Task) -> None:
 
 def _is_score(name: str) -> bool:
     return name.startswith("eval_") and not name.endswith(("_runtime", "_per_second", "_loss"))
-
-
-def run_settings(*groups: Any) -> dict[str, Any]:
-    """The flags that describe a run; of TrainingArguments those that shape the optimisation."""
-    names = (
-        "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type",
-        "gradient_accumulation_steps", "weight_decay", "warmup_steps", "max_grad_norm", "seed", "bf16", "fp16",
-    )  # fmt: skip
-    settings: dict[str, Any] = {}
-    for group in groups:
-        if isinstance(group, TrainingArguments):
-            settings |= {name: getattr(group, name) for name in names}
-            settings |= {
-                "world_size": group.world_size,
-                "lr_scheduler_type": SchedulerType(group.lr_scheduler_type).value,
-            }
-        else:
-            settings |= dataclasses.asdict(group)
-    return settings
