@@ -46,7 +46,14 @@ def _no_lock_left_behind():
 
 
 def launch(arguments, port):
-    """Start train_ds.py in two processes as the README says, on the CPU, and return what it printed."""
+    """Run a command in two processes that must succeed, and return what it printed."""
+    done = launch_once(arguments, port)
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
+
+
+def launch_once(arguments, port):
+    """Start train_ds.py in two processes as the README says, on the CPU, and wait for its end."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environment |= {
         "DS_ACCELERATOR": "cpu",
@@ -73,8 +80,7 @@ def launch(arguments, port):
         os.killpg(process.pid, signal.SIGKILL)
         out, _ = process.communicate()
         pytest.fail(f"no end after 300 s:\n{out[-6000:]}")
-    assert process.returncode == 0, out[-6000:]
-    return out
+    return subprocess.CompletedProcess(command, process.returncode, out)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +126,21 @@ def test_zero_2_and_zero_3_train_alike(zero2, zero3):
     close(load_file(two / "model.safetensors"), load_file(three / "model.safetensors"), 1e-4)
     assert json.loads((two / "fsd_arguments.json").read_text())["facts"]["world_size"] == 2
     # One process speaks for both.
-    assert sum("eval_accuracy = " in line for line in printed.splitlines()) == 1
+    assert sum(line.split()[:1] == ["accuracy"] for line in printed.splitlines()) == 1
+
+
+def test_weight_decay_leaves_the_student_memory_alone_under_deepspeed(tiny, steady, tmp_path):
+    config = json.loads((ROOT / "ds_config.json").read_text())
+    config["optimizer"] = {
+        "type": "AdamW",
+        "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True},
+    }
+    (tmp_path / "with_optimizer.json").write_text(json.dumps(config))
+    flags = distillation(tiny, steady, tmp_path / "run", 4, "--weight_decay", "0.1", "--deepspeed")
+    done = launch_once([*flags, str(tmp_path / "with_optimizer.json")], 29680)
+    assert done.returncode != 0
+    assert "weight_decay: the optimizer of the DeepSpeed configuration would let" in done.stdout
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_are_one_batch_of_twice_the_size(tiny, steady, zero2, tmp_path):

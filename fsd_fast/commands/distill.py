@@ -159,6 +159,8 @@ def prepare(
             f"per_device_train_batch_size: method {arguments.method!r} compares the samples of a batch and needs "
             f"at least {objective.requires.minimum_batch}, got {run.per_device_train_batch_size}"
         )
+    if objective.requires.memories:
+        _check_memory_keeps_its_size(run)
     check_length(teacher_path, data_arguments.max_seq_length)
     check_length(source, data_arguments.max_seq_length)
     with whole_weights():
@@ -205,6 +207,19 @@ def prepare(
         title,
         record,
     )
+
+
+def _check_memory_keeps_its_size(run: RunArguments) -> None:
+    """Check that the student memory is not in a group of parameters that decay.
+
+    An optimizer of DeepSpeed's configuration takes all parameters as one group; Trainer's own has one without decay.
+    """
+    config = {} if run.hf_deepspeed_config is None else run.hf_deepspeed_config.config
+    if run.weight_decay and "optimizer" in config:
+        raise ValueError(
+            f"weight_decay: the optimizer of the DeepSpeed configuration would let the student memory decay too, got "
+            f"{run.weight_decay}; take its 'optimizer' out, as in ds_config.json, and Trainer's AdamW is used"
+        )
 
 
 def _memories(
