@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, SchedulerType, Trainer, TrainingArguments
 
 from fsd_fast.files import write_json
+from fsd_fast.models.labels import id2label_of
 from fsd_fast.training.export import export_student, model_card
 
 
@@ -42,7 +43,7 @@ def finish_run(
     scores = {name: value for name, value in metrics.items() if _is_score(name)}
     if trainer.is_world_process_zero():
         assert weights is not None
-        card = model_card(title, task_name, settings, scores)
+        card = model_card(title, task_name, settings, scores, id2label_of(student.config))
         export_student(student, weights, tokenizer, folder, card)
         write_json(folder / "fsd_arguments.json", settings)
     trainer.save_metrics("train", train_metrics)
