@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, set_seed
+from transformers import set_seed
 
 from fsd_fast.commands._common import (
     Work,
-    check_length,
+    check_model,
     check_outputs,
     evaluation_sets,
     load_data,
@@ -25,10 +25,12 @@ from fsd_fast.memory.student_memory import StudentMemory
 from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.models.distillation import DistillationModel, export_state
 from fsd_fast.models.layers import parse_layer_pairs
+from fsd_fast.models.loading import load_tokenizer, read_config
 from fsd_fast.models.student import load_classifier, parameter_count
 from fsd_fast.models.teacher import Teacher
 from fsd_fast.models.whole_weights import whole_weights
 from fsd_fast.training.checkpoints import find_checkpoint
+from fsd_fast.training.export import check_export
 from fsd_fast.training.run import finish_run, run_settings
 from fsd_fast.training.trainer import FSDTrainer
 from fsd_kernels import resolve_backend
@@ -98,8 +100,8 @@ def prepare(
             "model_name_or_path: expected the pre-trained model the student starts from, or --copy_teacher true"
         )
     source = resolve_model(source)
-    tokenizer = AutoTokenizer.from_pretrained(teacher_path)
-    if AutoTokenizer.from_pretrained(source).get_vocab() != tokenizer.get_vocab():
+    tokenizer = load_tokenizer(teacher_path)
+    if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"model_name_or_path: {source} and the teacher {teacher_path} have different vocabularies"
         )
@@ -135,17 +137,18 @@ def prepare(
             f"per_device_train_batch_size: method {arguments.method!r} compares the samples of a batch and needs "
             f"at least 2, got {run.per_device_train_batch_size}"
         )
-    teacher_layers = int(AutoConfig.from_pretrained(teacher_path).num_hidden_layers)
+    teacher_layers = int(read_config(teacher_path).num_hidden_layers)
     student_layers = (
         max(1, teacher_layers // 2) if arguments.student_layers is None else arguments.student_layers
     )
     layer_pairs = parse_layer_pairs(arguments.layer_pairs, teacher_layers, student_layers)
-    check_length(teacher_path, data_arguments.max_seq_length)
-    check_length(source, data_arguments.max_seq_length)
+    for path in (teacher_path, source):
+        check_model(path, tokenizer, task, data_arguments.max_seq_length)
     with whole_weights():
         teacher_model = Teacher.from_pretrained(teacher_path)
         check_outputs(teacher_model, task)
         student = load_classifier(source, task.labels, student_layers)
+    check_export(student, tokenizer)
     teacher_memory, student_memory = _memories(
         data_arguments, arguments, loss, teacher_model, student, run.seed
     )
