@@ -31,6 +31,7 @@ Elsewhere that input may have other axes (SqueezeBERT: ``[B, D, S]``), more posi
 or no layer of its own (ALBERT calls one layer again and again).
 """
 
+_SHARED_LAYERS = ("albert",)
 _NOT_PER_LAYER = ("architectures", "pos_att_type")
 """Lists of a configuration that may happen to be as long as the model is deep."""
 
@@ -59,11 +60,13 @@ def layer_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
     """Find the model's layers and their name: the outermost module list as long as the configuration says.
 
     Returns:
-        None where there is no such list: the layers share their weights (ALBERT).
+        None where there is no such list, or layers share their weights (ALBERT).
 
     Raises:
         ValueError: Several lists qualify.
     """
+    if model.config.model_type in _SHARED_LAYERS:
+        return None
     depth = model.config.num_hidden_layers
     found: list[tuple[str, nn.ModuleList]] = []
     for name, module in model.named_modules():
@@ -151,8 +154,8 @@ def first_layers(model: PreTrainedModel, num_layers: int, name: str) -> PreTrain
         name: The model's name or path, for the message.
 
     Raises:
-        ValueError: A layer of this family depends on how many there are: hidden states below ``num_layers`` are not
-            those of the deeper model.
+        ValueError: A layer of this family depends on how many there are: the hidden states are not those of the
+            deeper model.
     """
     small = type(model)(with_layers(model.config, num_layers))
     stack = layer_stack(model)
@@ -163,11 +166,27 @@ def first_layers(model: PreTrainedModel, num_layers: int, name: str) -> PreTrain
         if prefix is None or not key.startswith(prefix) or int(key[len(prefix) :].split(".")[0]) < num_layers
     }
     small.load_state_dict(kept)
-    inputs = sample_inputs(model.config, 4)
-    deep, shallow = outputs_of(model, inputs)[1], outputs_of(small, inputs)[1]
-    if not all(same(deep[layer], shallow[layer]) for layer in range(num_layers)):
+    if not _computes_the_same(model, small):
         raise ValueError(
             f"{name}: model family {model.config.model_type!r} cannot be cut to {num_layers} of "
             f"{model.config.num_hidden_layers} layers: its first layers then compute something else"
         )
     return small
+
+
+def _computes_the_same(deep: PreTrainedModel, shallow: PreTrainedModel) -> bool:
+    """Whether the hidden states of a model are those of a deeper one."""
+    depth, inputs = shallow.config.num_hidden_layers, sample_inputs(deep.config, 4)
+    last: list[Tensor] = []
+    stack = layer_stack(shallow)
+    handle = None
+    if stack is not None:
+        handle = stack[1][-1].register_forward_hook(
+            lambda _, arguments, output: last.append(output[0] if isinstance(output, tuple) else output)
+        )
+    expected, found = outputs_of(deep, inputs)[1], outputs_of(shallow, inputs)[1]
+    if handle is not None:
+        handle.remove()
+    # Some families normalize what their last layer gives, and only there (GPT-2, Llama, ModernBERT).
+    ends_alike = any(same(state, expected[depth]) for state in (found[depth], *last))
+    return ends_alike and all(same(found[layer], expected[layer]) for layer in range(depth))

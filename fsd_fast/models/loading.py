@@ -92,7 +92,10 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
             f"{name_or_path}: no tokenizer; expected tokenizer.json or the vocabulary file of the family, one of "
             f"{', '.join(_VOCABULARY_FILES[1:])}"
         )
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, padding_side="right")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, padding_side="right")
+    except Exception as error:  # of many kinds, and few of them name the file
+        raise ValueError(f"{name_or_path}: its tokenizer cannot be loaded: {error}") from error
     if local and not (folder / "tokenizer.json").is_file():
         files = {file for key, file in tokenizer.vocab_files_names.items() if key != "tokenizer_file"}
         missing = sorted(file for file in files if not (folder / file).is_file())
