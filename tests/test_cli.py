@@ -22,6 +22,7 @@ from fsd_fast.data import builtin
 from fsd_fast.training.trainer import FSDTrainer
 from fsd_fast.versions import PACKAGES
 from tests.tiny import (
+    COMMON,
     ROOT,
     SEQUENCE,
     in_subprocess,
@@ -241,7 +242,7 @@ def test_a_memory_of_another_length_or_policy(refused, tiny, tmp_path):
 def test_a_memory_of_another_teacher(refused, tiny, tmp_path):
     teachers = tmp_path / "teachers"
     for name, sizes in (("deeper", {"layers": 5}), ("narrower", {"hidden": 16}), ("other", {"seed": 7})):
-        save_backbone(teachers / name, **sizes)
+        save_backbone(teachers / name, labels=2, **sizes)
     for name, words in (
         ("deeper", ("layer is 3, expected 4", "teacher_fingerprint is ")),
         ("narrower", ("hidden_size is 32, expected 16",)),
@@ -295,7 +296,10 @@ def test_teacher_with_another_number_of_labels(refused, tiny, tmp_path):
     for command, flags in (
         ("memory", memory_flags(tiny, tmp_path / "run")),
         ("distill", tiny.distillation(tmp_path / "run", "vkd")),
-        ("evaluate", ["--model_name_or_path", str(tiny.teacher), "--output_dir", str(tmp_path / "run")]),
+        (
+            "evaluate",
+            [*COMMON, "--model_name_or_path", str(tiny.teacher), "--output_dir", str(tmp_path / "run")],
+        ),
     ):
         message = refused(command, [*flags, *task])
         assert f"{tiny.teacher} has 2 outputs; task 'stsb' needs 1" in message

@@ -13,8 +13,9 @@ from fsd_fast.commands import distill as commands
 from fsd_fast.commands.parsing import parse
 from fsd_fast.losses import METHODS
 from fsd_fast.memory.features import model_fingerprint
+from fsd_fast.models.families import layer_stack
 from fsd_fast.models.student import load_classifier
-from fsd_fast.models.teacher import Teacher, layer_list
+from fsd_fast.models.teacher import Teacher
 from fsd_fast.training.record import read_record
 from fsd_fast.training.trainer import FSDTrainer
 from tests.tiny import (
@@ -29,6 +30,7 @@ from tests.tiny import (
     memory_flags,
     save_backbone,
     tiny,
+    without_source,
     write_mnli,
     write_rte,
     write_stsb,
@@ -201,12 +203,6 @@ def test_first_layers_come_from_the_pretrained_model(tiny, tmp_path, layers):
     assert not same(student, {name: encoder_layers(weights(tiny.teacher))[name] for name in kept})
 
 
-def without_source(flags):
-    """The flags without the pre-trained model that the student starts from."""
-    at = flags.index("--model_name_or_path")
-    return flags[:at] + flags[at + 2 :]
-
-
 def test_copying_the_teacher_takes_its_layers_and_its_head(tiny, tmp_path):
     flags = without_source(tiny.distillation(tmp_path / "run", "vkd", steps=1))
     run("distill", [*flags, "--learning_rate", "0", "--copy_teacher", "true"])
@@ -254,7 +250,7 @@ def test_a_teacher_that_could_learn_is_refused(tiny):
 @pytest.mark.parametrize("family", ["bert", "distilbert", "roberta"])
 @pytest.mark.parametrize("layers", [1, 4])
 def test_penultimate_is_the_last_hidden_state_but_one(tmp_path, family, layers):
-    teacher = Teacher.from_pretrained(str(save_backbone(tmp_path, family=family, layers=layers)))
+    teacher = Teacher.from_pretrained(str(save_backbone(tmp_path, family=family, layers=layers, labels=2)))
     inputs = {
         "input_ids": torch.tensor([[2, 5, 6, 3], [2, 7, 3, 0]]),
         "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
@@ -262,7 +258,7 @@ def test_penultimate_is_the_last_hidden_state_but_one(tmp_path, family, layers):
     _, hidden = teacher.hidden_states(inputs)
     assert len(hidden) == teacher.num_layers + 1 == layers + 1
     assert not torch.equal(hidden[-2], hidden[-1])
-    last, runs = layer_list(teacher.model)[1][-1], []
+    last, runs = layer_stack(teacher.model)[1][-1], []
     last.register_forward_hook(lambda *_: runs.append(0))
     assert torch.equal(teacher.penultimate(inputs), hidden[-2])
     assert runs == []

@@ -17,13 +17,12 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
     BertConfig,
-    BertModel,
     BertTokenizer,
     DistilBertConfig,
-    DistilBertModel,
     RobertaConfig,
-    RobertaModel,
     set_seed,
 )
 
@@ -44,8 +43,10 @@ def save_tokenizer(folder, words=VOCABULARY):
     BertTokenizer(str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
 
 
-def save_backbone(folder, *, layers=TEACHER_LAYERS, hidden=HIDDEN, seed=0, family="bert", dropout=0.1):
-    """Save a pre-trained model without a head, as it is found on the Hub, with its tokenizer."""
+def save_backbone(
+    folder, *, layers=TEACHER_LAYERS, hidden=HIDDEN, seed=0, family="bert", dropout=0.1, labels=None
+):
+    """Save a pre-trained model with its tokenizer: without a head, or with a random one of ``labels`` outputs."""
     sizes = {"vocab_size": len(VOCABULARY), "max_position_embeddings": 66}
     if family == "distilbert":
         config = DistilBertConfig(
@@ -71,9 +72,12 @@ def save_backbone(folder, *, layers=TEACHER_LAYERS, hidden=HIDDEN, seed=0, famil
         )
     config.pad_token_id = 0
     set_seed(seed)
-    {"bert": BertModel, "distilbert": DistilBertModel, "roberta": RobertaModel}[family](
-        config
-    ).save_pretrained(folder)
+    if labels is None:
+        model = AutoModel.from_config(config)
+    else:
+        config.num_labels = labels
+        model = AutoModelForSequenceClassification.from_config(config)
+    model.save_pretrained(folder)
     save_tokenizer(folder)
     return folder
 
@@ -167,6 +171,12 @@ class Tiny:
         if "g" in method.removeprefix("fsd_"):
             flags += ["--memory_path", str(self.memory(pad_features))]
         return flags
+
+
+def without_source(flags):
+    """The flags of a distillation without the pre-trained model that the student starts from."""
+    at = flags.index("--model_name_or_path")
+    return flags[:at] + flags[at + 2 :]
 
 
 @functools.cache

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from datasets import Dataset, DatasetDict
-from transformers import AutoConfig, EvalPrediction, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from fsd_fast.commands.flags import DataArguments
 from fsd_fast.data import PadCollator, Task, get_task, load_task_dataset, tokenize
 from fsd_fast.metrics import compute_metrics, hard_label_loss
+from fsd_fast.models.inputs import check_inputs
 from fsd_fast.models.teacher import Teacher
 
 Work = Callable[[], dict[str, float]]
@@ -67,20 +68,17 @@ def evaluation_sets(data: TaskData) -> Dataset | dict[str, Dataset]:
     return next(iter(data.evaluation.values())) if len(data.evaluation) == 1 else data.evaluation
 
 
-def check_length(path: str, max_seq_length: int) -> None:
-    """Check that a model has as many positions as samples have tokens; its tokenizer may know no limit."""
-    positions = getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", None)
-    if positions is not None and max_seq_length > positions:
-        raise ValueError(
-            f"max_seq_length: expected at most the {positions} positions of {path}, got {max_seq_length}"
-        )
+def check_model(path: str, tokenizer: PreTrainedTokenizerBase, task: Task, max_seq_length: int) -> None:
+    """Check that a model takes every sample that its tokenizer makes of a task; see ``check_inputs``."""
+    check_inputs(path, tokenizer, max_seq_length, pair=len(task.text_columns) == 2)
 
 
 def check_outputs(teacher_model: Teacher, task: Task, argument: str = "teacher_model_name_or_path") -> None:
-    """Check that a classifier has as many outputs as a task has classes."""
+    """Check that a classifier has a task's classes, and bring its outputs into the task's order."""
     logits = teacher_model.model.config.num_labels
     if logits != task.num_labels:
         raise ValueError(
             f"{argument}: {teacher_model.name} has {logits} outputs; task {task.name!r} needs "
             f"{task.num_labels}; fine-tune it with the 'teacher' command"
         )
+    teacher_model.follow_labels(task.labels)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, set_seed
+from transformers import set_seed
 
 from fsd_fast.commands._common import (
     Work,
-    check_length,
+    check_model,
     check_outputs,
     evaluation_sets,
     load_data,
@@ -26,10 +26,12 @@ from fsd_fast.memory.student_memory import StudentMemory
 from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.models.distillation import DistillationModel, export_state
 from fsd_fast.models.layers import parse_layer_pairs, penultimate_pair
+from fsd_fast.models.loading import load_tokenizer, read_config
 from fsd_fast.models.student import load_classifier, parameter_count
 from fsd_fast.models.teacher import Teacher
 from fsd_fast.models.whole_weights import whole_weights
 from fsd_fast.training.checkpoints import find_checkpoint
+from fsd_fast.training.export import check_export
 from fsd_fast.training.record import make_record
 from fsd_fast.training.resume import check_resumed
 from fsd_fast.training.run import choose_best_metric, finish_run
@@ -122,8 +124,8 @@ def prepare(
             "model_name_or_path: expected the pre-trained model the student starts from, or --copy_teacher true"
         )
     source = resolve_model(source)
-    tokenizer = AutoTokenizer.from_pretrained(teacher_path)
-    if AutoTokenizer.from_pretrained(source).get_vocab() != tokenizer.get_vocab():
+    tokenizer = load_tokenizer(teacher_path)
+    if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"model_name_or_path: {source} and the teacher {teacher_path} have different vocabularies"
         )
@@ -148,7 +150,7 @@ def prepare(
             f"distill trains on one GPU in each process and sees {run.n_gpu}; start a process for each with "
             f"deepspeed --num_gpus {run.n_gpu} train_ds.py distill ..., or choose one with CUDA_VISIBLE_DEVICES=0"
         )
-    teacher_layers = int(AutoConfig.from_pretrained(teacher_path).num_hidden_layers)
+    teacher_layers = int(read_config(teacher_path).num_hidden_layers)
     student_layers = (
         max(1, teacher_layers // 2) if arguments.student_layers is None else arguments.student_layers
     )
@@ -161,12 +163,13 @@ def prepare(
         )
     if objective.requires.memories:
         _check_memory_keeps_its_size(run)
-    check_length(teacher_path, data_arguments.max_seq_length)
-    check_length(source, data_arguments.max_seq_length)
+    for path in (teacher_path, source):
+        check_model(path, tokenizer, task, data_arguments.max_seq_length)
     with whole_weights():
         teacher_model = Teacher.from_pretrained(teacher_path)
         check_outputs(teacher_model, task)
         student = load_classifier(source, task.labels, student_layers)
+    check_export(student, tokenizer)
     teacher_memory, student_memory = _memories(
         data_arguments, arguments, objective, teacher_model, student, run.seed
     )
@@ -214,7 +217,8 @@ def _check_memory_keeps_its_size(run: RunArguments) -> None:
 
     An optimizer of DeepSpeed's configuration takes all parameters as one group; Trainer's own has one without decay.
     """
-    config = {} if run.hf_deepspeed_config is None else run.hf_deepspeed_config.config
+    deepspeed = getattr(run, "hf_deepspeed_config", None)
+    config = {} if deepspeed is None else deepspeed.config
     if run.weight_decay and "optimizer" in config:
         raise ValueError(
             f"weight_decay: the optimizer of the DeepSpeed configuration would let the student memory decay too, got "

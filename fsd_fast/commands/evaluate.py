@@ -6,13 +6,14 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import TrainingArguments
 
-from fsd_fast.commands._common import Work, check_outputs, evaluation_sets, load_data, metrics_of
+from fsd_fast.commands._common import Work, check_model, check_outputs, evaluation_sets, load_data, metrics_of
 from fsd_fast.commands.flags import DataArguments, flag
 from fsd_fast.commands.values import Range
 from fsd_fast.data import get_task, resolve_model
 from fsd_fast.files import write_json
+from fsd_fast.models.loading import load_tokenizer
 from fsd_fast.models.teacher import Teacher
 from fsd_fast.training.trainer import ClassifierTrainer
 
@@ -36,9 +37,10 @@ def prepare(data_arguments: DataArguments, arguments: EvaluationArguments) -> Wo
     """Score a saved classifier on the evaluation splits of a task."""
     task = get_task(data_arguments.task_name)
     path = resolve_model(arguments.model_name_or_path)
+    tokenizer = load_tokenizer(path)
+    check_model(path, tokenizer, task, data_arguments.max_seq_length)
     saved = Teacher.from_pretrained(path)
     check_outputs(saved, task, "model_name_or_path")
-    tokenizer = AutoTokenizer.from_pretrained(path)
     data = load_data(data_arguments, tokenizer)
     run = TrainingArguments(
         # Trainer makes this folder; where nothing is written it must not be one named like a model on the Hub.

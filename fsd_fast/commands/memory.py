@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from transformers import AutoTokenizer
 
 from fsd_fast.clustering.checkpoint import discard_state
-from fsd_fast.commands._common import Work, check_length, check_outputs, load_data
+from fsd_fast.commands._common import Work, check_model, check_outputs, load_data
 from fsd_fast.commands.flags import DataArguments, flag
 from fsd_fast.commands.values import Range
 from fsd_fast.data import get_task, resolve_model
@@ -29,6 +28,7 @@ from fsd_fast.memory.features import (
 )
 from fsd_fast.memory.plot import PLOT_FILE, plot_memory, sample_numbers
 from fsd_fast.memory.teacher_memory import STATE_FOLDER, TeacherMemory
+from fsd_fast.models.loading import load_tokenizer
 from fsd_fast.models.teacher import Teacher
 from fsd_fast.training.checkpoints import check_output_dir
 from fsd_kernels import resolve_backend
@@ -72,10 +72,11 @@ def prepare(data_arguments: DataArguments, arguments: MemoryArguments) -> Work:
         check_output_dir(str(folder), None, arguments.overwrite_output_dir)
     task = get_task(data_arguments.task_name)
     path = resolve_model(arguments.teacher_model_name_or_path)
-    check_length(path, data_arguments.max_seq_length)
+    tokenizer = load_tokenizer(path)
+    check_model(path, tokenizer, task, data_arguments.max_seq_length)
     teacher_model = Teacher.from_pretrained(path)
     check_outputs(teacher_model, task)
-    data = load_data(data_arguments, AutoTokenizer.from_pretrained(path))
+    data = load_data(data_arguments, tokenizer)
     identity = memory_identity(
         teacher_model,
         task,

@@ -6,15 +6,17 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 
-from fsd_fast.commands._common import Work, check_length, evaluation_sets, load_data, metrics_of
+from fsd_fast.commands._common import Work, check_model, evaluation_sets, load_data, metrics_of
 from fsd_fast.commands.flags import DataArguments, RunArguments, flag
 from fsd_fast.commands.values import Range
 from fsd_fast.data import get_task, resolve_model
+from fsd_fast.models.loading import load_tokenizer
 from fsd_fast.models.student import load_classifier, parameter_count
 from fsd_fast.models.whole_weights import whole_weights
 from fsd_fast.training.checkpoints import find_checkpoint
+from fsd_fast.training.export import check_export
 from fsd_fast.training.record import make_record
 from fsd_fast.training.resume import check_resumed
 from fsd_fast.training.run import choose_best_metric, finish_run
@@ -50,10 +52,11 @@ def prepare(data_arguments: DataArguments, arguments: TeacherArguments, run: Run
         )
     set_seed(run.seed)
     path = resolve_model(arguments.model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    check_length(path, data_arguments.max_seq_length)
+    tokenizer = load_tokenizer(path)
+    check_model(path, tokenizer, task, data_arguments.max_seq_length)
     with whole_weights():
         model = load_classifier(path, task.labels, arguments.num_layers)
+    check_export(model, tokenizer)
     data = load_data(data_arguments, tokenizer)
     trainer = ClassifierTrainer(
         model=model,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import copy
+import logging
 
-import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
-from fsd_fast.models.teacher import layer_list
+from fsd_fast.models.families import check_outputs, first_layers
+from fsd_fast.models.labels import id2label_of, label_order, name_outputs, order_outputs
+from fsd_fast.models.loading import load_weights, read_config
+
+logger = logging.getLogger(__name__)
 
 
 def load_classifier(
@@ -17,8 +20,9 @@ def load_classifier(
     """Load a sequence classifier for a task, with all of its layers or only the first ones.
 
     Args:
-        name_or_path: A pre-trained or fine-tuned model. A head that does not exist or has another number of
-            outputs is started afresh.
+        name_or_path: A pre-trained or fine-tuned model. A head with the task's classes is taken over, its outputs in
+            the task's order. A head that does not exist, has another number of outputs or names other classes is
+            started afresh.
         labels: Class names in the order of the logits; empty for a regression (one logit).
         num_layers: Layers to keep, counted from the embeddings; None keeps all.
 
@@ -26,37 +30,39 @@ def load_classifier(
         A plain model of the same family, whose configuration names the classes and the number of layers.
 
     Raises:
-        OSError: There is no such model.
-        ValueError: ``num_layers`` is below 1 or above the model's own number.
+        OSError: There is no such model, or none in safetensors files.
+        ValueError: ``num_layers`` is below 1 or above the model's own number; weights other than the head's are
+            missing; or the family is none the engine takes, or cannot be cut.
     """
-    config = AutoConfig.from_pretrained(name_or_path)
+    config = read_config(name_or_path)
     depth = int(config.num_hidden_layers)
     if num_layers is not None and not 1 <= num_layers <= depth:
         raise ValueError(
             f"number of layers: expected 1 to the {depth} layers of {name_or_path}, got {num_layers}"
         )
+    saved = id2label_of(config)
     config.num_labels = len(labels) or 1
-    config.problem_type = "single_label_classification" if labels else "regression"
-    if labels:
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: i for i, label in enumerate(labels)}
-    # Trained weights are float32, whatever precision they were saved in.
-    model = AutoModelForSequenceClassification.from_pretrained(
-        name_or_path, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
-    )
+    model, has_head = load_weights(name_or_path, config, fresh_head=True)
+    if has_head and labels:
+        try:
+            order = label_order(saved, labels, name_or_path)
+        except ValueError as error:
+            logger.warning("%s. Its head is started afresh.", error)
+            _restart_head(model)
+        else:
+            order_outputs(model, order, name_or_path)
+    name_outputs(model, labels)
     if num_layers is None or num_layers == depth:
         return model
-    prefix, _ = layer_list(model)
-    small_config = copy.deepcopy(model.config)
-    small_config.num_hidden_layers = num_layers
-    small = type(model)(small_config)
-    kept = {
-        name: value
-        for name, value in model.state_dict().items()
-        if not name.startswith(f"{prefix}.") or int(name[len(prefix) + 1 :].split(".")[0]) < num_layers
-    }
-    small.load_state_dict(kept)
+    small = first_layers(model, num_layers, name_or_path)
+    check_outputs(small, name_or_path)
     return small
+
+
+def _restart_head(model: PreTrainedModel) -> None:
+    fresh = type(model)(model.config).state_dict()
+    head = {key: value for key, value in fresh.items() if not key.startswith(f"{model.base_model_prefix}.")}
+    model.load_state_dict(head, strict=False)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -7,33 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fsd_fast.data import SAMPLE_COLUMN
+from fsd_fast.models.families import STOPS_EARLY, layer_stack
+from fsd_fast.models.labels import id2label_of, label_order, name_outputs, order_outputs
+from fsd_fast.models.loading import load_weights, read_config
 
 
 def input_arguments(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Pick what a model's forward takes from a batch: everything but the labels and the samples' places."""
     return {name: value for name, value in inputs.items() if name not in ("labels", SAMPLE_COLUMN)}
-
-
-def layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Find the encoder's stack of layers and its name: the one module list as long as the configuration says.
-
-    Raises:
-        ValueError: There is none, or more than one.
-    """
-    depth = model.config.num_hidden_layers
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
-    ]
-    if len(found) != 1:
-        raise ValueError(
-            f"model: expected one stack of {depth} layers in {type(model).__name__}, found {len(found)}"
-        )
-    return found[0]
 
 
 class _Reached(Exception):
@@ -53,16 +37,35 @@ class Teacher:
 
     def __init__(self, model: PreTrainedModel, name: str) -> None:
         self.model = model.requires_grad_(False).eval()
+        # Keys and values of earlier tokens are for generating text.
+        self.model.config.use_cache = False
         self.name = name
+        self.autocast_dtype: torch.dtype | None = None
 
     @classmethod
     def from_pretrained(cls, name_or_path: str) -> Teacher:
-        """Load a teacher from a folder or the Hub.
+        """Load a fine-tuned classifier from a folder or the Hub, in float32.
 
         Raises:
-            OSError: There is no such model.
+            OSError: There is no such model, or none in safetensors files.
+            ValueError: A weight is missing, the head's too, or its family is none the engine takes.
         """
-        return cls(AutoModelForSequenceClassification.from_pretrained(name_or_path), name_or_path)
+        model, _ = load_weights(name_or_path, read_config(name_or_path), fresh_head=False)
+        return cls(model, name_or_path)
+
+    def follow_labels(self, labels: tuple[str, ...]) -> None:
+        """Bring the outputs into a task's order, and name them so.
+
+        Args:
+            labels: The task's class names, as many as there are outputs; empty for a regression.
+
+        Raises:
+            ValueError: The outputs have other names; see ``label_order``.
+        """
+        if labels:
+            order = label_order(id2label_of(self.model.config), labels, self.name)
+            order_outputs(self.model, order, self.name)
+        name_outputs(self.model, labels)
 
     @property
     def num_layers(self) -> int:
@@ -75,10 +78,27 @@ class Teacher:
         return int(self.model.config.hidden_size)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Teacher:
-        """Move the model; returns self."""
-        module: nn.Module = self.model
-        module.to(device=device, dtype=dtype)
+        """Move the model and choose the precision of its matrix products; returns self.
+
+        Args:
+            device: Where it runs.
+            dtype: bfloat16 or float16 for products under autocast; None for float32. The weights stay float32, and
+                with them embeddings, LayerNorms and the sums between layers: rounding those too doubles the error of
+                the features.
+        """
+        self.model.to(device=device)
+        self.autocast_dtype = dtype
         return self
+
+    def compile(self, **options: Any) -> Teacher:
+        """Compile ``hidden_states``; the arguments are ``torch.compile``'s. Returns self."""
+        self.model.compile(**options)
+        return self
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.model.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
+        )
 
     def check_frozen(self) -> None:
         """Check that the teacher cannot learn.
@@ -95,17 +115,19 @@ class Teacher:
                 )
 
     def hidden_states(self, inputs: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return (logits [B, C], hidden states, one [B, S, D_t] per layer plus the embeddings)."""
+        """Return (logits [B, C] in float32, hidden states, one [B, S, D_t] per layer plus the embeddings)."""
         self.check_frozen()
-        with torch.no_grad():
+        with torch.no_grad(), self._autocast():
             output = self.model(**input_arguments(inputs), output_hidden_states=True)
-        return output.logits, output.hidden_states
+        return output.logits.float(), output.hidden_states
 
     def penultimate(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the hidden state [B, S, D_t] that the memory is built on, the input of the last layer.
+        """Return the hidden state [B, S, D_t] that the memory is built on, ``hidden_states[L - 1]``.
 
-        The last layer itself is not run.
+        The last layer is not run, in the families where its input is that hidden state.
         """
+        if self.model.config.model_type not in STOPS_EARLY:
+            return self.hidden_states(inputs)[1][self.num_layers - 1]
         self.check_frozen()
         caught: list[Tensor] = []
 
@@ -113,11 +135,13 @@ class Teacher:
             caught.append(arguments[0] if arguments else keywords["hidden_states"])
             raise _Reached
 
-        layers = layer_list(self.model)[1]
-        handle = layers[-1].register_forward_pre_hook(stop, with_kwargs=True)
+        stack = layer_stack(self.model)
+        assert stack is not None
+        handle = stack[1][-1].register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            with torch.no_grad(), contextlib.suppress(_Reached):
-                self.model.base_model(**input_arguments(inputs))
+            with torch.no_grad(), self._autocast(), contextlib.suppress(_Reached):
+                # Not called as a module: a compiled one could not be left in its midst.
+                self.model.forward(**input_arguments(inputs))
         finally:
             handle.remove()
         return caught[0]

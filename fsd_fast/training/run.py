@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from fsd_fast.data import Task
 from fsd_fast.files import write_json
 from fsd_fast.metrics import MAIN_METRIC, main_metric_first
+from fsd_fast.models.labels import id2label_of
 from fsd_fast.training.export import export_student, model_card
 from fsd_fast.training.record import RECORD_FILE, Record, write_record
 
@@ -58,7 +59,7 @@ def finish_run(
     scores = {name: value for name, value in metrics.items() if _is_score(name)}
     if trainer.is_world_process_zero():
         assert weights is not None
-        card = model_card(title, task_name, record.settings, scores)
+        card = model_card(title, task_name, record.settings, scores, id2label_of(student.config))
         export_student(student, weights, tokenizer, folder, card)
     # Not combined by Trainer, which would read what an earlier run may have left half-written.
     trainer.save_metrics("train", train_metrics, combined=False)

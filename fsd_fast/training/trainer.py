@@ -97,6 +97,8 @@ class FSDTrainer(ClassifierTrainer):
         self.distillation: DistillationModel = self.accelerator.unwrap_model(self.model)
         half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         self.teacher = teacher.to(self.args.device, half)
+        if self.args.torch_compile:
+            self.teacher.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
         self.teacher_memory = None if teacher_memory is None else teacher_memory.to(self.args.device)
         self._sums: dict[str, Tensor] = {}
         self._steps = 0.0
