@@ -55,7 +55,7 @@ def make_mask(kind: str, batch: int, rows: int) -> Tensor | None:
     if kind == "none":
         return None
     if kind == "all":
-        return torch.ones(batch, rows)
+        return torch.ones(batch, rows, dtype=torch.int64)
     if kind == "ragged":
         return ragged_mask(batch, rows, seed=3)
     if kind == "one token":
@@ -839,7 +839,7 @@ ERRORS: list[tuple[Function, type[Exception], str]] = [
         r"mask: expected \[B, S\] = \[3, 4\]",
     ),
     (
-        lambda b: gram(X.flatten(1), mask=torch.ones(3, 4), backend=b),
+        lambda b: gram(X.flatten(1), mask=torch.ones(3, 4, dtype=torch.int64), backend=b),
         ValueError,
         r"mask: needs features \[B, S, D\]",
     ),

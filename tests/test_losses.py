@@ -49,7 +49,7 @@ def memories(dtype: torch.dtype = F64, rows: int = S) -> tuple[Tensor, Tensor]:
 
 def cka_by_hand(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """CKA_i of the tokens of every sample, [B]."""
-    kept = torch.ones(student.shape[:2]) if mask is None else mask
+    kept = torch.ones(student.shape[:2], dtype=torch.int64) if mask is None else mask
     return torch.stack(
         [sample_cka(s[k > 0], t[k > 0]) for s, t, k in zip(student, teacher, kept, strict=True)]
     )

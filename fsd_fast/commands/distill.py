@@ -31,6 +31,7 @@ from fsd_fast.models.teacher import Teacher
 from fsd_fast.models.whole_weights import whole_weights
 from fsd_fast.training.checkpoints import find_checkpoint
 from fsd_fast.training.record import make_record
+from fsd_fast.training.resume import check_resumed
 from fsd_fast.training.run import choose_best_metric, finish_run
 from fsd_fast.training.trainer import FSDTrainer
 from fsd_kernels import resolve_backend
@@ -189,6 +190,8 @@ def prepare(
         parameters=parameter_count(student),
         teacher_parameters=parameter_count(teacher_model.model),
     )
+    if resume is not None:
+        record = check_resumed(record, resume, run.allow_changes)
     title = f"{student_layers}-layer student for {task.name}, distilled by {arguments.method}"
     return functools.partial(
         finish_run,

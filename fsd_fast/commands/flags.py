@@ -110,6 +110,13 @@ class RunArguments(TrainingArguments):
         "if there is any, else a new start.",
         None,
     )
+    allow_changes: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Flags that may differ from those that the run was started with when it is resumed. How long it is "
+            "and what is logged, saved and evaluated may always differ; what a checkpoint holds never."
+        },
+    )
     overwrite_output_dir: bool = flag("Start anew in a folder that holds a run already.", False)
 
     def __post_init__(self) -> None:

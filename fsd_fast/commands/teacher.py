@@ -16,6 +16,7 @@ from fsd_fast.models.student import load_classifier, parameter_count
 from fsd_fast.models.whole_weights import whole_weights
 from fsd_fast.training.checkpoints import find_checkpoint
 from fsd_fast.training.record import make_record
+from fsd_fast.training.resume import check_resumed
 from fsd_fast.training.run import choose_best_metric, finish_run
 from fsd_fast.training.trainer import ClassifierTrainer
 
@@ -76,6 +77,8 @@ def prepare(data_arguments: DataArguments, arguments: TeacherArguments, run: Run
         num_layers=int(model.config.num_hidden_layers),
         parameters=parameter_count(model),
     )
+    if resume is not None:
+        record = check_resumed(record, resume, run.allow_changes)
     title = f"{model.config.num_hidden_layers}-layer classifier for {task.name}"
     return functools.partial(
         finish_run, trainer, resume, state, model, task.name, len(data.train), tokenizer, title, record

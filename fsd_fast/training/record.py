@@ -25,7 +25,7 @@ from fsd_fast.versions import installed_versions
 RECORD_FILE = "fsd_arguments.json"
 
 # They say how a run starts and not what it computes, so repeating it must not take them over.
-_START = frozenset({"resume_from_checkpoint", "overwrite_output_dir"})
+_START = frozenset({"allow_changes", "overwrite_output_dir", "resume_from_checkpoint"})
 # What shapes the optimisation is recorded even where it has its default, which another release may change.
 _ALWAYS = frozenset(
     {
@@ -76,7 +76,7 @@ class Record:
     @property
     def settings(self) -> dict[str, Any]:
         """Arguments, and facts over them, in one mapping: what a model card lists."""
-        facts = {name: value for name, value in self.facts.items() if not isinstance(value, dict)}
+        facts = {name: value for name, value in self.facts.items() if not isinstance(value, dict | list)}
         versions = {f"{name}_version": version for name, version in self.facts.get("versions", {}).items()}
         return {**self.arguments, **facts, **versions}
 

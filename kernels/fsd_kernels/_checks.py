@@ -22,7 +22,10 @@ def check_features(name: str, features: Tensor, ndim: int, layout: str) -> None:
 
 
 def check_mask(mask: Tensor | None, batch: int, rows: int, device: torch.device) -> Tensor | None:
-    """Return an attention mask ``[B, S]`` as booleans (True = keep), or None."""
+    """Return an attention mask ``[B, S]`` as booleans (True = keep), or None.
+
+    Integer masks hold 1 and 0. Their values are looked at on a CPU only: on a GPU that would make the host wait.
+    """
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
@@ -33,7 +36,18 @@ def check_mask(mask: Tensor | None, batch: int, rows: int, device: torch.device)
         )
     if mask.device != device:
         raise ValueError(f"mask: on {mask.device}, but the features are on {device}")
-    return mask if mask.dtype == torch.bool else mask != 0
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"mask: expected booleans or integers, 1 = keep and 0 = drop, got {mask.dtype}")
+    if device.type == "cpu" and mask.numel() and not torch.compiler.is_compiling():
+        valid = ((mask == 0) | (mask == 1)).all()
+        # A fake tensor has no value.
+        if type(valid) is Tensor and not bool(valid):
+            raise ValueError(
+                f"mask: expected 1 = keep and 0 = drop, got values from {int(mask.min())} to {int(mask.max())}"
+            )
+    return mask != 0
 
 
 def check_same_device(tensors: Sequence[tuple[str, Tensor]]) -> torch.device:

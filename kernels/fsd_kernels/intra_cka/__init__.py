@@ -136,7 +136,9 @@ def intra_cka(
 
     CKA = <K_c, L_c> / (|K_c| |L_c|) with K_c, L_c the centred S x S Gram matrices of the teacher's and the
     student's token features [paper, eq. 4-6]. A sample without structure on either side (fewer than two
-    kept rows, or rows that are equal up to rounding) has distance 0, -log CKA 0 and gradient 0.
+    kept rows, or rows that are equal up to rounding) has distance 0, -log CKA 0 and gradient 0. A kept feature that is
+    NaN or infinite, or so large that squares overflow (about 1e19 in float32), makes the sample's values and its
+    gradient NaN, never 0.
 
     Args:
         student: [B, S, D_s], or P such tensors (layers), all with the same B, S, dtype and device. Differentiable.
@@ -148,7 +150,7 @@ def intra_cka(
         ``IntraCKA(distance, neg_log)``: 1 - CKA and -log CKA, [P, B], float32 (float64 for float64 input).
 
     Raises:
-        TypeError: An argument is not a floating tensor.
+        TypeError: An argument is not a floating tensor, or the mask is neither boolean nor integer.
         ValueError: Shapes, the number of layers, dtypes within one side, or devices do not fit.
     """
     students, teachers = _as_list("student", student), _as_list("teacher", teacher)

@@ -131,7 +131,10 @@ def _column_means(grams: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
     """The mean columns [..., S, 1] and the means [..., 1, 1] of symmetric [..., S, S], 0 where dropped."""
     if kept is None:
         column = grams.mean(dim=-1, keepdim=True)
-        return column, column.mean(dim=-2, keepdim=True)
+        # The mean of no rows is 0, not NaN.
+        return column, column.mean(dim=-2, keepdim=True) if grams.shape[-1] else column.sum(
+            dim=-2, keepdim=True
+        )
     count = _count(kept, grams.shape[-1])
     column = grams.sum(dim=-1, keepdim=True) / count
     return column, column.sum(dim=-2, keepdim=True) / count
@@ -149,11 +152,11 @@ def _centre_far(
 
 def _centred_grams(
     grams: Tensor, sides: tuple[Tensor, Tensor], kept: Tensor | None
-) -> tuple[list[list[float]], list[bool]]:
+) -> tuple[list[list[float]], list[bool], list[bool]]:
     """Write the centred Grams [2, b, S, S] of two [b, S, D].
 
-    Returns their traces, and which samples have structure on both sides. One number per sample is Python's: a tensor so
-    small takes longer.
+    Returns their traces, which samples have structure on both sides, and which are finite on both. One number per
+    sample is Python's: a tensor so small takes longer.
     """
     samples, rows = grams.shape[1:3]
     numbers = [rows] * samples if kept is None else kept.sum(dim=1).clamp(min=1).tolist()
@@ -189,12 +192,17 @@ def _centred_grams(
     if dropped is not None:
         grams.masked_fill_(dropped, 0.0)
     floor, least = rounding_energy(grams.dtype), math.ldexp(1.0, -_EXPONENT[grams.dtype])
-    there = [
-        [trace > max(least, floor * n * (m + r)) for trace, n, m, r in zip(*side, strict=True)]
-        for side in ((traces[0], numbers, means[0], removed[0]), (traces[1], numbers, means[1], removed[1]))
+    energies = [
+        [n * (m + r) for n, m, r in zip(numbers, means[side], removed[side], strict=True)]
+        for side in range(2)
     ]
-    exist = [given and own for given, own in zip(*there, strict=True)]
-    return traces, exist
+    there = [
+        [trace > max(least, floor * energy) for trace, energy in zip(*side, strict=True)]
+        for side in zip(traces, energies, strict=True)
+    ]
+    finite = [math.isfinite(sum(numbers)) for numbers in zip(*traces, *energies, strict=True)]
+    exist = [all(sides) for sides in zip(finite, *there, strict=True)]
+    return traces, exist, finite
 
 
 def _scale(grams: Tensor, traces: list[list[float]], exist: list[bool]) -> list[float]:
@@ -269,13 +277,17 @@ def forward(
         for part in chunks:
             kept = None if mask is None else mask[part]
             grams, result = _view(buffer, 2, part.stop - part.start, rows, rows), gradient[p, part]
-            traces, exist = _centred_grams(grams, (teacher[part], student[part]), kept)
+            traces, exist, finite = _centred_grams(grams, (teacher[part], student[part]), kept)
             factors = _scale(grams, traces, exist)
             products = _products(grams)
             rho = [mixed / own if there else 0.0 for there, mixed, own in zip(exist, *products, strict=True)]
             torch.addcmul(grams[0], grams[1], result.new_tensor(rho)[:, None, None], value=-1, out=result)
             rest = torch.linalg.vector_norm(result.flatten(1), dim=1).tolist()
             found = _results(exist, products, rest, factors)
+            if not all(finite):
+                found = [
+                    values if whole else (math.nan,) * 3 for values, whole in zip(found, finite, strict=True)
+                ]
             values += [(distance, neg_log) for distance, neg_log, _ in found]
             result *= result.new_tensor([scale for *_, scale in found])[:, None, None]
             _balance(result, kept)
@@ -299,5 +311,8 @@ def backward(
                 torch.bmm(weighted, own, out=result[part])
             else:
                 result[part] = torch.bmm(weighted, own)
+            # What is not finite in a kept row reaches the dropped rows too, as 0 times NaN.
+            if mask is not None and not bool(coefficient[p, part].isfinite().all()):
+                result[part].masked_fill_(~mask[part, :, None], 0.0)
         results.append(result)
     return results

@@ -46,8 +46,16 @@ def has_structure(features: Tensor) -> bool:
     return bool(energy > rounding)
 
 
+def overflows(features: Tensor) -> bool:
+    """Whether rows hold NaN or infinity, or their fourth powers overflow: what is computed of them is NaN."""
+    return not bool(features.square().sum().square().isfinite())
+
+
 def sample_cka(student: Tensor, teacher: Tensor) -> Tensor:
     """CKA of the kept rows of one sample, student [n, D_s] and teacher [n, D_t]; 1 without structure."""
+    if overflows(student) or overflows(teacher):
+        # 0 times what overflows is NaN, for the value and for every gradient.
+        return ((student * torch.nan).sum() + (teacher * torch.nan).sum()).reshape(())
     if not (has_structure(student) and has_structure(teacher)):
         return torch.ones((), dtype=student.dtype, device=student.device)
     gram_s, gram_t = student @ student.T, teacher @ teacher.T

@@ -147,9 +147,10 @@ def _centred_gram(
 
 @triton.jit
 def _unit(energy, mean_energy, count):
-    """Whether a Gram with trace ``energy`` has structure, and 1 / energy if so (0 if not)."""
-    exists = energy > count * mean_energy * ROUNDING
-    return exists, tl.where(exists, 1.0 / energy, 0.0)
+    """Whether a Gram with trace ``energy`` has structure or is not finite; and 1 / energy, NaN or, without both, 0."""
+    infinite = ~(energy + count * mean_energy < float("inf"))
+    exists = (energy > count * mean_energy * ROUNDING) | infinite
+    return exists, tl.where(infinite, float("nan"), tl.where(exists, 1.0 / energy, 0.0))
 
 
 @triton.jit
@@ -161,7 +162,8 @@ def _losses(delta, product, exists):
     w = 1.0 - x
     small = w == 1.0
     log1p = tl.where(small, -x, tl.log(w) * (x / tl.where(small, 1.0, 1.0 - w)))
-    logs = tl.where(near, -log1p, -tl.log(tl.maximum(product, CKA_FLOOR)))
+    # tl.maximum would drop NaN.
+    logs = tl.where(near, -log1p, -tl.log(tl.where(product < CKA_FLOOR, CKA_FLOOR, product)))
     return tl.where(exists, delta, 0.0), tl.where(exists, logs, 0.0)
 
 
@@ -211,7 +213,7 @@ def _intra_cka_fwd_kernel(
     energy_s = tl.sum(tl.where(diagonal, unit_s, 0.0))
     exists_t, inverse_t = _unit(tl.sum(tl.where(diagonal, unit_t, 0.0)), mean_t, count)
     exists_s, inverse_s = _unit(energy_s, mean_s, count)
-    exists = exists_t & exists_s
+    exists = (exists_t & exists_s) | (inverse_t != inverse_t) | (inverse_s != inverse_s)
     # Dividing by the trace first keeps the fourth powers of the features out of overflow and underflow.
     unit_t *= inverse_t
     unit_s *= inverse_s
@@ -396,7 +398,7 @@ def _intra_cka_finish_kernel(
     energy_s = tl.sum(sums_s)
     exists_s, inverse_s = _unit(energy_s, mean_s, count)
     exists_t, inverse_t = _unit(tl.sum(sums_t), mean_t, count)
-    exists = exists_s & exists_t
+    exists = (exists_s & exists_t) | (inverse_s != inverse_s) | (inverse_t != inverse_t)
 
     # The Frobenius norms. Entries below the diagonal stand for two.
     sums_s = tl.zeros((BLOCK_S,), dtype=tl.float32)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fsd_kernels._backend import implementation, resolve_backend, without_autocast
 from fsd_kernels._checks import check_features, check_same_device
 from fsd_kernels._direct import may_call_directly
-from fsd_kernels._numerics import compute_dtype
+from fsd_kernels._numerics import compute_dtype, norm_rounding
 from fsd_kernels._saved import save, saved
 from fsd_kernels.gram import GramBasis, check_memory, fake_gamma, fake_gradients, flatten_features
 
@@ -36,7 +36,8 @@ class InterStructure(NamedTuple):
 
 @torch.library.custom_op("fsd_kernels::structure_forward", mutates_args=())
 def _forward(student: Tensor, teacher: Tensor, num_centroid: int, backend: str) -> tuple[Tensor, Tensor]:
-    return implementation("structure", backend).forward(student, teacher, num_centroid)
+    rounding = norm_rounding(student.dtype)
+    return implementation("structure", backend).forward(student, teacher, num_centroid, rounding)
 
 
 @_forward.register_fake
@@ -80,6 +81,9 @@ def structure(
 
     Where a block has no structure (fewer than two rows, or rows equal up to rounding) its -log CKA is 0 with
     gradient 0. A Euclidean distance of 0 passes no gradient; the cosine with the zero vector is 0 and passes none.
+    A squared norm or distance is 0 up to 64 eps of the sum of the absolute terms that it is computed from, and so is a
+    cosine of vectors whose lengths differ by more than 2^-13 / eps (1024 times in float32). NaN, infinity and what
+    overflows make value and gradient NaN.
 
     Args:
         student: [N, N], float32 or float64, symmetric, N = (num_centroid + 1) + (B + 1), or B + 1 without
@@ -131,7 +135,7 @@ def _run_inter_forward(
         own = gamma(student, student_memory, None, mask)
         num_centroid = 0 if student_memory is None else student_memory.shape[0]
         values, gradients = implementation("structure", backend).forward(
-            own, given.to(own.dtype), num_centroid
+            own, given.to(own.dtype), num_centroid, norm_rounding(compute_dtype(student))
         )
     return values.to(compute_dtype(student)), gradients
 
@@ -257,10 +261,11 @@ def inter_structure(
         backend: "auto", "triton", "eager" or "reference" (the paper's formulas on the features themselves).
 
     Returns:
-        ``InterStructure``; without memories its last three are 0.
+        ``InterStructure``; without memories its last three are 0. A kept feature that is NaN or infinite, or so large
+        that squares overflow (about 1e19 in float32), makes value and gradient NaN, never 0.
 
     Raises:
-        TypeError: An argument is not a floating tensor.
+        TypeError: An argument is not a floating tensor, or the mask is neither boolean nor integer.
         ValueError: Shapes or devices do not fit, or only one memory is given.
     """
     own, kept = _flat("student", student, mask)

@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from fsd_kernels._numerics import CKA_FLOOR, rounding_energy
+from fsd_kernels._numerics import CKA_FLOOR, LONGEST, rounding_energy
 
 
 def _mean_energies(gammas: Tensor, num_centroid: int) -> tuple[list[float], list[float]]:
@@ -37,14 +37,18 @@ def _mean_energies(gammas: Tensor, num_centroid: int) -> tuple[list[float], list
 def _neg_log_cka(gammas: Tensor, block: slice, mean_energy: list[float]) -> tuple[float, Tensor | None]:
     """-log CKA of a diagonal block of student and teacher [2, N, N], and its gradient in the student's block.
 
-    The gradient is None where a side has no structure or CKA sits on its floor. The few scalars are Python's floats:
-    an operation on a tensor takes longer than all of them.
+    The gradient is None where a side has no structure or CKA sits on its floor. Both are NaN where a side is not
+    finite. The few scalars are Python's floats: an operation on a tensor takes longer than all of them.
     """
     units = gammas[:, block, block]
     energy = units.diagonal(dim1=1, dim2=2).sum(dim=1)
     floor = rounding_energy(gammas.dtype) * (block.stop - block.start)
     scales = energy.tolist()
-    if not all(own > floor * mean for own, mean in zip(scales, mean_energy, strict=True)):
+    if not math.isfinite(sum(scales) + sum(mean_energy)):
+        return math.nan, torch.full_like(units[0], math.nan)
+    if block.stop - block.start < 2 or not all(
+        own > floor * mean for own, mean in zip(scales, mean_energy, strict=True)
+    ):
         return 0.0, None
     # Dividing by the trace first keeps fourth powers of the features out of overflow and underflow.
     student, teacher = (units / energy[:, None, None]).double()
@@ -60,10 +64,16 @@ def _neg_log_cka(gammas: Tensor, block: slice, mean_energy: list[float]) -> tupl
     return value, rest.mul_(-1 / (cka * math.sqrt(own * given) * scales[0])).to(gammas.dtype)
 
 
+def _without_rounding(squares: Tensor, sizes: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
+    """Squares with 0 for those that are only rounding of terms of these sizes, and which are not."""
+    exists = ~((squares <= rounding * sizes) & (sizes < math.inf))
+    return torch.where(exists, squares, 0.0), exists
+
+
 class _Distances:
     """Euclidean and cosine distances between samples and centroids, [B, K], of one side's Gamma."""
 
-    def __init__(self, gamma: Tensor, num_centroid: int) -> None:
+    def __init__(self, gamma: Tensor, num_centroid: int, rounding: float) -> None:
         k, m = num_centroid, slice(0, num_centroid)
         h = slice(k + 1, gamma.shape[0] - 1)
         squares = gamma.diagonal()
@@ -72,16 +82,26 @@ class _Distances:
         q = (squares[h] + 2 * to_d[h] + to_d[-1])[:, None] + (squares[m] - 2 * to_d[m]) - 2 * gamma[h, m]
         from_mean_h = squares[h] + 2 * (to_d[h] + to_m[h]) + to_d[-1] + 2 * to_d[k]
         from_mean_m = squares[m] + 2 * to_m[m]
-        u = (from_mean_h + to_m[k]).clamp(min=0)[:, None]
-        v = (from_mean_m + to_m[k]).clamp(min=0)[None]
+        # The sums of the terms' absolute values: what is a small part of them is rounding.
+        size, size_m, size_d = squares.abs(), to_m.abs(), to_d.abs()
+        h_and_d = size[h] + 2 * size_d[h] + size_d[-1]
+        size_q = h_and_d[:, None] + (size[m] + 2 * size_d[m]) + 2 * gamma[h, m].abs()
+        size_u = h_and_d + 2 * (size_m[h] + size_d[k]) + size_m[k]
+        size_v = size[m] + 2 * size_m[m] + size_m[k]
+        square, apart = _without_rounding(q, size_q, rounding)
+        u, exists_h = _without_rounding(from_mean_h + to_m[k], size_u, rounding)
+        v, exists_m = _without_rounding(from_mean_m + to_m[k], size_v, rounding)
         self.u_minus_v = from_mean_h[:, None] - from_mean_m
-        self.square = q.clamp(min=0)
+        self.square, self.apart = square, apart
         self.euclidean = self.square.sqrt()
-        self.a, self.b = u.sqrt(), v.sqrt()
-        self.defined = (self.a > 0) & (self.b > 0)
+        self.a, self.b = u.sqrt()[:, None], v.sqrt()[None]
+        # q - r^2 is a difference of squares of the longer vector: it says nothing of one that is so much shorter.
+        limit = LONGEST / rounding
+        far = (self.a > limit * self.b) | (self.b > limit * self.a)
+        self.defined = exists_h[:, None] & exists_m[None] & ~far
         self.r = torch.where(self.defined, self.u_minus_v / (self.a + self.b), 0.0)
         self.double_ab = torch.where(self.defined, 2 * self.a * self.b, 1.0)
-        # cos = 0 with the zero vector, so its distance is 1.
+        # cos = 0 with the zero vector, and with one so much shorter that it counts as that: the distance is 1.
         self.cosine = torch.where(self.defined, (self.square - self.r.square()) / self.double_ab, 1.0)
 
 
@@ -106,8 +126,11 @@ def _scatter(d_q: Tensor, d_u: Tensor, d_v: Tensor, num_centroid: int) -> Tensor
     return half + half.T
 
 
-def forward(student: Tensor, teacher: Tensor, num_centroid: int) -> tuple[Tensor, Tensor]:
-    """Return [L_L, F_MM, F^E, F^C] and their gradients [4, N, N] with respect to the student's Gamma."""
+def forward(student: Tensor, teacher: Tensor, num_centroid: int, rounding: float) -> tuple[Tensor, Tensor]:
+    """Return [L_L, F_MM, F^E, F^C] and their gradients [4, N, N] with respect to the student's Gamma.
+
+    A squared norm or distance up to ``rounding`` times the size of its terms is 0.
+    """
     values = student.new_zeros(4)
     gradients = student.new_zeros((4, *student.shape))
     head = num_centroid + 1 if num_centroid else 0
@@ -115,25 +138,25 @@ def forward(student: Tensor, teacher: Tensor, num_centroid: int) -> tuple[Tensor
     samples = slice(head, head + batch)
     gammas = torch.stack((student, teacher))
     mean_h, mean_m = _mean_energies(gammas, num_centroid)
-    if batch > 1:
+    if batch:
         values[0], gradient = _neg_log_cka(gammas, samples, mean_h)
         if gradient is not None:
             gradients[0, samples, samples] = gradient
     if not num_centroid:
         return values, gradients
     centroids = slice(0, num_centroid)
-    if num_centroid > 1:
+    if num_centroid:
         values[1], gradient = _neg_log_cka(gammas, centroids, mean_m)
         if gradient is not None:
             gradients[1, centroids, centroids] = gradient
     if batch == 0:
         return values, gradients
-    own, given = _Distances(student, num_centroid), _Distances(teacher, num_centroid)
+    own, given = (_Distances(gamma, num_centroid, rounding) for gamma in (student, teacher))
     pairs = batch * num_centroid
 
     error = own.euclidean - given.euclidean
     values[2] = error.square().mean()
-    d_square = torch.where(own.euclidean > 0, error / (own.euclidean * pairs), 0.0)
+    d_square = torch.where(own.apart, error / (own.euclidean * pairs), 0.0)
     none_h, none_m = student.new_zeros(batch), student.new_zeros(num_centroid)
     gradients[2] = _scatter(d_square, none_h, none_m, num_centroid)
 

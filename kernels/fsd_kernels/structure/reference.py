@@ -36,7 +36,9 @@ def has_structure(rows: Tensor) -> bool:
 
 
 def neg_log_cka(student: Tensor, teacher: Tensor) -> Tensor:
-    """-log CKA of [n, F_S] and [n, F_T]; 0 where one of them has no structure."""
+    """-log CKA of [n, F_S] and [n, F_T]; 0 where one of them has no structure, NaN where one is not finite."""
+    if not all(bool(rows.square().sum().square().isfinite()) for rows in (student, teacher)):
+        return (student * torch.nan).sum() + (teacher * torch.nan).sum()
     if not (has_structure(student) and has_structure(teacher)):
         return student.new_zeros(())
     gram_s, gram_t = student @ student.T, teacher @ teacher.T
@@ -45,8 +47,10 @@ def neg_log_cka(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def cosine_similarity(rows: Tensor, others: Tensor) -> Tensor:
-    """cos(x_i, y_j), [n, m]; 0 where one of the two is the zero vector."""
+    """cos(x_i, y_j), [n, m]; 0 where one of the two is the zero vector, NaN if a norm is not finite."""
     lengths = torch.linalg.vector_norm(rows, dim=1)[:, None] * torch.linalg.vector_norm(others, dim=1)
+    if not bool(lengths.isfinite().all()):
+        return (rows * torch.nan).sum(dim=1)[:, None] + (others * torch.nan).sum(dim=1)
     defined = lengths > 0
     return torch.where(defined, (rows @ others.T) / torch.where(defined, lengths, 1.0), 0.0)
 
@@ -99,15 +103,16 @@ def forward(student: Tensor, teacher: Tensor, num_centroid: int) -> Tensor:
         return torch.stack([local, memory_cka, *torch.zeros_like(local).expand(2)])
     raw_s, raw_t = _raw_products(student, num_centroid), _raw_products(teacher, num_centroid)
     distance, cosine = [], []
-    for raw in (raw_s, raw_t):
+    for gamma, raw in ((student, raw_s), (teacher, raw_t)):
         squares = raw.diagonal()
         product = raw[num_centroid:, :num_centroid]
         both = squares[num_centroid:, None] + squares[None, :num_centroid] - 2 * product
-        positive = both > 0
-        distance.append(torch.where(positive, torch.where(positive, both, 1.0).sqrt(), 0.0))
-        lengths = (squares[num_centroid:, None] * squares[None, :num_centroid]).clamp(min=0)
-        defined = lengths > 0
-        cosine.append(torch.where(defined, product / torch.where(defined, lengths, 1.0).sqrt(), 0.0))
+        apart = ~_is_rounding(both, _distance_sizes(gamma, num_centroid))
+        distance.append(torch.where(apart, torch.where(apart, both, 1.0).sqrt(), 0.0))
+        vanishes = _is_rounding(squares, _raw_products(gamma.abs(), num_centroid).diagonal())
+        defined = ~(vanishes[num_centroid:, None] | vanishes[None, :num_centroid])
+        lengths = torch.where(defined, squares[num_centroid:, None] * squares[None, :num_centroid], 1.0)
+        cosine.append(torch.where(defined, product / lengths.sqrt(), 0.0))
     return torch.stack(
         [
             local,
@@ -134,6 +139,18 @@ def _raw_products(gamma: Tensor, num_centroid: int) -> Tensor:
     return lift @ gamma @ lift.T
 
 
+def _distance_sizes(gamma: Tensor, num_centroid: int) -> Tensor:
+    """The sum of the absolute terms of |h_i - m_j|^2, [B, K]: its rounding is a small part of that."""
+    size, k = gamma.abs(), num_centroid
+    of_h = size.diagonal()[k + 1 : -1] + 2 * size[-1, k + 1 : -1] + size[-1, -1]
+    return of_h[:, None] + size.diagonal()[:k] + 2 * size[-1, :k] + 2 * size[k + 1 : -1, :k]
+
+
+def _is_rounding(squares: Tensor, sizes: Tensor) -> Tensor:
+    """Whether a sum of terms cannot be told from 0: at most 64 eps of the sum of their absolute values."""
+    return (squares <= 64 * torch.finfo(squares.dtype).eps * sizes) & sizes.isfinite()
+
+
 def _mean_energy(gamma: Tensor, block: slice, num_centroid: int) -> Tensor:
     """|mu|^2 of the block's rows; mu_h = (mu_h - mu_m) + mu_m."""
     k = num_centroid
@@ -145,9 +162,13 @@ def _mean_energy(gamma: Tensor, block: slice, num_centroid: int) -> Tensor:
 def _neg_log_cka_of_centred(student: Tensor, teacher: Tensor, block: slice, num_centroid: int) -> Tensor:
     """-log CKA of one diagonal block of two Gamma matrices: <K_c, L_c> / (|K_c| |L_c|)."""
     rows = block.stop - block.start
-    for gamma in (student, teacher):
-        energy = gamma[block, block].diagonal().sum()
-        mean_energy = _mean_energy(gamma, block, num_centroid)
+    sides = [
+        (gamma, gamma[block, block].diagonal().sum(), _mean_energy(gamma, block, num_centroid))
+        for gamma in (student, teacher)
+    ]
+    if not all(bool((energy + mean_energy).isfinite()) for _, energy, mean_energy in sides):
+        return (student[block, block] * torch.nan).sum()
+    for gamma, energy, mean_energy in sides:
         if rows < 2 or not bool(energy > (8 * torch.finfo(gamma.dtype).eps) ** 2 * rows * mean_energy):
             return student.new_zeros(())
     centred_s, centred_t = student[block, block], teacher[block, block]

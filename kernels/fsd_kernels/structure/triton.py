@@ -27,6 +27,12 @@ CKA_FLOOR = tl.constexpr(1e-8)
 # (8 eps)^2 of float32: rows that differ by less than this, against their mean, are equal up to rounding.
 ROUNDING = tl.constexpr((8 * 2.0**-23) ** 2)
 
+# 64 eps of float32: a squared norm or distance is 0 up to this part of the sum of its absolute terms.
+NORM_ROUNDING = tl.constexpr(64 * 2.0**-23)
+
+# A cosine of vectors whose lengths differ by more than this is 0: read off squared distances, it would be rounding.
+LONGEST = tl.constexpr(2.0**-7 / (64 * 2.0**-23))
+
 _BLOCK = 32
 # Rows of a tile of a Gram whose CKA one program computes.
 _CKA_BLOCK = 64
@@ -61,7 +67,7 @@ def _block_tile(gamma_ptr, N, first, rows, i, j, BLOCK: tl.constexpr):
 
 @triton.jit
 def _inverse_energy(gamma_ptr, N, first, rows, mean, BLOCK: tl.constexpr):
-    """(trace, whether the block has structure, 1 / trace or 0)."""
+    """(trace, whether the block has structure or is not finite, 1 / trace or NaN or, without both, 0)."""
     energy = _trace(gamma_ptr, N, first, rows, BLOCK)
     mean_energy = tl.load(gamma_ptr + mean.to(tl.int64) * (N + 1))
     if first > 0:
@@ -69,8 +75,9 @@ def _inverse_energy(gamma_ptr, N, first, rows, mean, BLOCK: tl.constexpr):
         mu_m = (first - 1).to(tl.int64)
         mean_energy += 2.0 * tl.load(gamma_ptr + mean.to(tl.int64) * N + mu_m)
         mean_energy += tl.load(gamma_ptr + mu_m * (N + 1))
-    exists = (energy > rows * mean_energy * ROUNDING) & (rows > 1)
-    return energy, exists, tl.where(exists, 1.0 / energy, 0.0)
+    infinite = ~(energy + rows * mean_energy < float("inf"))
+    exists = ((energy > rows * mean_energy * ROUNDING) & (rows > 1)) | infinite
+    return energy, exists, tl.where(infinite, float("nan"), tl.where(exists, 1.0 / energy, 0.0))
 
 
 @triton.jit
@@ -79,7 +86,7 @@ def _cka_of_block(student_ptr, teacher_ptr, scalar_ptr, value_ptr, N, first, row
     mean = first + rows
     energy_s, exists_s, inverse_s = _inverse_energy(student_ptr, N, first, rows, mean, BLOCK)
     _, exists_t, inverse_t = _inverse_energy(teacher_ptr, N, first, rows, mean, BLOCK)
-    exists = exists_s & exists_t
+    exists = (exists_s & exists_t) | (inverse_s != inverse_s) | (inverse_t != inverse_t)
     # Dividing by the trace first keeps the fourth powers of the features out of overflow and underflow.
     square_s = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     square_t = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
@@ -102,7 +109,8 @@ def _cka_of_block(student_ptr, teacher_ptr, scalar_ptr, value_ptr, N, first, row
             products += t * s
     delta = 0.5 * tl.sum(deltas)
     cka = tl.sum(products)
-    floored = tl.maximum(cka, CKA_FLOOR)
+    # tl.maximum would drop NaN.
+    floored = tl.where(cka < CKA_FLOOR, CKA_FLOOR, cka)
     near = delta < 0.5
     # log1p(-d) = log(w) * -d / (w - 1) with w = 1 - d rounded; exact to rounding, and -d where w rounds to 1.
     x = tl.where(near, delta, 0.0)
@@ -111,7 +119,7 @@ def _cka_of_block(student_ptr, teacher_ptr, scalar_ptr, value_ptr, N, first, row
     log1p = tl.where(small, -x, tl.log(w) * (x / tl.where(small, 1.0, 1.0 - w)))
     value = tl.where(near, -log1p, -tl.log(floored))
     tl.store(value_ptr, tl.where(exists, value, 0.0))
-    scale = tl.where(exists & (cka > CKA_FLOOR), -1.0 / (floored * norm_s * energy_s), 0.0)
+    scale = tl.where(exists & ~(cka <= CKA_FLOOR), -1.0 / (floored * norm_s * energy_s), 0.0)
     tl.store(scalar_ptr, scale_s)
     tl.store(scalar_ptr + 1, scale_t)
     tl.store(scalar_ptr + 2, delta)
@@ -129,8 +137,15 @@ def _row(gamma_ptr, N, row, index, inside):
 
 
 @triton.jit
+def _without_rounding(squares, sizes):
+    """Squares with 0 for those that are only rounding of terms of these sizes, and which are not. Keeps NaN."""
+    exists = ~((squares <= NORM_ROUNDING * sizes) & (sizes < float("inf")))
+    return tl.where(exists, squares, 0.0), exists
+
+
+@triton.jit
 def _distances(gamma_ptr, N, K, h, m, h_inside, m_inside):
-    """|h - m|, 1 - cos, a, b, r, 2ab and whether cos is defined, for rows ``h`` (samples), ``m`` (centroids)."""
+    """|h - m|, whether it is not 0, 1 - cos, a, b, r, 2ab, whether cos is defined; of samples h and centroids m."""
     delta, mu_m = N - 1, K
     hh = _diagonal(gamma_ptr, N, h, h_inside)
     mm = _diagonal(gamma_ptr, N, m, m_inside)
@@ -145,29 +160,36 @@ def _distances(gamma_ptr, N, K, h, m, h_inside, m_inside):
     hm = tl.load(gamma_ptr + h.to(tl.int64)[:, None] * N + m[None, :], mask=inside, other=0.0)
     # q = |h_c + delta - m_c|^2: mu_m does not occur in it.
     q = (hh + 2.0 * h_to_d + mean_dd)[:, None] + (mm - 2.0 * m_to_d)[None, :] - 2.0 * hm
-    square = tl.maximum(q, 0.0)
+    h_and_d = tl.abs(hh) + 2.0 * tl.abs(h_to_d) + tl.abs(mean_dd)
+    size_q = h_and_d[:, None] + (tl.abs(mm) + 2.0 * tl.abs(m_to_d))[None, :] + 2.0 * tl.abs(hm)
+    square, apart = _without_rounding(q, size_q)
     from_mean_h = hh + 2.0 * (h_to_d + h_to_m) + mean_dd + 2.0 * mean_dm
     from_mean_m = mm + 2.0 * m_to_m
-    a = tl.sqrt(tl.maximum(from_mean_h + mean_mm, 0.0))
-    b = tl.sqrt(tl.maximum(from_mean_m + mean_mm, 0.0))
+    size_u = h_and_d + 2.0 * (tl.abs(h_to_m) + tl.abs(mean_dm)) + tl.abs(mean_mm)
+    size_v = tl.abs(mm) + 2.0 * tl.abs(m_to_m) + tl.abs(mean_mm)
+    u, exists_h = _without_rounding(from_mean_h + mean_mm, size_u)
+    v, exists_m = _without_rounding(from_mean_m + mean_mm, size_v)
+    a, b = tl.sqrt(u), tl.sqrt(v)
     u_minus_v = from_mean_h[:, None] - from_mean_m[None, :]
-    defined = (a > 0.0)[:, None] & (b > 0.0)[None, :]
+    far = (a[:, None] > LONGEST * b[None, :]) | (b[None, :] > LONGEST * a[:, None])
+    defined = exists_h[:, None] & exists_m[None, :] & ~far
     r = tl.where(defined, u_minus_v / tl.where(defined, a[:, None] + b[None, :], 1.0), 0.0)
     double_ab = tl.where(defined, 2.0 * a[:, None] * b[None, :], 1.0)
-    # cos = 0 with the zero vector, so its distance is 1.
+    # cos = 0 with the zero vector, and with one so much shorter that it counts as that: the distance is 1.
     cosine = tl.where(defined, (square - r * r) / double_ab, 1.0)
-    return tl.sqrt(square), cosine, a, b, r, double_ab, defined
+    return tl.sqrt(square), apart, cosine, a, b, r, double_ab, defined
 
 
 @triton.jit
 def _pair_terms(student_ptr, teacher_ptr, N, K, pairs, h, m, h_inside, m_inside):
     """Per (sample, centroid): squared errors of both distances, d F^E/dq, d F^C/dq, d F^C/du and d F^C/dv."""
     inside = h_inside[:, None] & m_inside[None, :]
-    own, own_cosine, a, b, r, double_ab, defined = _distances(student_ptr, N, K, h, m, h_inside, m_inside)
-    given, given_cosine, _, _, _, _, _ = _distances(teacher_ptr, N, K, h, m, h_inside, m_inside)
+    own, apart, own_cosine, a, b, r, double_ab, defined = _distances(
+        student_ptr, N, K, h, m, h_inside, m_inside
+    )
+    given, _, given_cosine, _, _, _, _, _ = _distances(teacher_ptr, N, K, h, m, h_inside, m_inside)
     error = tl.where(inside, own - given, 0.0)
-    positive = own > 0.0
-    d_q_e = tl.where(positive, error / (tl.where(positive, own, 1.0) * pairs), 0.0)
+    d_q_e = tl.where(apart, error / (tl.where(apart, own, 1.0) * pairs), 0.0)
     error_c = tl.where(inside, own_cosine - given_cosine, 0.0)
     d_cosine = tl.where(defined, 2.0 * error_c / pairs, 0.0)
     a = tl.where(defined, a[:, None], 1.0)
@@ -270,7 +292,9 @@ def _cka_tile(student_ptr, teacher_ptr, scalar_ptr, offset, inside):
     """Gradient of -log CKA on the entries ``inside`` its diagonal block, 0 elsewhere."""
     s = tl.load(student_ptr + offset, mask=inside, other=0.0) * tl.load(scalar_ptr)
     t = tl.load(teacher_ptr + offset, mask=inside, other=0.0) * tl.load(scalar_ptr + 1)
-    return ((t - s) + tl.load(scalar_ptr + 2) * s) * tl.load(scalar_ptr + 3)
+    gradient = ((t - s) + tl.load(scalar_ptr + 2) * s) * tl.load(scalar_ptr + 3)
+    # Where a side is not finite the scalars are NaN, and 0 times NaN is NaN.
+    return tl.where(inside, gradient, 0.0)
 
 
 @triton.jit
@@ -382,13 +406,16 @@ def _structure_bwd_kernel(gradient_ptr, d_value_ptr, d_gamma_ptr, size, BLOCK: t
     tl.store(d_gamma_ptr + index, total, mask=inside)
 
 
-def forward(student: Tensor, teacher: Tensor, num_centroid: int) -> tuple[Tensor, Tensor]:
+def forward(student: Tensor, teacher: Tensor, num_centroid: int, rounding: float) -> tuple[Tensor, Tensor]:
     """Return [L_L, F_MM, F^E, F^C] and their gradients [4, N, N] with respect to the student's Gamma.
 
     Raises:
         TypeError: The matrices are not float32.
+        ValueError: ``rounding`` is not float32's, which the kernels hold as a constant.
     """
     _check_float32("student", student)
+    if rounding != NORM_ROUNDING.value:
+        raise ValueError(f"rounding: expected {NORM_ROUNDING.value} of float32, got {rounding}")
     total = student.shape[0]
     head = num_centroid + 1 if num_centroid else 0
     batch = total - head - 1

@@ -1,0 +1,96 @@
+"""Whether a run may be continued with other settings than those it was started with."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fsd_fast.training.record import RECORD_FILE, Record, read_record
+
+logger = logging.getLogger(__name__)
+
+# How long the run is, and what is logged, saved and evaluated when. None of it changes a step that is made.
+_FREE = frozenset(
+    {
+        "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory",
+        "dataloader_prefetch_factor", "disable_tqdm", "do_eval", "eval_accumulation_steps", "eval_delay",
+        "eval_on_start", "eval_steps", "eval_strategy", "greater_is_better", "include_num_input_tokens_seen",
+        "load_best_model_at_end", "max_eval_samples", "max_steps", "metric_for_best_model", "num_train_epochs",
+        "per_device_eval_batch_size", "report_to", "run_name", "skip_memory_metrics",
+    }
+)  # fmt: skip
+_FREE_PREFIXES = ("logging_", "log_", "save_", "trackio_", "project")
+# They are part of what a checkpoint holds: of the weights' shapes, the optimizer's and the schedule's state, the place
+# in the data.
+_FIXED = frozenset(
+    {
+        "adam_beta1", "adam_beta2", "adam_epsilon", "command", "data_seed", "dataloader_drop_last",
+        "gradient_accumulation_steps", "learning_rate", "lr_scheduler_kwargs", "lr_scheduler_type",
+        "max_seq_length", "max_train_samples", "method", "num_layers", "optim", "optim_args",
+        "per_device_train_batch_size", "seed", "student_layers", "task_name", "train_sampling_strategy",
+        "warmup_ratio", "warmup_steps", "weight_decay", "world_size",
+    }
+)  # fmt: skip
+
+
+def check_resumed(record: Record, checkpoint: str, allowed: Iterable[str] | None) -> Record:
+    """Check that a run goes on as it began, and put into its record what was changed.
+
+    Args:
+        record: Of the run that is about to go on.
+        checkpoint: The checkpoint that it goes on from; the record of its beginning lies beside it.
+        allowed: Further flags that may differ (``--allow_changes``).
+
+    Returns:
+        The record with the fact ``resumed``: each resumption's checkpoint, and what differed as [before, now].
+
+    Raises:
+        ValueError: A setting differs that may not; every one is listed with both values. Or ``allowed`` names one
+            that a checkpoint itself holds.
+    """
+    allowed = set(allowed or ())
+    kept = sorted(allowed & _FIXED)
+    if kept:
+        raise ValueError(
+            f"allow_changes: {', '.join(kept)}: the checkpoint itself holds what depends on it; start a new run instead"
+        )
+    path = Path(checkpoint).absolute().parent / RECORD_FILE
+    if not path.is_file():
+        logger.warning("%s: not found, so it cannot be checked that the run goes on as it began", path)
+        return _resumed(record, [], checkpoint, {})
+    before = read_record(path)
+    changed = _changes(_comparable(before), _comparable(record))
+    refused = {
+        name: values
+        for name, values in changed.items()
+        if name not in _FREE and name not in allowed and not name.startswith(_FREE_PREFIXES)
+    }
+    if refused:
+        listed = "; ".join(f"{name} was {was!r}, now {now!r}" for name, (was, now) in refused.items())
+        names = " ".join(name for name in refused if name not in _FIXED)
+        advice = f"; --allow_changes {names} allows what a checkpoint does not hold" if names else ""
+        raise ValueError(
+            f"resume_from_checkpoint: {checkpoint} belongs to a run with other settings: {listed}{advice}"
+        )
+    return _resumed(record, before.facts.get("resumed", []), checkpoint, changed)
+
+
+def _comparable(record: Record) -> dict[str, Any]:
+    arguments = {name: value for name, value in record.arguments.items() if name != "output_dir"}
+    return {**arguments, "command": record.command, "world_size": record.facts.get("world_size")}
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
+    return {
+        name: [before.get(name, "the default"), now.get(name, "the default")]
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name, "the default") != now.get(name, "the default")
+    }
+
+
+def _resumed(record: Record, earlier: list[Any], checkpoint: str, changed: dict[str, list[Any]]) -> Record:
+    entry = {"checkpoint": Path(checkpoint).name, "changed": changed}
+    return dataclasses.replace(record, facts={**record.facts, "resumed": [*earlier, entry]})
