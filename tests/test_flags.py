@@ -9,7 +9,7 @@ import pytest
 from transformers import TrainingArguments
 
 from fsd_fast import cli
-from fsd_fast.commands import load_command, training_checks
+from fsd_fast.commands import demo, load_command, training_checks
 from fsd_fast.commands.parsing import command_flags, parse
 from fsd_fast.commands.training_flags import CHOICES, HONOURED, RANGES, REFUSED, REFUSED_BY, refusal_of
 from fsd_fast.commands.values import FlagType, Range
@@ -347,6 +347,13 @@ def test_defaults_are_values_that_are_accepted(command):
         default = getattr(default, "value", default)
         if default is not None or flag.values.optional:
             assert flag.values.check(default) == default, name
+
+
+def test_the_demo_gives_flags_that_are_accepted(commands, tmp_path):
+    stages = demo.stages(tmp_path / "demo").values()
+    assert len(stages) == 5
+    for command, flags in stages:
+        assert cli.main([command, *flags]) == 0
 
 
 def test_ranges():

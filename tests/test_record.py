@@ -11,10 +11,11 @@ from transformers.trainer_callback import TrainerCallback
 import fsd_fast
 from fsd_fast import cli
 from fsd_fast.cli import run
+from fsd_fast.commands import demo
 from fsd_fast.commands import distill as distill_command
+from fsd_fast.commands.flags import RunArguments
 from fsd_fast.commands.parsing import command_flags
-from fsd_fast.training import run as training_run
-from fsd_fast.training.record import RECORD_FILE, Record, read_record, write_record
+from fsd_fast.training.record import RECORD_FILE, Record, make_record, read_record, write_record
 from fsd_fast.training.trainer import FSDTrainer
 from tests.tiny import TRAINING, history, losses, tiny, write_stsb
 
@@ -129,7 +130,6 @@ def test_auto_starts_where_there_is_nothing_and_continues_where_there_is_a_check
     shutil.rmtree(folder / "checkpoint-4")
     (folder / "model.safetensors").unlink()
     shutil.copytree(first / "checkpoint-2", folder / "checkpoint-2", dirs_exist_ok=True)
-    (tmp_path / "run.json").write_text(json.dumps({"resume_from_checkpoint": "auto"}))
     arguments = read_record(first / RECORD_FILE).arguments | {"output_dir": str(folder)}
     (tmp_path / "run.json").write_text(json.dumps(arguments | {"resume_from_checkpoint": "auto"}))
     steps = []
@@ -148,8 +148,34 @@ def test_auto_starts_where_there_is_nothing_and_continues_where_there_is_a_check
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     (folder / "model.safetensors").unlink()
-    assert cli.main(["distill", str(tmp_path / "run.json")]) == 0
+    assert cli.main(["distill", str(tmp_path / "run.json"), "--overwrite_output_dir", "true"]) == 0
     assert same(weights(folder), weights(first))
+    # How the run was started is no part of what repeats it.
+    assert read_record(folder / RECORD_FILE).arguments == arguments
+
+
+def test_a_record_holds_the_configuration_of_deepspeed(tmp_path):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    training = RunArguments(output_dir=str(tmp_path / "run"), use_cpu=True)
+    assert "deepspeed_config" not in make_record("teacher", training).facts
+    training.deepspeed = str(tmp_path / "ds.json")
+    record = make_record("teacher", training)
+    assert record.facts["deepspeed_config"] == {"zero_optimization": {"stage": 2}}
+    assert record.arguments["deepspeed"] == str(tmp_path / "ds.json")
+
+
+def test_the_demo_reads_the_records_of_its_runs(tmp_path):
+    for name, arguments, facts in (
+        ("teacher", {"num_layers": None}, {"num_layers": 6, "parameters": 10}),
+        ("no teacher", {"num_layers": 3}, {"num_layers": 3, "parameters": 5}),
+        ("vkd", {"student_layers": None}, {"student_layers": 3, "parameters": 5}),
+    ):
+        write_record(
+            tmp_path / name.replace(" ", "_") / RECORD_FILE,
+            Record("distill", arguments, {**facts, "versions": {}}),
+        )
+        row = demo._row(name, {"eval_accuracy": 0.5, "seconds": 2.0}, tmp_path)
+        assert (row["layers"], row["parameters"]) == tuple(facts.values())
 
 
 def test_auto_leaves_files_alone_that_are_no_run(tiny, tmp_path, capsys):
@@ -223,4 +249,3 @@ def test_a_regression_has_no_labels_to_smooth(tiny, tmp_path, capsys):
     ]
     assert cli.main(["teacher", *flags, "--label_smoothing_factor", "0.1"]) == 2
     assert "label_smoothing_factor: expected 0 for a regression" in capsys.readouterr().err
-    assert training_run.RECORD_FILE == RECORD_FILE

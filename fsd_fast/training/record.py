@@ -105,7 +105,9 @@ def make_record(command: str, *groups: Any, **facts: Any) -> Record:
             if own or field.name in _ALWAYS or value != _default(field):
                 arguments[field.name] = value
         if not own:
-            facts |= {"world_size": group.world_size, "device": group.device.type}
+            facts |= {"world_size": group.world_size, "n_gpu": group.n_gpu, "device": group.device.type}
+            if isinstance(group.deepspeed, str):
+                facts["deepspeed_config"] = read_json_object(Path(group.deepspeed))
     facts |= {
         "threads": torch.get_num_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
