@@ -271,7 +271,7 @@ def test_partial_fit_learns_and_revives_starved_clusters(points: Tensor) -> None
         ([torch.ones(8, 4, dtype=torch.int64)], TypeError, "floating tensors"),
         ([torch.randn(8)], ValueError, r"expected batches \[b, F\]"),
         ([], ValueError, "0 samples are fewer"),
-        ([(torch.randn(8, 4), torch.arange(7))], ValueError, "8 rows with numbers of shape"),
+        ([(torch.randn(8, 4), torch.arange(7))], ValueError, "8 rows with sample indices of shape"),
         ([(torch.randn(8, 4), torch.arange(8) % 7)], ValueError, r"occur more than once, \[0\]"),
     ],
 )
@@ -296,13 +296,32 @@ def test_the_sample_with_a_bad_feature_is_named(bad: float) -> None:
         cluster_stream(numbered, 2, seed=0)
 
 
-def test_large_finite_features_are_not_taken_for_infinite() -> None:
-    points = torch.full((30, 40), 3e37)
+def test_features_beyond_float32_squares_are_refused_and_not_taken_for_infinite() -> None:
+    # Norm 2^62 is the largest whose squared distances, 4 times its square, are finite with some room.
+    points = torch.full((30, 64), 2.0**58)
     points[::2] *= -1
-    assert sorted(MiniBatchKMeans(2, init=points[:2].clone(), max_iter=1).fit(points).counts_.tolist()) == [
-        15,
-        15,
+    points += torch.arange(30)[:, None] % 4 * 2.0**50 - 2.0**55
+    found = [
+        (kmeans.labels_, kmeans.counts_)
+        for kmeans in (
+            MiniBatchKMeans(2, random_state=0).fit(points),
+            MiniBatchKMeans(2, random_state=0).fit([points]),
+        )
     ]
+    two_pass = cluster_stream(points, 2, seed=0, sketch_width=16)
+    for labels, counts in (*found, (two_pass.labels, two_pass.counts)):
+        assert counts.tolist() == [15, 15]
+        assert labels[::2].unique().numel() == labels[1::2].unique().numel() == 1
+    points[7] *= 16
+    for run in (
+        lambda: MiniBatchKMeans(2).fit(points),
+        lambda: MiniBatchKMeans(2).partial_fit(points),
+        lambda: cluster_stream([points], 2, seed=0),
+    ):
+        with pytest.raises(
+            ValueError, match=r"sample at position 7 has features as large as [45].*e\+18: expected a norm"
+        ):
+            run()
 
 
 @pytest.mark.parametrize(
@@ -313,12 +332,20 @@ def test_large_finite_features_are_not_taken_for_infinite() -> None:
         ({"n_clusters": 2, "tol": float("nan")}, "tol"),
         ({"n_clusters": 2, "init": "best"}, "init: expected 'k-means\\+\\+', 'random'"),
         ({"n_clusters": 2, "init": torch.ones(3, 4)}, "init: .* K = 2"),
+        ({"n_clusters": 2, "init": 3}, "init: .* got int"),
         ({"n_clusters": 2, "batch_size": 0}, "batch_size"),
+        ({"n_clusters": 2.0}, "n_clusters: expected an integer, got 2.0"),
+        ({"n_clusters": 2, "max_iter": True}, "max_iter: expected an integer, got True"),
+        ({"n_clusters": 2, "max_no_improvement": 0}, "max_no_improvement"),
+        ({"n_clusters": 2, "reassignment_ratio": -0.1}, "reassignment_ratio"),
+        ({"n_clusters": 2, "random_state": "7"}, "random_state: expected an integer"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        MiniBatchKMeans(**arguments)  # type: ignore[arg-type]
+    kmeans = MiniBatchKMeans(**arguments)  # type: ignore[arg-type]
+    for use in (kmeans.fit, kmeans.partial_fit):
+        with pytest.raises((ValueError, TypeError), match=message):
+            use(torch.randn(9, 4))
 
 
 def test_use_before_fit_and_wrong_width_are_refused(points: Tensor) -> None:
@@ -417,7 +444,7 @@ def test_collectives_of_one_process_are_the_identity() -> None:
     assert alone.sum_(rows) is alone.broadcast_(rows) is alone.gather_rows(rows) is rows
     assert alone.gather_rows_to_first(rows) is rows
     assert alone.gather_sizes(4) == [4]
-    assert alone.agree(lambda: 5) == 5
+    assert alone.run_on_all_ranks(lambda: 5) == 5
 
 
 def _shares(world_size: int) -> list[Tensor]:

@@ -145,7 +145,10 @@ def test_a_folder_that_is_no_cache_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="neither a feature cache nor an empty folder"):
             FeatureCache(path, identity())
     (tmp_path / "folder" / "features.json").write_text("[1]")
-    with pytest.raises(ValueError, match="not the identity of a feature cache"):
+    with pytest.raises(
+        ValueError,
+        match=r"features\.json: expected a JSON object, got list\. It is not the identity of a feature cache",
+    ):
         FeatureCache(tmp_path / "folder", identity())
 
 

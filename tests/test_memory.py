@@ -16,6 +16,7 @@ from fsd_fast.memory import teacher_memory as memory
 from fsd_fast.memory.features import FeatureBatch, MemoryIdentity, flatten_features, model_fingerprint
 from fsd_fast.memory.student_memory import StudentMemory
 from fsd_fast.memory.teacher_memory import TeacherMemory
+from fsd_fast.untrusted import seal
 from tests.tiny import memory_identity
 
 S, D, K, N = 12, 16, 5, 70
@@ -257,7 +258,7 @@ def test_damaged_files_are_refused(built: TeacherMemory, tmp_path: Path) -> None
     metadata.write_text(text[: len(text) // 2])
     refused("memory.json: not a JSON file")
     metadata.write_text("{}")
-    refused("memory.json: expected a memory of format 1")
+    refused("memory.json: expected a memory of format 2")
     record = json.loads(text)
     del record["inertia"]
     metadata.write_text(json.dumps(record))
@@ -269,7 +270,7 @@ def test_damaged_files_are_refused(built: TeacherMemory, tmp_path: Path) -> None
     record = json.loads(text)
     record["identity"]["owner"] = "x"
     metadata.write_text(json.dumps(record))
-    refused("the field 'identity' is not one of a memory")
+    refused("memory.json: identity: unknown fields: 'owner'")
 
 
 @pytest.mark.parametrize(
@@ -296,8 +297,9 @@ def test_a_file_without_centroids_is_refused(built: TeacherMemory, tmp_path: Pat
     values, metadata = tmp_path / "memory.safetensors", tmp_path / "memory.json"
     save_file({"other": torch.ones(2)}, values)
     record = json.loads(metadata.read_text())
+    del record["checksum"]
     record["sha256"] = memory.hashlib.sha256(values.read_bytes()).hexdigest()
-    metadata.write_text(json.dumps(record))
+    metadata.write_text(json.dumps(seal(record)))
     with pytest.raises(ValueError, match="got nothing"):
         TeacherMemory.from_pretrained(tmp_path)
 

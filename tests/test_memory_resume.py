@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fsd_fast import files
 from fsd_fast.cli import run
 from fsd_fast.clustering import checkpoint as clustering_state
 from fsd_fast.clustering.checkpoint import ClusteringState, discard_state
@@ -24,6 +25,7 @@ from fsd_fast.memory import teacher_memory as memory
 from fsd_fast.memory.features import FeatureBatch, MemoryIdentity
 from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.models.teacher import Teacher
+from fsd_fast.untrusted import seal
 from tests.tiny import memory_flags, memory_identity, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,7 +104,7 @@ def _process(
     def write_atomically(path: Path, content: bytes) -> None:
         writes.append(path)
         if len(writes) - 1 == write:
-            path.with_name(f".{path.name}.tmp").write_bytes(content[: len(content) // 2])
+            files.temporary_path(path).write_bytes(content[: len(content) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
         whole(path, content)
 
@@ -263,7 +265,9 @@ def test_a_damaged_part_is_made_again(left: Path, stage: str) -> None:
 
 def test_a_state_that_is_none_is_refused(left: Path) -> None:
     (left / "rank0.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"rank0\.json: not the state of an interrupted clustering"):
+    with pytest.raises(
+        ValueError, match=r"rank0\.json: expected a JSON object, got list\. It is not the state of"
+    ):
         build(Batches(torch.arange(N)), left)
     with pytest.raises(ValueError, match="save_every: expected at least 1, got 0"):
         ClusteringState(None, save_every=0)
@@ -272,7 +276,8 @@ def test_a_state_that_is_none_is_refused(left: Path) -> None:
 def test_seconds_of_all_runs_add_up(left: Path) -> None:
     manifest = json.loads((left / "rank0.json").read_text())
     manifest["stages"]["pass_1"]["seconds"] = 1000.0
-    (left / "rank0.json").write_text(json.dumps(manifest))
+    del manifest["checksum"]
+    (left / "rank0.json").write_text(json.dumps(seal(manifest)))
     seconds = build(Batches(torch.arange(N)), left).seconds
     assert 1000 <= seconds["pass_1"] < 1100
     assert seconds["pass_2"] < 900
@@ -328,7 +333,7 @@ def test_the_memory_command_continues(
     run("memory", [*flags, "--output_dir", str(tmp_path / "whole")])
     assert torch.equal(found.centroids, TeacherMemory.from_pretrained(tmp_path / "whole").centroids)
     # A state of other settings gives way to --overwrite_output_dir true.
-    ClusteringState(folder / ".state", {"seed": 1}).save("pass_1", {"x": torch.zeros(1)}, complete=True)
+    ClusteringState(folder / ".state", {"seed": 1}).stage("pass_1").finish(lambda: {"x": torch.zeros(1)})
     run("memory", [*flags, "--overwrite_output_dir", "true"])
     assert not (folder / ".state").exists()
     assert torch.equal(found.centroids, TeacherMemory.from_pretrained(folder).centroids)

@@ -6,9 +6,19 @@ from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
 
+from fsd_fast.files import is_scratch
 
-def check_output_dir(output_dir: str, resume: str | None, overwrite: bool) -> None:
-    """Check that a run's folder is free.
+
+def check_output_dir(
+    output_dir: str, resume: str | None, overwrite: bool, *, can_resume: bool = True
+) -> None:
+    """Check that a run's folder is free; locks and half-written files in it do not count.
+
+    Args:
+        output_dir: The folder.
+        resume: The value of ``--resume_from_checkpoint``.
+        overwrite: The value of ``--overwrite_output_dir``.
+        can_resume: The command has ``--resume_from_checkpoint``, so that the error may advise it.
 
     Raises:
         FileExistsError: The folder holds something, and neither resuming nor overwriting was asked for.
@@ -16,10 +26,12 @@ def check_output_dir(output_dir: str, resume: str | None, overwrite: bool) -> No
     folder = Path(output_dir)
     if folder.is_file():
         raise FileExistsError(f"output_dir: {folder} is a file; expected a folder")
-    if folder.is_dir() and any(folder.iterdir()) and resume is None and not overwrite:
+    is_taken = folder.is_dir() and any(not is_scratch(path.name) for path in folder.iterdir())
+    if is_taken and resume is None and not overwrite:
+        advice = "continue it with --resume_from_checkpoint last, " if can_resume else ""
         raise FileExistsError(
-            f"output_dir: {folder} holds a run already; continue it with --resume_from_checkpoint last, "
-            "start anew with --overwrite_output_dir true, or choose another folder"
+            f"output_dir: {folder} holds a run already; {advice}start anew with --overwrite_output_dir true, "
+            "or choose another folder"
         )
 
 
