@@ -32,6 +32,8 @@ TENSOR_ERRORS = (
 )
 _MAXIMUM_JSON_BYTES = 16 << 20
 _MAXIMUM_DIGITS = 20
+_MAXIMUM_DEPTH = 32
+_TOO_DEEP = f"nested more than {_MAXIMUM_DEPTH} deep"
 _INT64 = 2**63
 
 
@@ -64,8 +66,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
             parse_constant=_refuse_constant,
             parse_int=_bounded_integer,
         )
+        _check_depth(content)
     except RecursionError:
-        raise ValueError(f"{path}: not a JSON file of ours (nested too deeply)") from None
+        raise ValueError(f"{path}: not a JSON file ({_TOO_DEEP})") from None
     except ValueError as error:
         raise ValueError(f"{path}: not a JSON file ({error})") from None
     if not isinstance(content, dict):
@@ -90,6 +93,19 @@ def _bounded_integer(text: str) -> int:
     if len(text) <= _MAXIMUM_DIGITS and -_INT64 <= int(text) < _INT64:
         return int(text)
     raise ValueError(f"{text[:_MAXIMUM_DIGITS]}... is not an integer of 64 bits")
+
+
+def _check_depth(content: Any) -> None:
+    level = [content]
+    for _ in range(_MAXIMUM_DEPTH):
+        level = [
+            each
+            for value in level
+            if isinstance(value, dict | list)
+            for each in (value.values() if isinstance(value, dict) else value)
+        ]
+    if level:
+        raise ValueError(_TOO_DEEP)
 
 
 def seal(record: Mapping[str, Any]) -> dict[str, Any]:

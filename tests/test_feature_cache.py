@@ -354,6 +354,22 @@ def test_the_command_refuses_before_it_works(
     run("memory", [*memory_flags(tiny, tmp_path / "again"), *cached])
 
 
+def test_a_cache_has_one_writer_and_any_number_of_readers(tiny: Any, tmp_path: Path, ran: list[int]) -> None:
+    cached = ["--feature_cache_dir", str(tmp_path / "cache")]
+    with files.exclusive_folder(tmp_path / "cache", "feature_cache_dir"):
+        with pytest.raises(BlockingIOError, match=r"^feature_cache_dir: .* is being written by process"):
+            run("memory", [*memory_flags(tiny, tmp_path / "memory"), *cached])
+        assert ran == []
+        # The memory's own folder is free again.
+        assert not any((tmp_path / "memory").iterdir())
+    run("memory", [*memory_flags(tiny, tmp_path / "memory"), *cached])
+    assert not list((tmp_path / "cache").glob(".*"))
+    ran.clear()
+    with files.exclusive_folder(tmp_path / "cache", "feature_cache_dir"):
+        run("memory", [*memory_flags(tiny, tmp_path / "again"), *cached])
+    assert ran == []
+
+
 def _other_teacher(tiny: Any, folder: Path) -> str:
     teacher = Teacher.from_pretrained(str(tiny.teacher))
     shutil.copytree(tiny.teacher, folder / "teacher", ignore=shutil.ignore_patterns("checkpoint-*"))

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -187,6 +188,32 @@ def test_bad_features_are_refused() -> None:
         flatten_features(
             FeatureBatch(features[:2], mask[:2, :11], torch.arange(2)), identity(pad_features="exclude")
         )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"refine": -1}, "refine: expected at least 0, got -1"),
+        ({"restarts": 0}, "restarts: expected at least 1, got 0"),
+        ({"sketch_width": 0}, "sketch_width: expected at least 1, got 0"),
+        ({"algorithm": "lloyd", "refine": -1}, "refine: every epoch is exact .* expected 0, got -1"),
+        ({"save_every": 0}, "save_every: expected at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_refused_before_a_batch_is_made(arguments: dict[str, Any], message: str) -> None:
+    def read(start: int) -> Iterator[FeatureBatch]:
+        raise AssertionError("a batch was asked for")
+        yield
+
+    with pytest.raises(ValueError, match=message):
+        TeacherMemory.build(read, identity(), seed=0, progress=False, **arguments)
+
+
+def test_features_too_large_for_float32_squares_are_refused() -> None:
+    features, mask = samples()
+    features[41, 2, 3] = 1e19
+    with pytest.raises(ValueError, match=r"sample 41 has features as large as 1e\+19: expected a norm"):
+        TeacherMemory.build(batches(features, mask), identity(), seed=0, progress=False)
 
 
 def test_identity_is_checked() -> None:

@@ -21,6 +21,8 @@ from fsd_fast import files
 from fsd_fast.cli import run
 from fsd_fast.clustering import checkpoint as clustering_state
 from fsd_fast.clustering.checkpoint import ClusteringState, discard_state
+from fsd_fast.commands import memory as memory_command
+from fsd_fast.files import exclusive_folder
 from fsd_fast.memory import teacher_memory as memory
 from fsd_fast.memory.features import FeatureBatch, MemoryIdentity
 from fsd_fast.memory.teacher_memory import TeacherMemory
@@ -337,6 +339,48 @@ def test_the_memory_command_continues(
     run("memory", [*flags, "--overwrite_output_dir", "true"])
     assert not (folder / ".state").exists()
     assert torch.equal(found.centroids, TeacherMemory.from_pretrained(folder).centroids)
+
+
+def test_a_finished_memory_is_left_alone(tiny: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "memory"
+    flags = memory_flags(tiny, folder)
+    run("memory", flags)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(FileExistsError) as caught:
+        run("memory", [*flags, "--seed", "7"])
+    # The command has no --resume_from_checkpoint.
+    assert str(caught.value) == (
+        f"output_dir: {folder} holds a run already; start anew with --overwrite_output_dir true, or choose another "
+        f"folder"
+    )
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_folder_has_one_build_at_a_time(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "memory"
+    flags = memory_flags(tiny, folder)
+    with exclusive_folder(folder, "output_dir"):
+        message = f"^output_dir: {folder} is being written by process {os.getpid()} on"
+        with pytest.raises(BlockingIOError, match=message):
+            run("memory", flags)
+    # A lock that a killed process has left does not make the folder a finished one.
+    (folder / ".lock").write_text("process 1 on nowhere")
+    files.temporary_path(folder / "memory.json").write_bytes(b"half")
+    run("memory", flags)
+    found = TeacherMemory.from_pretrained(folder)
+    # A build that ends while another one loads its teacher is not overwritten.
+    other = tmp_path / "other"
+
+    def ended_meanwhile(path: Path, what: str) -> Any:
+        found.save_pretrained(other)
+        return exclusive_folder(path, what)
+
+    before = (folder / "memory.json").read_bytes()
+    monkeypatch.setattr(memory_command, "exclusive_folder", ended_meanwhile)
+    with pytest.raises(FileExistsError, match="holds a run already; start anew"):
+        run("memory", memory_flags(tiny, other))
+    assert (other / "memory.json").read_bytes() == before
+    assert sorted(path.name for path in other.iterdir()) == ["memory.json", "memory.safetensors"]
 
 
 def test_the_memory_command_draws(tiny: Any, tmp_path: Path) -> None:

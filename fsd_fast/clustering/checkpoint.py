@@ -125,6 +125,12 @@ class Stage:
         self.metadata: dict[str, Any] = dict(record.get("metadata", {}))
         self.chunks = chunks
 
+    @property
+    def where(self) -> str:
+        """The file that says how far this stage has come, for errors."""
+        folder = self._state.folder
+        return f"{'' if folder is None else self._state.manifest(folder)}: stage {self._name}"
+
     def restore(self, name: str, otherwise: Tensor) -> Tensor:
         """The tensor saved last under a name, on the device of ``otherwise``, which stands in for it.
 
@@ -214,11 +220,12 @@ class ClusteringState:
         self._key: dict[str, Any] = json.loads(json.dumps({"format": _FORMAT, **(key or {})}))
         self._stages: dict[str, dict[str, Any]] = {}
         self.tally: Counter[str] = Counter()
-        if folder is not None and self._manifest(folder).is_file():
-            self._stages, self.tally = self._read(self._manifest(folder))
+        if folder is not None and self.manifest(folder).is_file():
+            self._stages, self.tally = self._read(self.manifest(folder))
         self._earlier = {name: record["seconds"] for name, record in self._stages.items()}
 
-    def _manifest(self, folder: Path) -> Path:
+    def manifest(self, folder: Path) -> Path:
+        """The file in a folder that says how far this process has come."""
         return folder / f"rank{self._rank}.json"
 
     def _chunk_path(self, folder: Path, stage: str, number: int) -> Path:
@@ -287,7 +294,7 @@ class ClusteringState:
         chunk = {"number": number, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         self._stages[name] = {**record, "chunks": [*old, chunk] if append else [chunk]}
         manifest = seal({"key": self._key, "tally": dict(self.tally), "stages": self._stages})
-        write_atomically(self._manifest(self.folder), json.dumps(manifest, indent=1).encode())
+        write_atomically(self.manifest(self.folder), json.dumps(manifest, indent=1).encode())
         if not append:
             for replaced in old:
                 self._chunk_path(self.folder, name, replaced["number"]).unlink(missing_ok=True)

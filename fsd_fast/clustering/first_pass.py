@@ -12,9 +12,12 @@ from fsd_fast.clustering.checkpoint import NOT_SAVED, Chunk, ClusteringState, St
 from fsd_fast.clustering.sketch import CountSketch
 from fsd_fast.clustering.stream import PointBatch, PointStream
 from fsd_fast.distributed import Collectives
+from fsd_fast.untrusted import FLAG, TEXT, object_of, shorten
 
 # Larger than what the allocator ever keeps for itself.
 _BLOCK_BYTES = 64 << 20
+_STAGE = "pass_1"
+_METADATA = object_of({"has_index": FLAG, "device": TEXT})
 
 
 @dataclass
@@ -85,38 +88,63 @@ class _Record:
     Args:
         stage: Where it is saved; what an interrupted pass had saved is taken over.
         make_sketch: Gives the sketch of points with F features.
+        features: F, where it is known before a batch is read.
+
+    Raises:
+        ValueError: What is saved is something else.
     """
 
-    def __init__(self, stage: Stage, make_sketch: Callable[[int], CountSketch]) -> None:
+    def __init__(self, stage: Stage, make_sketch: Callable[[int], CountSketch], features: int | None) -> None:
         self._stage, self._make_sketch = stage, make_sketch
         self._sketch: CountSketch | None = None
+        self._width: int | None = None
         self.columns = {"sketches": _Rows(), "sample_index": _Rows(), "norms": _Rows()}
         self.total: Tensor | None = None
-        self.has_index = stage.metadata.setdefault("has_index", False) is True
-        device = stage.metadata.setdefault("device", "cpu")
+        if not stage.metadata:
+            stage.metadata |= {"has_index": False, "device": "cpu"}
+        _METADATA(stage.metadata, stage.where)
+        self.has_index: bool = stage.metadata["has_index"]
         while stage.chunks:
-            self._restore(stage.chunks.pop(0), device)
+            self._restore(stage.chunks.pop(0), features)
+        if self.count != stage.rows:
+            raise ValueError(
+                f"{stage.where}: rows: expected the {self.count} of its chunks, got {stage.rows}"
+            )
         self._saved_rows = self.count
 
     @property
     def count(self) -> int:
         return self.columns["norms"].count
 
-    def _restore(self, chunk: Chunk, device: str) -> None:
+    def _restore(self, chunk: Chunk, features: int | None) -> None:
         if "norms" in chunk:
             norms = chunk.tensor("norms", torch.float32, [None, 1])
             rows = norms.shape[0]
-            self.columns["norms"].append(norms)
-            self.columns["sketches"].append(chunk.tensor("sketches", torch.float32, [rows, None]))
-            self.columns["sample_index"].append(chunk.tensor("sample_index", torch.int64, [rows, 1]))
+            sketches = chunk.tensor("sketches", torch.float32, [rows, self._width])
+            index = chunk.tensor("sample_index", torch.int64, [rows, 1])
+            self._check_width(sketches.shape[1])
+            for name, tensor in (("norms", norms), ("sketches", sketches), ("sample_index", index)):
+                self.columns[name].append(tensor)
         if "total" in chunk:
-            self.total = chunk.tensor("total", torch.float64, [None]).to(device)
+            total = chunk.tensor("total", torch.float64, [features])
+            try:
+                self.total = total.to(self._stage.metadata["device"])
+            except (RuntimeError, AssertionError) as error:
+                raise ValueError(f"{self._stage.where}: device: {shorten(str(error))}") from None
+
+    def _check_width(self, width: int) -> None:
+        if width < 1 or self._width not in (None, width):
+            raise ValueError(
+                f"{self._stage.where}: expected sketches of one width, at least 1, got {width} after {self._width}"
+            )
+        self._width = width
 
     def add(self, batch: PointBatch, features: int) -> None:
         """Take a batch in; F is ``features``."""
         points = batch.points
         if self._sketch is None:
             self._sketch = self._make_sketch(features)
+            self._check_width(self._sketch.width)
             self.has_index = batch.sample_index is not None
             self._stage.metadata |= {"has_index": self.has_index, "device": points.device.type}
         if self.total is None:
@@ -159,8 +187,8 @@ def first_pass(
     """
 
     def read() -> _Record:
-        stage = state.stage("pass_1", append=True)
-        record = _Record(stage, make_sketch)
+        stage = state.stage(_STAGE, append=True)
+        record = _Record(stage, make_sketch, stream.features)
         for batch in stage.unread(stream):
             record.add(batch, stream.features or batch.points.shape[1])
             stage.batch_done(batch, record.unsaved)

@@ -54,13 +54,13 @@ class SketchClustering:
         stats = [dataclasses.asdict(epoch) for epoch in self.stats]
         return {"iterations": self.iterations, "inertia": self.inertia, "stats": stats}
 
-    def take_figures(self, figures: Mapping[str, Any]) -> None:
+    def take_figures(self, figures: Mapping[str, Any], where: str) -> None:
         """Take over what ``figures`` gave.
 
         Raises:
             ValueError: It is something else.
         """
-        _FIGURES(figures, f"the state of stage {_STAGE}")
+        _FIGURES(figures, where)
         self.iterations, self.inertia = list(figures["iterations"]), figures["inertia"]
         self.stats = [IterationStats(**epoch) for epoch in figures["stats"]]
 
@@ -107,7 +107,7 @@ def cluster_sketches(
         stage = state.stage(_STAGE)
         found.labels.copy_(stage.restore("labels", found.labels))
         if stage.chunks:
-            found.take_figures(stage.metadata)
+            found.take_figures(stage.metadata, stage.where)
         if len(found.iterations) < restarts:
             sort_centred_(sketches, order)
             sketches = sketches.to(looked.mean.device)
@@ -119,7 +119,7 @@ def cluster_sketches(
 
     collectives.run_on_all_ranks(run)
     collectives.broadcast_(found.labels)
-    found.take_figures(collectives.broadcast_json(found.figures()))
+    found.take_figures(collectives.broadcast_json(found.figures()), "the first process")
     return found.labels[torch.searchsorted(sample_index[order], looked.sample_index)], found
 
 

@@ -11,6 +11,7 @@ k-means takes.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -327,4 +328,6 @@ def _inertia(scatter: float, centroids: Tensor, counts: Tensor, mean: Tensor) ->
         int(count) * float((centroid - mean).square().sum())
         for centroid, count in zip(centroids, counts, strict=True)
     )
+    if not math.isfinite(scatter - between):
+        raise ValueError(f"points: expected a finite inertia, got {scatter} - {between}")
     return max(0.0, scatter - between)
