@@ -333,9 +333,14 @@ def test_a_hostile_shard_is_left_out(tmp_path: Path, content: bytes) -> None:
             torch.tensor([0, N]),
             torch.tensor([1, 1]),
             torch.ones(2, D),
-            f"index: expected values from 0 to {N - 1}",
+            f"sample_index: expected values from 0 to {N - 1}",
         ),
-        (torch.tensor([0, -1]), torch.tensor([1, 1]), torch.ones(2, D), "index: expected values from 0"),
+        (
+            torch.tensor([0, -1]),
+            torch.tensor([1, 1]),
+            torch.ones(2, D),
+            "sample_index: expected values from 0",
+        ),
         (
             torch.tensor([0, 1]),
             torch.tensor([3, -1]),
@@ -344,7 +349,12 @@ def test_a_hostile_shard_is_left_out(tmp_path: Path, content: bytes) -> None:
         ),
         (torch.tensor([0, 1]), torch.tensor([1, 2**40]), torch.ones(2, D), "lengths: expected values from 0"),
         (torch.tensor([0, 1]), torch.tensor([1]), torch.ones(1, D), r"lengths: expected int64 \[b\]"),
-        (torch.tensor([0, 1.0]), torch.tensor([1, 1]), torch.ones(2, D), r"index: expected int64 \[b\]"),
+        (
+            torch.tensor([0, 1.0]),
+            torch.tensor([1, 1]),
+            torch.ones(2, D),
+            r"sample_index: expected int64 \[b\]",
+        ),
         (torch.tensor([0, 1]), torch.tensor([1, 1]), torch.ones(3, D), "features F32"),
         (torch.tensor([0, 1]), torch.tensor([1, 1]), torch.ones(2, D).double(), "features F64"),
     ],
@@ -353,10 +363,10 @@ def test_a_shard_with_valid_checksums_and_wrong_numbers_is_left_out(
     tmp_path: Path, index: torch.Tensor, lengths: torch.Tensor, features: torch.Tensor, message: str
 ) -> None:
     filled_cache(tmp_path)
-    values = {"index": index, "lengths": lengths, "features": features}
+    values = {"sample_index": index, "lengths": lengths, "features": features}
     metadata = {
         "identity": IDENTITY.digest(),
-        "numbers_crc32": crc32(torch.cat([index, lengths])),
+        "index_crc32": crc32(torch.cat([index, lengths])),
         "features_crc32": crc32(features),
     }
     path = tmp_path / "0000.safetensors"

@@ -179,7 +179,7 @@ def _foreign(path: Path) -> None:
         _cut,
         _zero,
         lambda path: _flip(path, "features"),
-        lambda path: _flip(path, "index"),
+        lambda path: _flip(path, "sample_index"),
         lambda path: _flip(path, "lengths"),
         _foreign,
         lambda path: path.write_bytes(b""),
@@ -189,7 +189,9 @@ def _foreign(path: Path) -> None:
 def test_a_damaged_shard_is_never_loaded(tmp_path: Path, damage: Any) -> None:
     filled(tmp_path)
     index, features, mask = next(batches())
-    [path] = [path for path in tmp_path.glob("*.safetensors") if torch.equal(load_file(path)["index"], index)]
+    [path] = [
+        path for path in tmp_path.glob("*.safetensors") if torch.equal(load_file(path)["sample_index"], index)
+    ]
     damage(path)
 
     def reopened() -> FeatureCache:

@@ -1,7 +1,7 @@
 """The teacher's features of a training set on disk, so that a second pass need not run the teacher.
 
     <folder>/features.json             whose features these are, sealed by a checksum
-    <folder>/<digest>.safetensors      the samples of a batch: index [b], lengths [b], features [sum of lengths, D]
+    <folder>/<digest>.safetensors      of a batch: sample_index [b], lengths [b], features [sum of lengths, D]
 
 A sample takes as many positions as count: all S under "include", those up to its last token under "exclude", with
 zeros at padding. Samples are found by their indices, so a reader need not have the batches, or the number of
@@ -144,25 +144,25 @@ class FeatureCache:
             metadata = file.metadata() or {}
             if metadata.get("identity") != self._identity.digest():
                 raise _Damaged("it is of another cache")
-            index, lengths = file.get_tensor("index"), file.get_tensor("lengths")
+            sample_index, lengths = file.get_tensor("sample_index"), file.get_tensor("lengths")
             stored = file.get_slice("features")
-            if metadata.get("numbers_crc32") != _checksum(torch.cat([index, lengths])):
-                raise _Damaged("its numbers have another checksum")
-            self._check_numbers(index, lengths)
+            if metadata.get("index_crc32") != _checksum(torch.cat([sample_index, lengths])):
+                raise _Damaged("its sample indices have another checksum")
+            self._check_index(sample_index, lengths)
             shape = [int(lengths.sum()), self._identity.hidden_size]
             if stored.get_shape() != shape or stored.get_dtype() != _SAFETENSORS_DTYPES[self._dtype]:
                 raise _Damaged(
                     f"features {stored.get_dtype()} {stored.get_shape()}, expected {self._dtype} {shape}"
                 )
-            self._note(path, index, lengths)
+            self._note(path, sample_index, lengths)
 
-    def _check_numbers(self, index: Tensor, lengths: Tensor) -> None:
+    def _check_index(self, sample_index: Tensor, lengths: Tensor) -> None:
         identity = self._identity
         for name, values, limit in (
-            ("index", index, identity.num_samples),
+            ("sample_index", sample_index, identity.num_samples),
             ("lengths", lengths, identity.max_seq_length + 1),
         ):
-            if values.dtype != torch.int64 or values.shape != (len(index),) or values.ndim != 1:
+            if values.dtype != torch.int64 or values.shape != (len(sample_index),) or values.ndim != 1:
                 raise _Damaged(f"{name}: expected int64 [b], got {values.dtype} {list(values.shape)}")
             if values.numel() and not (0 <= int(values.min()) and int(values.max()) < limit):
                 raise _Damaged(f"{name}: expected values from 0 to {limit - 1}")
@@ -178,15 +178,15 @@ class FeatureCache:
                 stacklevel=4,
             )
 
-    def _note(self, path: Path, index: Tensor, lengths: Tensor) -> None:
-        self._shard[index] = len(self._shards)
-        self._start[index] = lengths.cumsum(0) - lengths
-        self._length[index] = lengths
+    def _note(self, path: Path, sample_index: Tensor, lengths: Tensor) -> None:
+        self._shard[sample_index] = len(self._shards)
+        self._start[sample_index] = lengths.cumsum(0) - lengths
+        self._length[sample_index] = lengths
         self._shards.append(path)
 
-    def holds(self, index: Tensor) -> bool:
+    def holds(self, sample_index: Tensor) -> bool:
         """Whether all samples of these indices, int64 ``[b]``, are there."""
-        return bool((self._shard[index] >= 0).all())
+        return bool((self._shard[sample_index] >= 0).all())
 
     def is_whole(self) -> bool:
         """Whether all samples are there."""
@@ -217,11 +217,11 @@ class FeatureCache:
         if not (self._folder / IDENTITY_FILE).is_file():
             write_json(self._folder / IDENTITY_FILE, seal(self._identity.record()))
 
-    def write(self, index: Tensor, features: Tensor, attention_mask: Tensor | None) -> None:
+    def write(self, sample_index: Tensor, features: Tensor, attention_mask: Tensor | None) -> None:
         """Keep the features of a batch.
 
         Args:
-            index: The samples' indices, int64 ``[b]``.
+            sample_index: The samples' indices, int64 ``[b]``.
             features: ``[b, S_b, D]``; S_b is S under "include".
             attention_mask: ``[b, S_b]``, 1 = token; None: no padding. Ignored under "include".
 
@@ -229,21 +229,25 @@ class FeatureCache:
             OSError: The disk is full or cannot be written. Nothing of this batch stays behind; what was written
                 before is whole.
         """
-        index = index.contiguous()
-        lengths = torch.full(index.shape, features.shape[1], dtype=torch.int64)
+        sample_index = sample_index.contiguous()
+        lengths = torch.full(sample_index.shape, features.shape[1], dtype=torch.int64)
         if self._identity.pad_features == "exclude" and attention_mask is not None:
             is_token = attention_mask.to(features.device) != 0
             features = features.masked_fill(~is_token[:, :, None], 0)
             ends = torch.arange(1, is_token.shape[1] + 1, device=is_token.device)
             lengths = (is_token * ends).amax(dim=1).cpu()
         inside = torch.arange(features.shape[1]) < lengths[:, None]
-        values = {"index": index, "lengths": lengths, "features": features.detach().cpu()[inside]}
+        values = {
+            "sample_index": sample_index,
+            "lengths": lengths,
+            "features": features.detach().cpu()[inside],
+        }
         metadata = {
             "identity": self._identity.digest(),
-            "numbers_crc32": _checksum(torch.cat([index, lengths])),
+            "index_crc32": _checksum(torch.cat([sample_index, lengths])),
             "features_crc32": _checksum(values["features"]),
         }
-        path = self._folder / f"{hashlib.sha256(index.numpy().tobytes()).hexdigest()[:32]}.safetensors"
+        path = self._folder / f"{hashlib.sha256(sample_index.numpy().tobytes()).hexdigest()[:32]}.safetensors"
         try:
             # The checksum tells what a failing machine has left of it.
             write_atomically(path, save_safetensors(values, metadata), sync=False)
@@ -255,17 +259,17 @@ class FeatureCache:
                 str(path),
             ) from error
         self._checked.add(len(self._shards))
-        self._note(path, index, lengths)
+        self._note(path, sample_index, lengths)
 
-    def read(self, index: Tensor) -> Tensor | None:
+    def read(self, sample_index: Tensor) -> Tensor | None:
         """Features ``[b, L, D]`` of the samples of these indices, L the longest; zeros follow the shorter ones.
 
         None where one of them is not there, or was found damaged (with a warning): compute and write them again.
         """
-        if not self.holds(index):
+        if not self.holds(sample_index):
             return None
-        shards = self._shard[index]
-        shape = (len(index), int(self._length[index].max()), self._identity.hidden_size)
+        shards = self._shard[sample_index]
+        shape = (len(sample_index), int(self._length[sample_index].max()), self._identity.hidden_size)
         features = torch.zeros(shape, dtype=self._dtype)
         for shard in shards.unique().tolist():
             whole = False
@@ -273,7 +277,7 @@ class FeatureCache:
                 self._check_features(shard, file)
                 stored = file.get_slice("features")
                 for row in (shards == shard).nonzero().flatten().tolist():
-                    start, length = int(self._start[index[row]]), int(self._length[index[row]])
+                    start, length = int(self._start[sample_index[row]]), int(self._length[sample_index[row]])
                     features[row, :length] = stored[start : start + length]
                 whole = True
             if not whole:

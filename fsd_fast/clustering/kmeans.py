@@ -111,22 +111,22 @@ class MiniBatchKMeans(StreamKMeans):
             self._generator = self._new_generator()
             self._since_reassignment = 0
             centroids = self._first_centroids(batch)
-            seen = torch.zeros(self.n_clusters, dtype=torch.int64, device=batch.device)
+            totals = torch.zeros(self.n_clusters, dtype=torch.int64, device=batch.device)
         else:
             centroids = torch.as_tensor(self.cluster_centers_)
-            seen = torch.as_tensor(self.counts_)
+            totals = torch.as_tensor(self.counts_)
         labels, distances = assign(batch, centroids, backend=self.backend)
         self.inertia_ = float(distances.sum(dtype=torch.float64))
         sums, counts = update(batch, labels, self.n_clusters, backend=self.backend)
-        seen = seen + counts
+        totals = totals + counts
         pull = sums - counts[:, None] * centroids
-        centroids = (centroids + pull / seen.clamp(min=1)[:, None]).float()
+        centroids = (centroids + pull / totals.clamp(min=1)[:, None]).float()
         self._since_reassignment += batch.shape[0]
         # As often as scikit-learn does: not before every cluster has had a fair chance of ten points.
         if self.reassignment_ratio > 0 and self._since_reassignment >= 10 * self.n_clusters:
-            self._reassign_(batch, centroids, seen)
+            self._reassign_(batch, centroids, totals)
             self._since_reassignment = 0
-        self._set(is_array, cluster_centers_=centroids, labels_=labels, counts_=seen)
+        self._set(is_array, cluster_centers_=centroids, labels_=labels, counts_=totals)
         return self
 
     def _checked_batch(self, points: Any) -> Tensor:
@@ -154,12 +154,12 @@ class MiniBatchKMeans(StreamKMeans):
         drawn = draw_seeds(centred, self.n_clusters, init, self._generator)
         return batch[drawn.to(batch.device)].float()
 
-    def _reassign_(self, batch: Tensor, centroids: Tensor, seen: Tensor) -> None:
+    def _reassign_(self, batch: Tensor, centroids: Tensor, totals: Tensor) -> None:
         """Move the clusters that have had few points to points of the batch, in place."""
-        weak = seen < self.reassignment_ratio * seen.max()
-        weakest = seen.argsort(stable=True)[: min(int(weak.sum()), batch.shape[0] // 2)]
+        weak = totals < self.reassignment_ratio * totals.max()
+        weakest = totals.argsort(stable=True)[: min(int(weak.sum()), batch.shape[0] // 2)]
         if weakest.numel() == 0:
             return
         drawn = torch.randperm(batch.shape[0], generator=self._generator)[: weakest.shape[0]]
         centroids[weakest] = batch[drawn.to(batch.device)].float()
-        seen[weakest] = seen[~weak].min()
+        totals[weakest] = totals[~weak].min()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fsd_fast.clustering.seeding import SEEDING_WIDTH, draw_seeds, draw_sketch_seed, sort_centred_
 from fsd_fast.clustering.sketch import CountSketch
+from fsd_fast.untrusted import integer, number
 from fsd_kernels.kmeans import assign, update_
 
 
@@ -39,6 +40,17 @@ class LloydSettings:
     max_no_improvement: int | None = 10
     batch_size: int = 1024
     backend: str | None = None
+
+
+EPOCH_FIELDS = {
+    "iteration": integer(1),
+    "inertia": number(0),
+    "empty_clusters": integer(0),
+    "reseeded": integer(0),
+    "shift": number(0),
+    "seconds": number(0),
+}
+"""The fields of ``IterationStats``, as JSON values."""
 
 
 @dataclass

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-# A squared distance below this part of the two squared norms is rounding: the points count as duplicates.
+# A squared distance below this fraction of the two squared norms is rounding: the points count as duplicates.
 _ROUNDING = 1e-5
 
 

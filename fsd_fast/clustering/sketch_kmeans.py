@@ -14,23 +14,15 @@ from torch import Tensor
 
 from fsd_fast.clustering.checkpoint import ClusteringState
 from fsd_fast.clustering.first_pass import FirstPass
-from fsd_fast.clustering.lloyd import IterationStats, LloydSettings, kmeans_in_memory
+from fsd_fast.clustering.lloyd import EPOCH_FIELDS, IterationStats, LloydSettings, kmeans_in_memory
 from fsd_fast.clustering.seeding import new_generator, sort_centred_
 from fsd_fast.distributed import Collectives
 from fsd_fast.untrusted import integer, list_of, number, object_of
 
 _STAGE = "sketch_clustering"
-_EPOCH = object_of(
-    {
-        "iteration": integer(1),
-        "inertia": number(0),
-        "empty_clusters": integer(0),
-        "reseeded": integer(0),
-        "shift": number(0),
-        "seconds": number(0),
-    }
+_FIGURES = object_of(
+    {"iterations": list_of(integer(1)), "inertia": number(0), "stats": list_of(object_of(EPOCH_FIELDS))}
 )
-_FIGURES = object_of({"iterations": list_of(integer(1)), "inertia": number(0), "stats": list_of(_EPOCH)})
 
 
 @dataclass
@@ -66,7 +58,7 @@ class SketchClustering:
 
 
 def cluster_sketches(
-    looked: FirstPass,
+    first: FirstPass,
     n_clusters: int,
     collectives: Collectives,
     *,
@@ -76,12 +68,12 @@ def cluster_sketches(
     progress: Callable[[int, IterationStats], None] | None,
     state: ClusteringState,
 ) -> tuple[Tensor, SketchClustering]:
-    """Cluster all sketches on the first process; uses up those of ``looked``.
+    """Cluster all sketches on the first process; uses up those of ``first``.
 
     The sketches are taken in the order of their sample indices, so that the result does not depend on who has which.
 
     Args:
-        looked: What the first pass gave.
+        first: What the first pass gave.
         n_clusters: K.
         collectives: The processes.
         seed: Of the first run; each further one adds 1.
@@ -93,11 +85,11 @@ def cluster_sketches(
     Returns:
         Labels int64 ``[n]`` of this process's points, and the runs.
     """
-    sample_index = collectives.gather_rows(looked.sample_index)
+    sample_index = collectives.gather_rows(first.sample_index)
     order = sample_index.argsort()
-    sketches = collectives.gather_rows_to_first(looked.sketches)
+    sketches = collectives.gather_rows_to_first(first.sketches)
     # No view: it would keep all of them in memory.
-    looked.sketches = torch.empty(0)
+    first.sketches = torch.empty(0)
     found = SketchClustering(torch.zeros(sample_index.shape[0], dtype=torch.int64))
 
     def run() -> None:
@@ -110,7 +102,7 @@ def cluster_sketches(
             found.take_figures(stage.metadata, stage.where)
         if len(found.iterations) < restarts:
             sort_centred_(sketches, order)
-            sketches = sketches.to(looked.mean.device)
+            sketches = sketches.to(first.mean.device)
         for restart in range(len(found.iterations), restarts):
             _run_once(sketches, n_clusters, seed, restart, settings, progress, found)
             stage.metadata = found.figures()
@@ -120,7 +112,7 @@ def cluster_sketches(
     collectives.run_on_all_ranks(run)
     collectives.broadcast_(found.labels)
     found.take_figures(collectives.broadcast_json(found.figures()), "the first process")
-    return found.labels[torch.searchsorted(sample_index[order], looked.sample_index)], found
+    return found.labels[torch.searchsorted(sample_index[order], first.sample_index)], found
 
 
 def _run_once(

@@ -58,26 +58,26 @@ def kmeans_of_stream(
     """
     # Only generators that are seeded alike agree on it already.
     seed = int(collectives.broadcast_(torch.tensor([draw_sketch_seed(generator)])))
-    looked = first_pass(
+    first = first_pass(
         stream, lambda features: CountSketch(features, SEEDING_WIDTH, seed), n_clusters, collectives
     )
-    device = looked.mean.device
+    device = first.mean.device
     if isinstance(init, Tensor):
         centroids = init.to(device, torch.float32)
     else:
-        wanted = _draw_start(looked, n_clusters, init, generator, collectives)
-        like = torch.empty(0, looked.mean.shape[0], device=device)
-        centroids = fetch_rows(stream, wanted, looked.sample_index, like, collectives)
-    return lloyd(stream, centroids, looked.sample_index, collectives, settings, progress=progress)
+        wanted = _draw_start(first, n_clusters, init, generator, collectives)
+        like = torch.empty(0, first.mean.shape[0], device=device)
+        centroids = fetch_rows(stream, wanted, first.sample_index, like, collectives)
+    return lloyd(stream, centroids, first.sample_index, collectives, settings, progress=progress)
 
 
 def _draw_start(
-    looked: FirstPass, n_clusters: int, init: str, generator: torch.Generator, collectives: Collectives
+    first: FirstPass, n_clusters: int, init: str, generator: torch.Generator, collectives: Collectives
 ) -> Tensor:
     """Sample indices of the points to start from, drawn on the first process; uses up the sketches."""
     wanted = torch.empty(n_clusters, dtype=torch.int64)
-    sample_index = collectives.gather_rows_to_first(looked.sample_index)
-    sketches = collectives.gather_rows_to_first(looked.sketches)
+    sample_index = collectives.gather_rows_to_first(first.sample_index)
+    sketches = collectives.gather_rows_to_first(first.sketches)
     if sample_index is not None and sketches is not None:
         order = sample_index.argsort()
         sort_centred_(sketches, order)

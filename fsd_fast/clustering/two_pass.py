@@ -87,8 +87,8 @@ def cluster_stream(
 ) -> StreamClustering:
     """Cluster a stream in two passes, plus ``refine`` + 1 if ``refine`` is not 0.
 
-    With ``algorithm="lloyd"`` there is no sketch: exact k-means from one start, a pass per epoch and up to three
-    more; nothing is saved in ``state``, and the sketch's arguments play no part.
+    With ``algorithm="lloyd"``: exact k-means from one start, a pass per epoch and up to three more; nothing is saved
+    in ``state``, and the sketch's arguments are ignored.
 
     Args:
         points: This process's points, see ``fsd_fast.clustering.stream``. Every pass must give the same points
@@ -104,16 +104,14 @@ def cluster_stream(
         batch_size: Rows at a time in the sketch, and where ``points`` is a tensor.
         backend: Of the k-means kernels.
         progress: Called with the name of each stage as it begins.
-        epoch_progress: Called in the sketch stage, on the first process, with the number of the restart (from
-            0) and the figures of its latest epoch.
-        state: Where what has been worked out is saved: a killed clustering that is started again with the same
-            points and arguments continues there and ends with the same bits.
+        epoch_progress: Called on the first process with the restart (from 0) and the figures of its latest epoch.
+        state: Where the work is saved: a killed clustering, started again with the same points and arguments,
+            continues there and ends with the same bits.
 
     Raises:
         TypeError: Points of another kind.
-        ValueError: An argument out of range; fewer points than clusters; a NaN, infinite or too large feature or a
-            wrong width (the sample is named); two points with one sample index; passes that differ; ``refine`` with
-            "lloyd".
+        ValueError: An argument out of range; fewer points than clusters; a feature that is NaN, infinite or too large
+            or a wrong width (the sample is named); two points with one sample index; passes that differ.
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm: expected one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
@@ -193,7 +191,7 @@ class _Clustering:
     ) -> StreamClustering:
         """Sketch the points, cluster the sketches, and average the points of each cluster."""
         with self._timed("pass_1"):
-            looked = first_pass(
+            first = first_pass(
                 self._stream,
                 lambda width: CountSketch(width, sketch_width, self._seed),
                 self._n_clusters,
@@ -202,7 +200,7 @@ class _Clustering:
             )
         with self._timed("sketch_clustering"):
             labels, best = cluster_sketches(
-                looked,
+                first,
                 self._n_clusters,
                 self._collectives,
                 seed=self._seed,
@@ -212,21 +210,21 @@ class _Clustering:
                 state=self._state,
             )
         with self._timed("pass_2"):
-            sums, counts, scatter = self._exact_sums(looked, labels)
+            sums, counts, scatter = self._exact_sums(first, labels)
             centroids = _means(sums, counts)
-            inertia = _inertia(scatter, centroids, counts, looked.mean)
+            inertia = _inertia(scatter, centroids, counts, first.mean)
             result = StreamClustering(
                 centroids.float(),
                 counts,
                 labels,
                 inertia,
-                looked.num_samples,
+                first.num_samples,
                 best.inertia,
                 best.iterations,
                 best.stats,
                 seconds=self._seconds,
             )
-        self._sample_index = looked.sample_index
+        self._sample_index = first.sample_index
         return result
 
     def refine_(self, result: StreamClustering, epochs: int) -> None:
@@ -244,15 +242,15 @@ class _Clustering:
         result.centroids, result.counts, result.labels = refined.centroids, refined.counts, refined.labels
         result.inertia, result.refine_stats = refined.inertia, refined.stats
 
-    def _exact_sums(self, looked: FirstPass, labels: Tensor) -> tuple[Tensor, Tensor, float]:
+    def _exact_sums(self, first: FirstPass, labels: Tensor) -> tuple[Tensor, Tensor, float]:
         """Read the points again: sums ``[K, F]`` float64, counts ``[K]`` and scatter of all processes."""
-        device = looked.mean.device
+        device = first.mean.device
         backend = self._settings.backend
-        center = looked.mean.float()[None]
+        center = first.mean.float()[None]
 
         def read() -> tuple[Tensor, Tensor, Tensor]:
             stage = self._state.stage("pass_2")
-            shape = (self._n_clusters, looked.mean.shape[0])
+            shape = (self._n_clusters, first.mean.shape[0])
             sums = stage.restore("sums", torch.zeros(shape, dtype=torch.float64, device=device))
             counts = stage.restore("counts", torch.zeros(shape[0], dtype=torch.int64, device=device))
             scatter = stage.restore("scatter", torch.zeros((), dtype=torch.float64, device=device))
@@ -261,14 +259,14 @@ class _Clustering:
                 return {"sums": sums, "counts": counts, "scatter": scatter}
 
             for batch in stage.unread(self._stream):
-                _check_same(looked, batch)
+                _check_same(first, batch)
                 points = batch.points.to(device)
                 update_(sums, counts, points, labels[batch.offset : batch.end].to(device), backend=backend)
                 scatter.add_(assign(points, center, backend=backend)[1].sum(dtype=torch.float64))
                 stage.batch_done(batch, tensors)
-            if stage.rows != looked.norms.shape[0]:
+            if stage.rows != first.norms.shape[0]:
                 raise ValueError(
-                    f"points: {stage.rows} samples in the second pass, {looked.norms.shape[0]} in the first"
+                    f"points: {stage.rows} samples in the second pass, {first.norms.shape[0]} in the first"
                 )
             stage.finish(tensors)
             return sums, counts, scatter
@@ -297,14 +295,14 @@ def _means(sums: Tensor, counts: Tensor) -> Tensor:
     return centroids
 
 
-def _check_same(looked: FirstPass, batch: PointBatch) -> None:
+def _check_same(first: FirstPass, batch: PointBatch) -> None:
     """Raise ValueError unless a batch of pass 2 is what it was in pass 1."""
     place = batch.offset
-    if batch.end > looked.norms.shape[0]:
+    if batch.end > first.norms.shape[0]:
         raise ValueError(
-            f"points: more samples in the second pass than the {looked.norms.shape[0]} of the first"
+            f"points: more samples in the second pass than the {first.norms.shape[0]} of the first"
         )
-    expected = looked.sample_index[place : batch.end]
+    expected = first.sample_index[place : batch.end]
     found = batch.sample_index
     if found is not None and not torch.equal(found, expected):
         row = int((found != expected).nonzero()[0])
@@ -312,7 +310,7 @@ def _check_same(looked: FirstPass, batch: PointBatch) -> None:
             f"points: the passes differ in order: position {place + row} is sample {int(found[row])}, "
             f"it was sample {int(expected[row])}"
         )
-    norms = looked.norms[place : batch.end]
+    norms = first.norms[place : batch.end]
     differ = (batch.norms - norms).abs() > _NORM_TOLERANCE * norms
     if bool(differ.any()):
         row = int(differ.nonzero()[0])

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from fsd_fast.clustering.lloyd import EPOCH_FIELDS
 from fsd_fast.files import remove_stale_temporaries, write_atomically
 from fsd_fast.memory.build import BuiltCentroids, build_centroids
 from fsd_fast.memory.features import FeatureBatch, MemoryIdentity
@@ -57,17 +58,6 @@ _IDENTITY = {
     "num_centroid": integer(1),
     "pad_features": TEXT,
 }
-_EPOCH = object_of(
-    {
-        "stage": TEXT,
-        "iteration": integer(1),
-        "inertia": number(0),
-        "empty_clusters": integer(0),
-        "reseeded": integer(0),
-        "shift": number(0),
-        "seconds": number(0),
-    }
-)
 _METADATA = object_of(
     {
         "format": integer(),
@@ -78,7 +68,7 @@ _METADATA = object_of(
         "inertia": number(0),
         "cluster_sizes": list_of(integer(0)),
         "empty_clusters": integer(0),
-        "iteration_stats": list_of(_EPOCH),
+        "iteration_stats": list_of(object_of({"stage": TEXT, **EPOCH_FIELDS})),
         "settings": map_of(TEXT_OR_INTEGER),
         "teacher_passes": number(0),
         "seconds": map_of(number(0)),
@@ -142,16 +132,13 @@ class TeacherMemory:
     ) -> TeacherMemory:
         """Cluster the teacher's features in two passes, and ``refine`` + 1 more if that is not 0.
 
-        Under ``torch.distributed`` each process passes the batches of its own samples, and all get the same
-        memory.
+        Under ``torch.distributed`` each process passes its own samples, and all get the same memory.
 
         Args:
-            batches: Starts a pass at the batch of the number given: the same samples in the same order
-                every time.
+            batches: Starts a pass at the batch of this number: the same samples in the same order every time.
             identity: Whose features these are; gives S, D, K and the padding policy.
             seed: Of the sketch and of k-means.
-            algorithm: "sketch", or "lloyd": exact k-means from one start, with a pass per epoch, which saves nothing
-                in ``state_dir``.
+            algorithm: "sketch", or "lloyd": exact k-means, a pass per epoch, nothing saved in ``state_dir``.
             refine: Epochs of exact Lloyd after the two passes.
             sketch_width: Length of the random image in which k-means runs.
             restarts: Runs of k-means there; the best one is kept.
