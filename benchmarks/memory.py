@@ -178,7 +178,7 @@ class Source:
         points = torch.zeros(len(self), identity.features)
         for batch in self.batches("exclude"):
             flat = flatten_features(batch, identity)
-            points[batch.index, : flat.shape[1]] = flat
+            points[batch.sample_index, : flat.shape[1]] = flat
         return points
 
 
@@ -272,7 +272,7 @@ def released_procedure(source: Source, generator: torch.Generator) -> Tensor:
         for batch in source.batches("include", all_layers=True):
             flat = flatten_features(batch, identity)
             mean, square = torch.zeros(identity.features), torch.zeros(identity.features)
-            for count, (number, example) in enumerate(zip(batch.index.tolist(), flat, strict=True), 1):
+            for count, (number, example) in enumerate(zip(batch.sample_index.tolist(), flat, strict=True), 1):
                 if epoch == 0:
                     mean += (example - mean) / count
                     square += (example.square() - square) / count
@@ -283,7 +283,9 @@ def released_procedure(source: Source, generator: torch.Generator) -> Tensor:
         averages = torch.zeros(CLUSTERS, identity.features)
         for batch in source.batches("include", all_layers=True):
             counts = [1] * CLUSTERS
-            for number, example in zip(batch.index.tolist(), flatten_features(batch, identity), strict=True):
+            for number, example in zip(
+                batch.sample_index.tolist(), flatten_features(batch, identity), strict=True
+            ):
                 for cluster, ids in enumerate(members):
                     if number in ids:
                         counts[cluster] += 1

@@ -1,7 +1,7 @@
 """Reductions over the processes of ``torch.distributed``; with one process each of them is the identity.
 
-Every process must make the same calls in the same order. ``agree`` keeps it that way when one of them fails:
-an error in one process becomes an error in all, instead of a collective that waits for ever.
+Every process must make the same calls in the same order. ``run_on_all_ranks`` keeps it that way when one of them
+fails: an error in one process becomes an error in all, instead of a collective that waits for ever.
 """
 
 from __future__ import annotations
@@ -22,14 +22,10 @@ class PeerError(RuntimeError):
 
 
 class Collectives:
-    """The processes that share a computation.
+    """The processes that share a computation: all of the process group, or this one where there is none."""
 
-    Args:
-        together: False for a computation that this process does alone although others exist.
-    """
-
-    def __init__(self, together: bool = True) -> None:
-        joined = together and dist.is_available() and dist.is_initialized()
+    def __init__(self) -> None:
+        joined = dist.is_available() and dist.is_initialized()
         self.world_size: int = dist.get_world_size() if joined else 1
         self.rank: int = dist.get_rank() if joined else 0
 
@@ -47,11 +43,11 @@ class Collectives:
             tensor.copy_(staged)
         return tensor
 
-    def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
-        """Replace ``tensor`` by the one of process ``source``."""
+    def broadcast_(self, tensor: Tensor, rank: int = 0) -> Tensor:
+        """Replace ``tensor`` by the one of process ``rank``."""
         if self.world_size > 1:
             staged = self._staged(tensor)
-            dist.broadcast(staged, source)
+            dist.broadcast(staged, rank)
             tensor.copy_(staged)
         return tensor
 
@@ -83,12 +79,12 @@ class Collectives:
         return torch.cat(shards) if shards else None
 
     def _shards(self, rows: Tensor) -> Iterator[Tensor]:
-        for source, size in enumerate(self.gather_sizes(rows.shape[0])):
-            shard = rows.clone() if source == self.rank else rows.new_empty(size, *rows.shape[1:])
-            yield self.broadcast_(shard, source)
+        for rank, size in enumerate(self.gather_sizes(rows.shape[0])):
+            shard = rows.clone() if rank == self.rank else rows.new_empty(size, *rows.shape[1:])
+            yield self.broadcast_(shard, rank)
 
-    def agree(self, stage: Callable[[], T]) -> T:
-        """Run ``stage``, which makes no collective call, and raise in every process if it raised in one.
+    def run_on_all_ranks(self, stage: Callable[[], T]) -> T:
+        """Run ``stage``, which makes no collective call, in every process; raise in all if it raised in one.
 
         Raises:
             Exception: What ``stage`` raised here.

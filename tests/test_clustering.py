@@ -14,10 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
+from sklearn.base import clone
 from sklearn.cluster import KMeans
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import Tensor
 
-from fsd_fast.clustering.kmeans import MiniBatchKMeans
+from fsd_fast.clustering.kmeans import MiniBatchKMeans, StreamKMeans
 from fsd_fast.clustering.seeding import k_means_plus_plus
 from fsd_fast.clustering.sketch import CountSketch
 from fsd_fast.clustering.two_pass import cluster_stream
@@ -271,7 +276,7 @@ def test_partial_fit_learns_and_revives_starved_clusters(points: Tensor) -> None
         ([torch.ones(8, 4, dtype=torch.int64)], TypeError, "floating tensors"),
         ([torch.randn(8)], ValueError, r"expected batches \[b, F\]"),
         ([], ValueError, "0 samples are fewer"),
-        ([(torch.randn(8, 4), torch.arange(7))], ValueError, "8 rows with numbers of shape"),
+        ([(torch.randn(8, 4), torch.arange(7))], ValueError, "8 rows with sample indices of shape"),
         ([(torch.randn(8, 4), torch.arange(8) % 7)], ValueError, r"occur more than once, \[0\]"),
     ],
 )
@@ -296,13 +301,32 @@ def test_the_sample_with_a_bad_feature_is_named(bad: float) -> None:
         cluster_stream(numbered, 2, seed=0)
 
 
-def test_large_finite_features_are_not_taken_for_infinite() -> None:
-    points = torch.full((30, 40), 3e37)
+def test_features_beyond_float32_squares_are_refused_and_not_taken_for_infinite() -> None:
+    # Norm 2^62 is the largest whose squared distances, 4 times its square, are finite with some room.
+    points = torch.full((30, 64), 2.0**58)
     points[::2] *= -1
-    assert sorted(MiniBatchKMeans(2, init=points[:2].clone(), max_iter=1).fit(points).counts_.tolist()) == [
-        15,
-        15,
+    points += torch.arange(30)[:, None] % 4 * 2.0**50 - 2.0**55
+    found = [
+        (kmeans.labels_, kmeans.counts_)
+        for kmeans in (
+            MiniBatchKMeans(2, random_state=0).fit(points),
+            MiniBatchKMeans(2, random_state=0).fit([points]),
+        )
     ]
+    two_pass = cluster_stream(points, 2, seed=0, sketch_width=16)
+    for labels, counts in (*found, (two_pass.labels, two_pass.counts)):
+        assert counts.tolist() == [15, 15]
+        assert labels[::2].unique().numel() == labels[1::2].unique().numel() == 1
+    points[7] *= 16
+    for run in (
+        lambda: MiniBatchKMeans(2).fit(points),
+        lambda: MiniBatchKMeans(2).partial_fit(points),
+        lambda: cluster_stream([points], 2, seed=0),
+    ):
+        with pytest.raises(
+            ValueError, match=r"sample at position 7 has features as large as [45].*e\+18: expected a norm"
+        ):
+            run()
 
 
 @pytest.mark.parametrize(
@@ -313,12 +337,20 @@ def test_large_finite_features_are_not_taken_for_infinite() -> None:
         ({"n_clusters": 2, "tol": float("nan")}, "tol"),
         ({"n_clusters": 2, "init": "best"}, "init: expected 'k-means\\+\\+', 'random'"),
         ({"n_clusters": 2, "init": torch.ones(3, 4)}, "init: .* K = 2"),
+        ({"n_clusters": 2, "init": 3}, "init: .* got int"),
         ({"n_clusters": 2, "batch_size": 0}, "batch_size"),
+        ({"n_clusters": 2.0}, "n_clusters: expected an integer, got 2.0"),
+        ({"n_clusters": 2, "max_iter": True}, "max_iter: expected an integer, got True"),
+        ({"n_clusters": 2, "max_no_improvement": 0}, "max_no_improvement"),
+        ({"n_clusters": 2, "reassignment_ratio": -0.1}, "reassignment_ratio"),
+        ({"n_clusters": 2, "random_state": "7"}, "random_state: expected an integer"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        MiniBatchKMeans(**arguments)  # type: ignore[arg-type]
+    kmeans = MiniBatchKMeans(**arguments)  # type: ignore[arg-type]
+    for use in (kmeans.fit, kmeans.partial_fit):
+        with pytest.raises((ValueError, TypeError), match=message):
+            use(torch.randn(9, 4))
 
 
 def test_use_before_fit_and_wrong_width_are_refused(points: Tensor) -> None:
@@ -330,6 +362,115 @@ def test_use_before_fit_and_wrong_width_are_refused(points: Tensor) -> None:
             use(points[:, :9])
     with pytest.raises(ValueError, match="first batch has 3 samples, fewer than the 5"):
         MiniBatchKMeans(5).partial_fit(points[:3])
+
+
+# --- scikit-learn's interface ---------------------------------------------------------------------------------
+
+
+@parametrize_with_checks([StreamKMeans(3), MiniBatchKMeans(3), MiniBatchKMeans(2, "random", tol=1e-3)])
+def test_scikit_learns_checks(estimator: Any, check: Any) -> None:
+    check(estimator)
+
+
+def test_arrays_give_arrays_and_tensors_give_tensors(points: Tensor) -> None:
+    tensors = MiniBatchKMeans(10, random_state=2).fit(points)
+    arrays = MiniBatchKMeans(10, random_state=2).fit(points.numpy())
+    names = ("cluster_centers_", "labels_", "counts_")
+    for name in names:
+        assert isinstance(getattr(tensors, name), Tensor)
+        assert isinstance(getattr(arrays, name), np.ndarray)
+        np.testing.assert_array_equal(getattr(arrays, name), getattr(tensors, name).numpy())
+    assert arrays.inertia_ == tensors.inertia_
+    assert arrays.n_features_in_ == tensors.n_features_in_ == 3000
+    for kmeans in (tensors, arrays):
+        for use in (kmeans.predict, kmeans.transform):
+            as_array, as_tensor = use(points.numpy()), use(points)
+            assert isinstance(as_array, np.ndarray)
+            assert isinstance(as_tensor, Tensor)
+            np.testing.assert_array_equal(as_array, as_tensor.numpy())
+    partial = [MiniBatchKMeans(10, random_state=2) for _ in range(2)]
+    for batch in points.split(100):
+        partial[0].partial_fit(batch)
+        partial[1].partial_fit(batch.numpy())
+    for name in names:
+        np.testing.assert_array_equal(getattr(partial[1], name), getattr(partial[0], name).numpy())
+    assert isinstance(partial[1].cluster_centers_, np.ndarray)
+    # What was handed out is never written to again.
+    before = partial[1].cluster_centers_
+    copied = before.copy()
+    partial[1].partial_fit(points[:100].numpy())
+    np.testing.assert_array_equal(before, copied)
+
+
+def test_lists_of_numbers_are_points_and_lists_of_tensors_are_batches(points: Tensor) -> None:
+    few = points[:30, :4]
+    kmeans = StreamKMeans(3, random_state=0)
+    rows = kmeans.fit_predict(few.double().tolist())
+    assert isinstance(rows, np.ndarray)
+    batches = kmeans.fit_predict([few[:10], few[10:]])
+    assert isinstance(batches, Tensor)
+    np.testing.assert_array_equal(rows, batches.numpy())
+    with pytest.raises(TypeError, match=r"[Ss]parse"):
+        kmeans.fit(sparse.csr_matrix(few.numpy()))
+    with pytest.raises(ValueError, match="NaN"):
+        kmeans.fit(few.numpy() * np.nan)
+
+
+def test_float64_points_are_clustered_in_float64() -> None:
+    """The inertia is exact to more digits than float32 has."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.cat([torch.zeros(20, 3), torch.ones(20, 3)]).double()
+    points += 1e-3 * torch.randn(40, 3, generator=generator, dtype=torch.float64)
+    for source in (points, list(points.split(7)), points.numpy()):
+        kmeans = StreamKMeans(2, random_state=0).fit(source)
+        labels = torch.as_tensor(kmeans.labels_)
+        means = torch.stack([points[labels == cluster].mean(0) for cluster in range(2)])
+        torch.testing.assert_close(torch.as_tensor(kmeans.cluster_centers_), means.float(), rtol=0, atol=0)
+        exact = float((points - torch.as_tensor(kmeans.cluster_centers_).double()[labels]).square().sum())
+        assert kmeans.inertia_ == pytest.approx(exact, rel=1e-9)
+    found = cluster_stream(list(points.split(7)), 2, seed=0)
+    assert found.inertia == pytest.approx(exact, rel=1e-6)
+
+
+def test_an_estimator_is_cloned_and_takes_part_in_a_pipeline(points: Tensor) -> None:
+    start = points[:4, :6].clone()
+    kmeans = MiniBatchKMeans(4, start, max_iter=7, reassignment_ratio=0.5, random_state=3)
+    copy = clone(kmeans)
+    assert torch.equal(copy.init, start)
+    ours = {name: value for name, value in copy.get_params().items() if name != "init"}
+    assert ours == {name: value for name, value in kmeans.get_params().items() if name != "init"}
+    assert ours["reassignment_ratio"] == 0.5
+    kmeans.set_params(n_clusters=3, init="k-means++")
+    pipeline = make_pipeline(StandardScaler(), kmeans)
+    distances = pipeline.fit_transform(points[:60, :6].numpy())
+    assert distances.shape == (60, 3)
+    assert list(pipeline.get_feature_names_out()) == [f"minibatchkmeans{i}" for i in range(3)]
+
+
+def test_random_states(points: Tensor) -> None:
+    few = points[:100, :50]
+
+    def labels(random_state: Any) -> Tensor:
+        found: Tensor = StreamKMeans(5, random_state=random_state, max_iter=1).fit(few).cluster_centers_
+        return found
+
+    assert torch.equal(labels(4), labels(np.int64(4)))
+    state = np.random.RandomState(0)
+    first, second = labels(state), labels(state)
+    assert torch.equal(first, labels(np.random.RandomState(0)))
+    assert not torch.equal(first, second)
+    assert not torch.equal(labels(None), labels(None))
+
+
+def test_centroids_to_start_from_have_the_width_that_is_said(points: Tensor) -> None:
+    start = points[:3, :8].clone()
+    with pytest.raises(ValueError, match=r"init: expected centroids \[K, F\] with F = 9, got \[3, 8\]"):
+        StreamKMeans(3, start).fit([points[:, :8]], features=9)
+    narrow = StreamKMeans(3, start, max_iter=2).fit([points[:, :8], points[:, :5]], features=8)
+    padded = torch.nn.functional.pad(points[:, :5], (0, 3))
+    wide = StreamKMeans(3, start.numpy(), max_iter=2).fit(torch.cat([points[:, :8], padded]))
+    assert torch.equal(narrow.labels_, wide.labels_)
+    torch.testing.assert_close(narrow.cluster_centers_, wide.cluster_centers_)
 
 
 # --- two passes -------------------------------------------------------------------------------------------------
@@ -417,7 +558,7 @@ def test_collectives_of_one_process_are_the_identity() -> None:
     assert alone.sum_(rows) is alone.broadcast_(rows) is alone.gather_rows(rows) is rows
     assert alone.gather_rows_to_first(rows) is rows
     assert alone.gather_sizes(4) == [4]
-    assert alone.agree(lambda: 5) == 5
+    assert alone.run_on_all_ranks(lambda: 5) == 5
 
 
 def _shares(world_size: int) -> list[Tensor]:

@@ -145,7 +145,10 @@ def test_a_folder_that_is_no_cache_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="neither a feature cache nor an empty folder"):
             FeatureCache(path, identity())
     (tmp_path / "folder" / "features.json").write_text("[1]")
-    with pytest.raises(ValueError, match="not the identity of a feature cache"):
+    with pytest.raises(
+        ValueError,
+        match=r"features\.json: expected a JSON object, got list\. It is not the identity of a feature cache",
+    ):
         FeatureCache(tmp_path / "folder", identity())
 
 
@@ -176,7 +179,7 @@ def _foreign(path: Path) -> None:
         _cut,
         _zero,
         lambda path: _flip(path, "features"),
-        lambda path: _flip(path, "index"),
+        lambda path: _flip(path, "sample_index"),
         lambda path: _flip(path, "lengths"),
         _foreign,
         lambda path: path.write_bytes(b""),
@@ -186,7 +189,9 @@ def _foreign(path: Path) -> None:
 def test_a_damaged_shard_is_never_loaded(tmp_path: Path, damage: Any) -> None:
     filled(tmp_path)
     index, features, mask = next(batches())
-    [path] = [path for path in tmp_path.glob("*.safetensors") if torch.equal(load_file(path)["index"], index)]
+    [path] = [
+        path for path in tmp_path.glob("*.safetensors") if torch.equal(load_file(path)["sample_index"], index)
+    ]
     damage(path)
 
     def reopened() -> FeatureCache:
@@ -349,6 +354,22 @@ def test_the_command_refuses_before_it_works(
     assert ran == []
     # A cache that is there already needs no room.
     run("memory", [*memory_flags(tiny, tmp_path / "again"), *cached])
+
+
+def test_a_cache_has_one_writer_and_any_number_of_readers(tiny: Any, tmp_path: Path, ran: list[int]) -> None:
+    cached = ["--feature_cache_dir", str(tmp_path / "cache")]
+    with files.exclusive_folder(tmp_path / "cache", "feature_cache_dir"):
+        with pytest.raises(BlockingIOError, match=r"^feature_cache_dir: .* is being written by process"):
+            run("memory", [*memory_flags(tiny, tmp_path / "memory"), *cached])
+        assert ran == []
+        # The memory's own folder is free again.
+        assert not any((tmp_path / "memory").iterdir())
+    run("memory", [*memory_flags(tiny, tmp_path / "memory"), *cached])
+    assert not list((tmp_path / "cache").glob(".*"))
+    ran.clear()
+    with files.exclusive_folder(tmp_path / "cache", "feature_cache_dir"):
+        run("memory", [*memory_flags(tiny, tmp_path / "again"), *cached])
+    assert ran == []
 
 
 def _other_teacher(tiny: Any, folder: Path) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from fsd_fast.memory import teacher_memory as memory
 from fsd_fast.memory.features import FeatureBatch, MemoryIdentity, flatten_features, model_fingerprint
 from fsd_fast.memory.student_memory import StudentMemory
 from fsd_fast.memory.teacher_memory import TeacherMemory
+from fsd_fast.untrusted import seal
 from tests.tiny import memory_identity
 
 S, D, K, N = 12, 16, 5, 70
@@ -188,6 +190,32 @@ def test_bad_features_are_refused() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"refine": -1}, "refine: expected at least 0, got -1"),
+        ({"restarts": 0}, "restarts: expected at least 1, got 0"),
+        ({"sketch_width": 0}, "sketch_width: expected at least 1, got 0"),
+        ({"algorithm": "lloyd", "refine": -1}, "refine: every epoch is exact .* expected 0, got -1"),
+        ({"save_every": 0}, "save_every: expected at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_refused_before_a_batch_is_made(arguments: dict[str, Any], message: str) -> None:
+    def read(start: int) -> Iterator[FeatureBatch]:
+        raise AssertionError("a batch was asked for")
+        yield
+
+    with pytest.raises(ValueError, match=message):
+        TeacherMemory.build(read, identity(), seed=0, progress=False, **arguments)
+
+
+def test_features_too_large_for_float32_squares_are_refused() -> None:
+    features, mask = samples()
+    features[41, 2, 3] = 1e19
+    with pytest.raises(ValueError, match=r"sample 41 has features as large as 1e\+19: expected a norm"):
+        TeacherMemory.build(batches(features, mask), identity(), seed=0, progress=False)
+
+
 def test_identity_is_checked() -> None:
     with pytest.raises(ValueError, match="pad_features: expected one of include, exclude, got 'drop'"):
         identity(pad_features="drop")
@@ -257,7 +285,7 @@ def test_damaged_files_are_refused(built: TeacherMemory, tmp_path: Path) -> None
     metadata.write_text(text[: len(text) // 2])
     refused("memory.json: not a JSON file")
     metadata.write_text("{}")
-    refused("memory.json: expected a memory of format 1")
+    refused("memory.json: expected a memory of format 2")
     record = json.loads(text)
     del record["inertia"]
     metadata.write_text(json.dumps(record))
@@ -269,7 +297,7 @@ def test_damaged_files_are_refused(built: TeacherMemory, tmp_path: Path) -> None
     record = json.loads(text)
     record["identity"]["owner"] = "x"
     metadata.write_text(json.dumps(record))
-    refused("the field 'identity' is not one of a memory")
+    refused("memory.json: identity: unknown fields: 'owner'")
 
 
 @pytest.mark.parametrize(
@@ -296,8 +324,9 @@ def test_a_file_without_centroids_is_refused(built: TeacherMemory, tmp_path: Pat
     values, metadata = tmp_path / "memory.safetensors", tmp_path / "memory.json"
     save_file({"other": torch.ones(2)}, values)
     record = json.loads(metadata.read_text())
+    del record["checksum"]
     record["sha256"] = memory.hashlib.sha256(values.read_bytes()).hexdigest()
-    metadata.write_text(json.dumps(record))
+    metadata.write_text(json.dumps(seal(record)))
     with pytest.raises(ValueError, match="got nothing"):
         TeacherMemory.from_pretrained(tmp_path)
 

@@ -17,13 +17,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from fsd_fast import files
 from fsd_fast.cli import run
 from fsd_fast.clustering import checkpoint as clustering_state
 from fsd_fast.clustering.checkpoint import ClusteringState, discard_state
+from fsd_fast.commands import memory as memory_command
+from fsd_fast.files import exclusive_folder
 from fsd_fast.memory import teacher_memory as memory
 from fsd_fast.memory.features import FeatureBatch, MemoryIdentity
 from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.models.teacher import Teacher
+from fsd_fast.untrusted import seal
 from tests.tiny import memory_flags, memory_identity, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,7 +106,7 @@ def _process(
     def write_atomically(path: Path, content: bytes) -> None:
         writes.append(path)
         if len(writes) - 1 == write:
-            path.with_name(f".{path.name}.tmp").write_bytes(content[: len(content) // 2])
+            files.temporary_path(path).write_bytes(content[: len(content) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
         whole(path, content)
 
@@ -263,7 +267,9 @@ def test_a_damaged_part_is_made_again(left: Path, stage: str) -> None:
 
 def test_a_state_that_is_none_is_refused(left: Path) -> None:
     (left / "rank0.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"rank0\.json: not the state of an interrupted clustering"):
+    with pytest.raises(
+        ValueError, match=r"rank0\.json: expected a JSON object, got list\. It is not the state of"
+    ):
         build(Batches(torch.arange(N)), left)
     with pytest.raises(ValueError, match="save_every: expected at least 1, got 0"):
         ClusteringState(None, save_every=0)
@@ -272,7 +278,8 @@ def test_a_state_that_is_none_is_refused(left: Path) -> None:
 def test_seconds_of_all_runs_add_up(left: Path) -> None:
     manifest = json.loads((left / "rank0.json").read_text())
     manifest["stages"]["pass_1"]["seconds"] = 1000.0
-    (left / "rank0.json").write_text(json.dumps(manifest))
+    del manifest["checksum"]
+    (left / "rank0.json").write_text(json.dumps(seal(manifest)))
     seconds = build(Batches(torch.arange(N)), left).seconds
     assert 1000 <= seconds["pass_1"] < 1100
     assert seconds["pass_2"] < 900
@@ -328,10 +335,52 @@ def test_the_memory_command_continues(
     run("memory", [*flags, "--output_dir", str(tmp_path / "whole")])
     assert torch.equal(found.centroids, TeacherMemory.from_pretrained(tmp_path / "whole").centroids)
     # A state of other settings gives way to --overwrite_output_dir true.
-    ClusteringState(folder / ".state", {"seed": 1}).save("pass_1", {"x": torch.zeros(1)}, complete=True)
+    ClusteringState(folder / ".state", {"seed": 1}).stage("pass_1").finish(lambda: {"x": torch.zeros(1)})
     run("memory", [*flags, "--overwrite_output_dir", "true"])
     assert not (folder / ".state").exists()
     assert torch.equal(found.centroids, TeacherMemory.from_pretrained(folder).centroids)
+
+
+def test_a_finished_memory_is_left_alone(tiny: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "memory"
+    flags = memory_flags(tiny, folder)
+    run("memory", flags)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(FileExistsError) as caught:
+        run("memory", [*flags, "--seed", "7"])
+    # The command has no --resume_from_checkpoint.
+    assert str(caught.value) == (
+        f"output_dir: {folder} holds a run already; start anew with --overwrite_output_dir true, or choose another "
+        f"folder"
+    )
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_folder_has_one_build_at_a_time(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "memory"
+    flags = memory_flags(tiny, folder)
+    with exclusive_folder(folder, "output_dir"):
+        message = f"^output_dir: {folder} is being written by process {os.getpid()} on"
+        with pytest.raises(BlockingIOError, match=message):
+            run("memory", flags)
+    # A lock that a killed process has left does not make the folder a finished one.
+    (folder / ".lock").write_text("process 1 on nowhere")
+    files.temporary_path(folder / "memory.json").write_bytes(b"half")
+    run("memory", flags)
+    found = TeacherMemory.from_pretrained(folder)
+    # A build that ends while another one loads its teacher is not overwritten.
+    other = tmp_path / "other"
+
+    def ended_meanwhile(path: Path, what: str) -> Any:
+        found.save_pretrained(other)
+        return exclusive_folder(path, what)
+
+    before = (folder / "memory.json").read_bytes()
+    monkeypatch.setattr(memory_command, "exclusive_folder", ended_meanwhile)
+    with pytest.raises(FileExistsError, match="holds a run already; start anew"):
+        run("memory", memory_flags(tiny, other))
+    assert (other / "memory.json").read_bytes() == before
+    assert sorted(path.name for path in other.iterdir()) == ["memory.json", "memory.safetensors"]
 
 
 def test_the_memory_command_draws(tiny: Any, tmp_path: Path) -> None:

@@ -1,12 +1,12 @@
-"""The teacher's features of a training set on disk, so that a second reading need not run the teacher.
+"""The teacher's features of a training set on disk, so that a second pass need not run the teacher.
 
-    <folder>/features.json             whose features these are
-    <folder>/<digest>.safetensors      the samples of a batch: index [b], lengths [b], features [sum of lengths, D]
+    <folder>/features.json             whose features these are, sealed by a checksum
+    <folder>/<digest>.safetensors      of a batch: sample_index [b], lengths [b], features [sum of lengths, D]
 
 A sample takes as many positions as count: all S under "include", those up to its last token under "exclude", with
-zeros at padding. Samples are found by their numbers, so a reader need not have the batches, or the number of
+zeros at padding. Samples are found by their indices, so a reader need not have the batches, or the number of
 processes, of the writer. A shard comes under its name when it is complete, and a checksum tells whether it still is:
-a half-written one is never loaded.
+a half-written one is never loaded. One run at a time writes (``exclusive_folder``); readers take no lock.
 """
 
 from __future__ import annotations
@@ -18,18 +18,28 @@ import os
 import shutil
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from fsd_fast.files import differences, write_atomically, write_json
+from fsd_fast.untrusted import CHECKSUM, TENSOR_ERRORS, check_seal, read_json_object, seal, shorten
 
 IDENTITY_FILE = "features.json"
-_FORMAT = 1
+_FORMAT = 2
+_SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class FeatureIdentity:
         hidden_size: D.
         pad_features: "include" (all S positions are kept) or "exclude" (padding is left out).
         dtype: Of the features, such as "float32".
-        num_samples: N; samples are numbered from 0 to N - 1.
+        num_samples: N; sample indices run from 0 to N - 1.
         tokens: sha256 of the training set's tokens.
     """
 
@@ -72,14 +82,14 @@ class _Damaged(Exception):
 
 
 class FeatureCache:
-    """The features of numbered samples in a folder.
+    """The features of samples in a folder.
 
     Args:
         folder: Where they are, or will be.
         identity: Whose features they are. Must be that of the cache found, if there is one.
 
     Raises:
-        ValueError: The folder holds another cache (every field that differs is listed), or other files.
+        ValueError: The folder holds another cache (every field that differs is listed), a damaged one, or other files.
     """
 
     def __init__(self, folder: str | os.PathLike[str], identity: FeatureIdentity) -> None:
@@ -102,12 +112,22 @@ class FeatureCache:
                 f"feature_cache_dir: {folder} is neither a feature cache nor an empty folder; choose another one"
             )
 
+    @property
+    def folder(self) -> Path:
+        """Where the features are."""
+        return self._folder
+
     def _check_identity(self, path: Path) -> None:
         try:
-            found = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: not the identity of a feature cache ({error})") from error
-        different = differences(found, self._identity.record())
+            found = read_json_object(path)
+            different = differences({**found, CHECKSUM: None}, {**self._identity.record(), CHECKSUM: None})
+            # Those of an earlier format are told by it.
+            if not different or found.get("format") == _FORMAT:
+                check_seal(found, path)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. It is not the identity of a feature cache: choose another folder"
+            ) from None
         if different:
             raise ValueError(
                 f"feature_cache_dir: {path.parent} was made for another run: {different}. Choose another folder"
@@ -119,35 +139,58 @@ class FeatureCache:
             self._open(path)
 
     def _open(self, path: Path) -> None:
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("identity") != self._identity.digest():
-                    raise _Damaged("it is of another cache")
-                index, lengths = file.get_tensor("index"), file.get_tensor("lengths")
-                shape = file.get_slice("features").get_shape()
-            if metadata["numbers_crc32"] != _checksum(torch.cat([index, lengths])):
-                raise _Damaged("its numbers have another checksum")
-            if shape != [int(lengths.sum()), self._identity.hidden_size]:
-                raise _Damaged(f"features {shape} of samples with {int(lengths.sum())} positions")
-            self._note(path, index, lengths)
-        except (SafetensorError, OSError, _Damaged) as error:
-            self._warn(path, error)
+        """Note the samples of a shard; a damaged one is left out with a warning."""
+        with self._damage_is_a_warning(path), _opened(path) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("identity") != self._identity.digest():
+                raise _Damaged("it is of another cache")
+            sample_index, lengths = file.get_tensor("sample_index"), file.get_tensor("lengths")
+            stored = file.get_slice("features")
+            if metadata.get("index_crc32") != _checksum(torch.cat([sample_index, lengths])):
+                raise _Damaged("its sample indices have another checksum")
+            self._check_index(sample_index, lengths)
+            shape = [int(lengths.sum()), self._identity.hidden_size]
+            if stored.get_shape() != shape or stored.get_dtype() != _SAFETENSORS_DTYPES[self._dtype]:
+                raise _Damaged(
+                    f"features {stored.get_dtype()} {stored.get_shape()}, expected {self._dtype} {shape}"
+                )
+            self._note(path, sample_index, lengths)
 
-    def _note(self, path: Path, index: Tensor, lengths: Tensor) -> None:
-        self._shard[index] = len(self._shards)
-        self._start[index] = lengths.cumsum(0) - lengths
-        self._length[index] = lengths
+    def _check_index(self, sample_index: Tensor, lengths: Tensor) -> None:
+        identity = self._identity
+        for name, values, limit in (
+            ("sample_index", sample_index, identity.num_samples),
+            ("lengths", lengths, identity.max_seq_length + 1),
+        ):
+            if values.dtype != torch.int64 or values.shape != (len(sample_index),) or values.ndim != 1:
+                raise _Damaged(f"{name}: expected int64 [b], got {values.dtype} {list(values.shape)}")
+            if values.numel() and not (0 <= int(values.min()) and int(values.max()) < limit):
+                raise _Damaged(f"{name}: expected values from 0 to {limit - 1}")
+
+    @contextmanager
+    def _damage_is_a_warning(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except (*TENSOR_ERRORS, _Damaged) as error:
+            warnings.warn(
+                f"{path} is damaged ({shorten(str(error))}): its samples are computed again",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    def _note(self, path: Path, sample_index: Tensor, lengths: Tensor) -> None:
+        self._shard[sample_index] = len(self._shards)
+        self._start[sample_index] = lengths.cumsum(0) - lengths
+        self._length[sample_index] = lengths
         self._shards.append(path)
 
-    def _warn(self, path: Path, error: Exception) -> None:
-        warnings.warn(
-            f"{path} is damaged ({error}): its samples are computed again", RuntimeWarning, stacklevel=2
-        )
+    def holds(self, sample_index: Tensor) -> bool:
+        """Whether all samples of these indices, int64 ``[b]``, are there."""
+        return bool((self._shard[sample_index] >= 0).all())
 
-    def holds(self, index: Tensor) -> bool:
-        """Whether all samples of these numbers, int64 ``[b]``, are there."""
-        return bool((self._shard[index] >= 0).all())
+    def is_whole(self) -> bool:
+        """Whether all samples are there."""
+        return bool((self._shard >= 0).all())
 
     def check_room(self, positions: int) -> None:
         """Check that so many more positions of samples, of all processes, have room.
@@ -172,34 +215,39 @@ class FeatureCache:
             OSError: It cannot be written.
         """
         if not (self._folder / IDENTITY_FILE).is_file():
-            write_json(self._folder / IDENTITY_FILE, self._identity.record())
+            write_json(self._folder / IDENTITY_FILE, seal(self._identity.record()))
 
-    def write(self, index: Tensor, features: Tensor, attention_mask: Tensor | None) -> None:
+    def write(self, sample_index: Tensor, features: Tensor, attention_mask: Tensor | None) -> None:
         """Keep the features of a batch.
 
         Args:
-            index: The samples' numbers, int64 ``[b]``.
+            sample_index: The samples' indices, int64 ``[b]``.
             features: ``[b, S_b, D]``; S_b is S under "include".
-            attention_mask: ``[b, S_b]``, 1 = token; None: no padding. Of no account under "include".
+            attention_mask: ``[b, S_b]``, 1 = token; None: no padding. Ignored under "include".
 
         Raises:
             OSError: The disk is full or cannot be written. Nothing of this batch stays behind; what was written
                 before is whole.
         """
-        index = index.contiguous()
-        lengths = torch.full(index.shape, features.shape[1], dtype=torch.int64)
+        sample_index = sample_index.contiguous()
+        lengths = torch.full(sample_index.shape, features.shape[1], dtype=torch.int64)
         if self._identity.pad_features == "exclude" and attention_mask is not None:
-            kept = attention_mask.to(features.device) != 0
-            features = features.masked_fill(~kept[:, :, None], 0)
-            lengths = (kept * torch.arange(1, kept.shape[1] + 1, device=kept.device)).amax(dim=1).cpu()
+            is_token = attention_mask.to(features.device) != 0
+            features = features.masked_fill(~is_token[:, :, None], 0)
+            ends = torch.arange(1, is_token.shape[1] + 1, device=is_token.device)
+            lengths = (is_token * ends).amax(dim=1).cpu()
         inside = torch.arange(features.shape[1]) < lengths[:, None]
-        values = {"index": index, "lengths": lengths, "features": features.detach().cpu()[inside]}
+        values = {
+            "sample_index": sample_index,
+            "lengths": lengths,
+            "features": features.detach().cpu()[inside],
+        }
         metadata = {
             "identity": self._identity.digest(),
-            "numbers_crc32": _checksum(torch.cat([index, lengths])),
+            "index_crc32": _checksum(torch.cat([sample_index, lengths])),
             "features_crc32": _checksum(values["features"]),
         }
-        path = self._folder / f"{hashlib.sha256(index.numpy().tobytes()).hexdigest()[:32]}.safetensors"
+        path = self._folder / f"{hashlib.sha256(sample_index.numpy().tobytes()).hexdigest()[:32]}.safetensors"
         try:
             # The checksum tells what a failing machine has left of it.
             write_atomically(path, save_safetensors(values, metadata), sync=False)
@@ -211,38 +259,46 @@ class FeatureCache:
                 str(path),
             ) from error
         self._checked.add(len(self._shards))
-        self._note(path, index, lengths)
+        self._note(path, sample_index, lengths)
 
-    def read(self, index: Tensor) -> Tensor | None:
-        """Features ``[b, L, D]`` of the samples of these numbers, L the longest; zeros follow the shorter ones.
+    def read(self, sample_index: Tensor) -> Tensor | None:
+        """Features ``[b, L, D]`` of the samples of these indices, L the longest; zeros follow the shorter ones.
 
         None where one of them is not there, or was found damaged (with a warning): compute and write them again.
         """
-        shards = self._shard[index]
-        if not self.holds(index):
+        if not self.holds(sample_index):
             return None
-        shape = (len(index), int(self._length[index].max()), self._identity.hidden_size)
+        shards = self._shard[sample_index]
+        shape = (len(sample_index), int(self._length[sample_index].max()), self._identity.hidden_size)
         features = torch.zeros(shape, dtype=self._dtype)
         for shard in shards.unique().tolist():
-            try:
-                with safe_open(self._shards[shard], "pt") as file:
-                    if shard not in self._checked:
-                        stored = file.get_tensor("features")
-                        if (
-                            stored.dtype != self._dtype
-                            or _checksum(stored) != file.metadata()["features_crc32"]
-                        ):
-                            raise _Damaged("its features have another checksum")
-                        self._checked.add(shard)
-                    stored = file.get_slice("features")
-                    for row in (shards == shard).nonzero().flatten().tolist():
-                        start, length = int(self._start[index[row]]), int(self._length[index[row]])
-                        features[row, :length] = stored[start : start + length]
-            except (SafetensorError, OSError, _Damaged) as error:
-                self._warn(self._shards[shard], error)
+            whole = False
+            with self._damage_is_a_warning(self._shards[shard]), _opened(self._shards[shard]) as file:
+                self._check_features(shard, file)
+                stored = file.get_slice("features")
+                for row in (shards == shard).nonzero().flatten().tolist():
+                    start, length = int(self._start[sample_index[row]]), int(self._length[sample_index[row]])
+                    features[row, :length] = stored[start : start + length]
+                whole = True
+            if not whole:
                 self._shard[self._shard == shard] = -1
                 return None
         return features
+
+    def _check_features(self, shard: int, file: Any) -> None:
+        """Compare the checksum of a shard's features, once."""
+        if shard not in self._checked:
+            stored = file.get_tensor("features")
+            if stored.dtype != self._dtype or _checksum(stored) != file.metadata()["features_crc32"]:
+                raise _Damaged("its features have another checksum")
+            self._checked.add(shard)
+
+
+def _opened(path: Path) -> Any:
+    # Opening a pipe would wait for its writer.
+    if not path.is_file():
+        raise _Damaged("it is not a file")
+    return safe_open(path, "pt")
 
 
 def _checksum(values: Tensor) -> str:

@@ -1,13 +1,21 @@
 """What a clustering has worked out so far, on disk, so that a killed run continues where it was.
 
-    <folder>/rank<r>.json                        the key, the tally, and of each stage its parts, facts and place
-    <folder>/rank<r>-<stage>-<n>.safetensors     tensors of a part
+    <folder>/rank<r>.json                        the key, the tally, and how far each stage has come
+    <folder>/rank<r>-<stage>-<n>.safetensors     a chunk: tensors of a stage, saved together
 
-Each process saves the work that it does alone: its readings of the points and, on the first process, k-means of
-the sketches. What the processes do together is done again from there, so they need not have been stopped at the
-same point. The key is everything the numbers depend on; equal keys give equal bits. The JSON holds the sha256 of
-the parts and is written after them, each under its name only when it is complete: a half-written file is never
-read.
+Each process saves the work that it does alone: its passes over the points and, on the first process, k-means of the
+sketches. Collective steps are replayed, so processes may have stopped at different points. The key is everything the
+numbers depend on; equal keys give equal bits. The JSON holds the sha256 of the chunks and of itself and is written
+after them, each file under its name only when it is complete: a half-written file is never read.
+
+A pass over the points reads
+
+    stage = state.stage("pass_2")
+    sums = stage.restore("sums", zeros)
+    for batch in stage.unread(stream):
+        ...
+        stage.batch_done(batch, lambda: {"sums": sums})
+    stage.finish(lambda: {"sums": sums})
 """
 
 from __future__ import annotations
@@ -18,35 +26,164 @@ import shutil
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load as load_safetensors
+import torch
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from fsd_fast.clustering.stream import PointBatch, PointStream
 from fsd_fast.distributed import Collectives
 from fsd_fast.files import differences, write_atomically
+from fsd_fast.untrusted import (
+    CHECKSUM,
+    FLAG,
+    OBJECT,
+    SHA256,
+    check_seal,
+    integer,
+    list_of,
+    load_tensors,
+    map_of,
+    number,
+    object_of,
+    read_json_object,
+    seal,
+)
 
-_FORMAT = 2
+Tensors = Callable[[], Mapping[str, Tensor]]
+_FORMAT = 3
+_CHUNK = object_of({"number": integer(0), "bytes": integer(0), "sha256": SHA256})
+_STAGE = object_of(
+    {
+        "batches": integer(0),
+        "rows": integer(0),
+        "complete": FLAG,
+        "metadata": OBJECT,
+        "seconds": number(0),
+        "chunks": list_of(_CHUNK),
+    }
+)
+_MANIFEST = object_of(
+    {"key": OBJECT, "tally": map_of(integer(0)), "stages": map_of(_STAGE), CHECKSUM: SHA256}
+)
 
 
-@dataclass
+class Chunk:
+    """Tensors that were saved together, and the file that holds them."""
+
+    def __init__(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        self._path, self._tensors = path, tensors
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def tensor(
+        self, name: str, dtype: torch.dtype | Sequence[torch.dtype], shape: Sequence[int | None]
+    ) -> Tensor:
+        """A tensor of this dtype (or one of these) and this shape, None standing for any size.
+
+        Raises:
+            ValueError: It is not there, or of another kind.
+        """
+        found = self._tensors.get(name)
+        dtypes = [dtype] if isinstance(dtype, torch.dtype) else list(dtype)
+        if (
+            found is None
+            or found.dtype not in dtypes
+            or found.ndim != len(shape)
+            or any(size not in (None, given) for size, given in zip(shape, found.shape, strict=True))
+        ):
+            given = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
+            sizes = ", ".join("any" if size is None else str(size) for size in shape)
+            raise ValueError(f"{self._path}: expected {name} {dtypes[0]} [{sizes}], got {given}")
+        return found
+
+
 class Stage:
-    """How far a stage has come: the batches and rows behind it, the tensors of its parts, and some facts."""
+    """How far one stage of a clustering has come.
 
-    batches: int = 0
-    rows: int = 0
-    complete: bool = False
-    parts: list[dict[str, Tensor]] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
+    Attributes:
+        batches: Batches behind it.
+        rows: Points in these batches.
+        complete: Nothing is left to do.
+        metadata: JSON values saved with it.
+        chunks: The tensors that were found saved.
+    """
 
-    def last(self, name: str, otherwise: Tensor) -> Tensor:
-        """The tensor of that name in the last part, on the device of ``otherwise``, which stands in for it."""
-        return self.parts[-1][name].to(otherwise.device) if self.parts else otherwise
+    def __init__(
+        self, state: ClusteringState, name: str, record: Mapping[str, Any], chunks: list[Chunk], append: bool
+    ) -> None:
+        self._state, self._name, self._append = state, name, append
+        self._earlier = float(record.get("seconds", 0.0))
+        self._started = time.perf_counter()
+        self.batches: int = record.get("batches", 0)
+        self.rows: int = record.get("rows", 0)
+        self.complete: bool = record.get("complete", False)
+        self.metadata: dict[str, Any] = dict(record.get("metadata", {}))
+        self.chunks = chunks
+
+    @property
+    def where(self) -> str:
+        """The file that says how far this stage has come, for errors."""
+        folder = self._state.folder
+        return f"{'' if folder is None else self._state.manifest(folder)}: stage {self._name}"
+
+    def restore(self, name: str, otherwise: Tensor) -> Tensor:
+        """The tensor saved last under a name, on the device of ``otherwise``, which stands in for it.
+
+        Raises:
+            ValueError: It has another dtype or shape than ``otherwise``.
+        """
+        if not self.chunks:
+            return otherwise
+        saved = self.chunks[-1].tensor(name, otherwise.dtype, list(otherwise.shape))
+        return saved.to(otherwise.device)
+
+    def restore_rows(self, name: str, *dtypes: torch.dtype) -> Tensor:
+        """The values ``[rows]`` saved last under a name, one for each point so far, of one of these dtypes.
+
+        Raises:
+            ValueError: They have another dtype or shape.
+        """
+        if not self.chunks:
+            return torch.empty(0, dtype=dtypes[0])
+        return self.chunks[-1].tensor(name, dtypes, [self.rows])
+
+    def unread(self, stream: PointStream) -> Iterator[PointBatch]:
+        """The batches that this stage has not read yet."""
+        if not self.complete:
+            yield from stream.read(self.batches, self.rows)
+
+    def batch_done(self, batch: PointBatch, tensors: Tensors) -> None:
+        """Count a batch that has been worked in; save ``tensors()`` now and then."""
+        self.batches, self.rows = batch.batch_number + 1, batch.end
+        if self.batches % self._state.save_every == 0:
+            self.save(tensors)
+
+    def finish(self, tensors: Tensors) -> None:
+        """Save ``tensors()`` as the whole of this stage, unless it was complete when it was found."""
+        if not self.complete:
+            self.complete = True
+            self.save(tensors)
+
+    def save(self, tensors: Tensors) -> None:
+        """Save how far this stage has come: in place of its chunks so far, or as one more.
+
+        Raises:
+            OSError: The folder cannot be written; what was saved before stays.
+        """
+        if self._state.folder is not None:
+            record = {
+                "batches": self.batches,
+                "rows": self.rows,
+                "complete": self.complete,
+                "metadata": self.metadata,
+                "seconds": self._earlier + time.perf_counter() - self._started,
+            }
+            self._state.write(self._name, record, tensors(), self._append)
 
 
 class ClusteringState:
@@ -55,14 +192,15 @@ class ClusteringState:
     Args:
         folder: Where it is kept; None: nowhere, and every stage starts from its beginning.
         key: What the numbers depend on (JSON values). Must be that of the state found, if there is one.
-        save_every: Batches between two savings of a reading.
+        save_every: Batches between two savings of a pass.
         rank: Of this process.
 
     Attributes:
         tally: Counts of whatever its user counts, saved along with every stage.
 
     Raises:
-        ValueError: The folder holds the state of another clustering; the fields that differ are listed.
+        ValueError: The folder holds the state of another clustering (the fields that differ are listed), or a damaged
+            one.
     """
 
     def __init__(
@@ -75,152 +213,111 @@ class ClusteringState:
     ) -> None:
         if save_every < 1:
             raise ValueError(f"save_every: expected at least 1, got {save_every}")
-        self._folder = folder
-        self._save_every = save_every
+        self.folder = folder
+        self.save_every = save_every
         self._rank = rank
         # As it comes back from the file: tuples become lists.
         self._key: dict[str, Any] = json.loads(json.dumps({"format": _FORMAT, **(key or {})}))
         self._stages: dict[str, dict[str, Any]] = {}
         self.tally: Counter[str] = Counter()
-        if folder is not None and self._manifest(folder).is_file():
-            self._stages, self.tally = self._read(self._manifest(folder))
+        if folder is not None and self.manifest(folder).is_file():
+            self._stages, self.tally = self._read(self.manifest(folder))
         self._earlier = {name: record["seconds"] for name, record in self._stages.items()}
 
-    def _manifest(self, folder: Path) -> Path:
+    def manifest(self, folder: Path) -> Path:
+        """The file in a folder that says how far this process has come."""
         return folder / f"rank{self._rank}.json"
 
+    def _chunk_path(self, folder: Path, stage: str, number: int) -> Path:
+        return folder / f"rank{self._rank}-{stage}-{number}.safetensors"
+
     def _read(self, path: Path) -> tuple[dict[str, dict[str, Any]], Counter[str]]:
+        anew = "start anew with --overwrite_output_dir true, or choose another folder"
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            found, stages, tally = dict(content["key"]), dict(content["stages"]), Counter(content["tally"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not the state of an interrupted clustering ({error})") from error
+            content = read_json_object(path)
+            found = content.get("key")
+            if isinstance(found, dict) and found.get("format") == _FORMAT:
+                _MANIFEST(content, str(path))
+                check_seal(content, path)
+            elif not isinstance(found, dict):
+                raise ValueError(f"{path}: key: expected an object")
+        except ValueError as error:
+            raise ValueError(f"{error}. It is not the state of an interrupted clustering: {anew}") from None
         different = differences(found, self._key)
         if different:
             raise ValueError(
                 f"{path.parent} is what another, interrupted run left: {different}. Continue it with "
-                f"its own settings, start anew with --overwrite_output_dir true, or choose another folder"
+                f"its own settings, {anew}"
             )
-        return stages, tally
+        return content["stages"], Counter(content["tally"])
 
     def earlier_seconds(self, stage: str) -> float:
         """Seconds that runs before this one spent in a stage and its sub-stages, up to their last saving."""
         return float(sum(value for name, value in self._earlier.items() if name.startswith(stage)))
 
-    def load(self, name: str) -> Stage:
-        """Return what is saved of a stage; a damaged one is begun again, with a warning."""
-        record = self._stages.get(name)
-        if record is None or self._folder is None:
-            return Stage()
-        parts = []
-        for part in record["parts"]:
-            path = self._folder / part["file"]
-            content = path.read_bytes() if path.is_file() else b""
-            if hashlib.sha256(content).hexdigest() != part["sha256"]:
-                warnings.warn(
-                    f"{path} is damaged or missing: stage {name} is begun again", RuntimeWarning, stacklevel=2
-                )
-                del self._stages[name]
-                return Stage()
-            parts.append(load_safetensors(content))
-        return Stage(record["batches"], record["rows"], record["complete"], parts, record["facts"])
+    def stage(self, name: str, *, append: bool = False) -> Stage:
+        """Open a stage where it was left; a damaged one is begun again, with a warning.
 
-    def save(
-        self,
-        name: str,
-        tensors: Mapping[str, Tensor],
-        *,
-        complete: bool,
-        batches: int = 0,
-        rows: int = 0,
-        facts: Mapping[str, Any] | None = None,
-        seconds: float = 0.0,
-        append: bool = False,
-    ) -> None:
-        """Save how far a stage has come: in place of its parts so far, or as one more part (``append``).
-
-        Raises:
-            OSError: The folder cannot be written; what was saved before stays.
+        Args:
+            name: Of the stage.
+            append: Each saving adds a chunk; otherwise it replaces the one before.
         """
-        if self._folder is None:
+        record = self._stages.get(name, {})
+        chunks: list[Chunk] = []
+        if self.folder is not None:
+            for listed in record.get("chunks", []):
+                path = self._chunk_path(self.folder, name, listed["number"])
+                content = _read_chunk(path, listed)
+                if content is None:
+                    warnings.warn(
+                        f"{path} is damaged or missing: stage {name} is begun again",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
+                    del self._stages[name]
+                    return Stage(self, name, {}, [], append)
+                chunks.append(Chunk(path, load_tensors(content, path)))
+        return Stage(self, name, record, chunks, append)
+
+    def write(
+        self, name: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor], append: bool
+    ) -> None:
+        """Write the tensors of a stage, then how far it has come; ``Stage.save`` calls this."""
+        if self.folder is None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        before = self._stages.get(name)
-        old = before["parts"] if before is not None else []
-        number = before["number"] + 1 if before is not None else 0
-        file = f"rank{self._rank}-{name}-{number}.safetensors"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        old = self._stages[name]["chunks"] if name in self._stages else []
+        number = old[-1]["number"] + 1 if old else 0
         # A view would carry all of its storage, and a tensor that is part of another is refused.
         content = save_safetensors({key: value.detach().cpu().clone() for key, value in tensors.items()})
-        write_atomically(self._folder / file, content)
-        part = {"file": file, "sha256": hashlib.sha256(content).hexdigest()}
-        self._stages[name] = {
-            "number": number,
-            "batches": batches,
-            "rows": rows,
-            "complete": complete,
-            "facts": dict(facts or {}),
-            "seconds": seconds,
-            "parts": [*old, part] if append else [part],
-        }
-        manifest = {"key": self._key, "tally": self.tally, "stages": self._stages}
-        write_atomically(self._manifest(self._folder), json.dumps(manifest, indent=1).encode())
+        write_atomically(self._chunk_path(self.folder, name, number), content)
+        chunk = {"number": number, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        self._stages[name] = {**record, "chunks": [*old, chunk] if append else [chunk]}
+        manifest = seal({"key": self._key, "tally": dict(self.tally), "stages": self._stages})
+        write_atomically(self.manifest(self.folder), json.dumps(manifest, indent=1).encode())
         if not append:
-            for part in old:
-                (self._folder / part["file"]).unlink(missing_ok=True)
-
-    def reading(
-        self,
-        stream: PointStream,
-        name: str,
-        kept: Callable[[], Mapping[str, Tensor]],
-        *,
-        facts: Mapping[str, Any] | None = None,
-        append: bool = False,
-    ) -> Iterator[PointBatch]:
-        """Yield the batches that a stage has not yet read; save ``kept()`` now and then, and at the end.
-
-        ``kept()`` is called and ``facts`` read when the last batch yielded has been worked in, ``append`` as in
-        ``save``. The caller starts from ``load(name)``.
-        """
-        record = self._stages.get(name, {"batches": 0, "rows": 0, "complete": False, "seconds": 0.0})
-        if record["complete"]:
-            return
-        batches, rows = record["batches"], record["rows"]
-        started = time.perf_counter()
-
-        def save(complete: bool) -> None:
-            if self._folder is not None:
-                seconds = record["seconds"] + time.perf_counter() - started
-                self.save(
-                    name,
-                    kept(),
-                    complete=complete,
-                    batches=batches,
-                    rows=rows,
-                    facts=facts,
-                    seconds=seconds,
-                    append=append,
-                )
-
-        for batch in stream.read(batches, rows):
-            yield batch
-            batches = batch.number + 1
-            rows = batch.offset + batch.points.shape[0]
-            if batches % self._save_every == 0:
-                save(complete=False)
-        save(complete=True)
+            for replaced in old:
+                self._chunk_path(self.folder, name, replaced["number"]).unlink(missing_ok=True)
 
 
 NOT_SAVED = ClusteringState(None)
 """Keeps nothing."""
 
 
+def _read_chunk(path: Path, listed: Mapping[str, Any]) -> bytes | None:
+    """The content of a chunk; None where it is not the one that was written."""
+    if not path.is_file() or path.stat().st_size != listed["bytes"]:
+        return None
+    content = path.read_bytes()
+    return content if hashlib.sha256(content).hexdigest() == listed["sha256"] else None
+
+
 def discard_state(folder: Path) -> None:
-    """Remove a state, on all processes together; no state is none to remove."""
+    """Remove a state, on all processes together; a folder that is not there is no error."""
     collectives = Collectives()
 
     def remove() -> None:
         if collectives.rank == 0 and folder.is_dir():
             shutil.rmtree(folder)
 
-    collectives.agree(remove)
+    collectives.run_on_all_ranks(remove)

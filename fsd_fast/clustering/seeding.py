@@ -12,8 +12,27 @@ import math
 import torch
 from torch import Tensor
 
-# A squared distance below this part of the two squared norms is rounding: the points count as duplicates.
+# A squared distance below this fraction of the two squared norms is rounding: the points count as duplicates.
 _ROUNDING = 1e-5
+
+
+# Points are drawn by distances in a sketch this wide, or by their own where they are narrower.
+SEEDING_WIDTH = 1024
+
+
+def new_generator(seed: int | None) -> torch.Generator:
+    """A generator of its own on the CPU; None seeds it differently every time."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
+def draw_sketch_seed(generator: torch.Generator) -> int:
+    """A seed for the sketch by which the start is drawn."""
+    return int(torch.randint(1 << 62, (1,), generator=generator))
 
 
 def sort_centred_(sketches: Tensor, order: Tensor) -> None:
@@ -25,6 +44,23 @@ def sort_centred_(sketches: Tensor, order: Tensor) -> None:
     for columns in sketches.split(64, dim=1):
         ordered = columns[order]
         columns.copy_(ordered.sub_(ordered.mean(dim=0)))
+
+
+def draw_seeds(sketches: Tensor, n_clusters: int, init: str, generator: torch.Generator) -> Tensor:
+    """Draw the points that k-means starts from.
+
+    Args:
+        sketches: ``[N, w]`` of all points, sorted and centred.
+        n_clusters: K <= N.
+        init: "k-means++" or "random" (uniformly).
+        generator: On the CPU.
+
+    Returns:
+        K different row numbers, int64 on the CPU.
+    """
+    if init == "random":
+        return torch.randperm(sketches.shape[0], generator=generator)[:n_clusters]
+    return k_means_plus_plus(sketches, n_clusters, generator)
 
 
 def k_means_plus_plus(points: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:

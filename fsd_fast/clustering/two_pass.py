@@ -1,4 +1,4 @@
-"""k-means of very wide points in two readings: cluster their sketches, then average the points.
+"""k-means of very wide points in two passes: cluster their sketches, then average the points.
 
     pass 1   y_i = sketch(x_i), F features down to w;   k-means of all y_i to convergence, in memory  ->  l_i
     pass 2   c_k = (sum of x_i over l_i = k) / n_k,   inertia = sum_i ||x_i - m||^2 - sum_k n_k ||c_k - m||^2
@@ -11,22 +11,24 @@ k-means takes.
 from __future__ import annotations
 
 import dataclasses
-import functools
+import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fsd_fast.clustering.checkpoint import NOT_SAVED, ClusteringState
-from fsd_fast.clustering.kmeans import MiniBatchKMeans
-from fsd_fast.clustering.lloyd import IterationStats, Survey, lloyd, survey
-from fsd_fast.clustering.seeding import sort_centred_
+from fsd_fast.clustering.first_pass import FirstPass, first_pass
+from fsd_fast.clustering.lloyd import IterationStats, LloydSettings
+from fsd_fast.clustering.seeding import new_generator
 from fsd_fast.clustering.sketch import CountSketch
-from fsd_fast.clustering.stream import PointStream, Source
+from fsd_fast.clustering.sketch_kmeans import cluster_sketches
+from fsd_fast.clustering.stream import PointBatch, PointSource, PointStream
+from fsd_fast.clustering.streaming import kmeans_of_stream, lloyd
 from fsd_fast.distributed import Collectives
 from fsd_kernels.kmeans import assign, update_
 
@@ -67,7 +69,7 @@ class StreamClustering:
 
 
 def cluster_stream(
-    points: Source,
+    points: PointSource,
     n_clusters: int,
     *,
     seed: int,
@@ -83,13 +85,13 @@ def cluster_stream(
     epoch_progress: Callable[[int, IterationStats], None] | None = None,
     state: ClusteringState = NOT_SAVED,
 ) -> StreamClustering:
-    """Cluster a stream in two readings, plus ``refine`` + 1 if ``refine`` is not 0.
+    """Cluster a stream in two passes, plus ``refine`` + 1 if ``refine`` is not 0.
 
-    With ``algorithm="lloyd"`` there is no sketch: exact k-means from one start, a reading per epoch and up to three
-    more; nothing is saved in ``state``, and the sketch's arguments play no part.
+    With ``algorithm="lloyd"``: exact k-means from one start, a pass per epoch and up to three more; nothing is saved
+    in ``state``, and the sketch's arguments are ignored.
 
     Args:
-        points: This process's points, see ``fsd_fast.clustering.stream``. Every reading must give the same points
+        points: This process's points, see ``fsd_fast.clustering.stream``. Every pass must give the same points
             in the same order.
         n_clusters: K.
         seed: Of the sketch and of every restart.
@@ -102,286 +104,228 @@ def cluster_stream(
         batch_size: Rows at a time in the sketch, and where ``points`` is a tensor.
         backend: Of the k-means kernels.
         progress: Called with the name of each stage as it begins.
-        epoch_progress: Called in the sketch stage, on the first process, with the number of the restart (from
-            0) and the figures of its latest epoch.
-        state: Where what has been worked out is saved: a killed clustering that is started again with the same
-            points and arguments continues there and ends with the same bits.
+        epoch_progress: Called on the first process with the restart (from 0) and the figures of its latest epoch.
+        state: Where the work is saved: a killed clustering, started again with the same points and arguments,
+            continues there and ends with the same bits.
 
     Raises:
         TypeError: Points of another kind.
-        ValueError: Fewer points than clusters; a NaN or infinite feature or a wrong width (the sample is
-            named); two points with one number; passes that differ; an unknown algorithm, or ``refine`` with "lloyd".
+        ValueError: An argument out of range; fewer points than clusters; a feature that is NaN, infinite or too large
+            or a wrong width (the sample is named); two points with one sample index; passes that differ.
     """
-    for name, value, least in (
-        ("sketch_width", sketch_width, 1),
-        ("restarts", restarts, 1),
-        ("refine", refine, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm: expected one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
-    if algorithm == "lloyd":
-        if refine:
-            raise ValueError(
-                f"refine: every epoch is exact under algorithm='lloyd', expected 0, got {refine}"
-            )
-        return _cluster_exactly(points, n_clusters, seed, features, max_iter, batch_size, backend, progress)
-    collectives = Collectives()
+    if algorithm == "lloyd" and refine:
+        raise ValueError(f"refine: every epoch is exact under algorithm='lloyd', expected 0, got {refine}")
+    limits = {"n_clusters": (n_clusters, 1), "refine": (refine, 0), "max_iter": (max_iter, 1)}
+    limits |= {"sketch_width": (sketch_width, 1), "restarts": (restarts, 1), "batch_size": (batch_size, 1)}
+    for name, (value, minimum) in limits.items():
+        if value < minimum:
+            raise ValueError(f"{name}: expected at least {minimum}, got {value}")
     stream = PointStream(points, batch_size=batch_size, features=features, narrower=features is not None)
-    seconds: dict[str, float] = {}
-
-    def begin(stage: str) -> float:
-        if progress is not None:
-            progress(stage)
-        return time.perf_counter()
-
-    def end(stage: str, started: float) -> float:
-        return time.perf_counter() - started + state.earlier_seconds(stage)
-
-    started = begin("pass_1")
-    seen = survey(
-        stream, lambda width: CountSketch(width, sketch_width, seed), n_clusters, collectives, state
-    )
-    seconds["pass_1"] = end("pass_1", started)
-
-    started = begin("sketch_clustering")
-    labels, best = _cluster_sketches(
-        seen,
-        n_clusters,
-        collectives,
-        seed=seed,
-        restarts=restarts,
-        max_iter=max_iter,
-        batch_size=batch_size,
-        backend=backend,
-        progress=epoch_progress,
-        state=state,
-    )
-    seconds["sketch_clustering"] = end("sketch_clustering", started)
-
-    started = begin("pass_2")
-    sums, counts, scatter = _exact_sums(stream, seen, labels, n_clusters, collectives, backend, state)
-    centroids = sums.div_(counts.clamp(min=1)[:, None])
-    # Only where there are fewer distinct points than clusters is one left empty: it shares a place.
-    vacant = (counts == 0).nonzero().flatten()
-    if vacant.numel():
-        warnings.warn(
-            f"{vacant.numel()} of {n_clusters} clusters are empty: the points have only about "
-            f"{n_clusters - vacant.numel()} distinct values",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        centroids[vacant] = centroids[counts.argmax()].clone()
-    inertia = _inertia(scatter, centroids, counts, seen.mean)
-    result = StreamClustering(
-        centroids.float(),
-        counts,
-        labels,
-        inertia,
-        seen.total,
-        best.inertia,
-        best.iterations,
-        best.stats,
-        seconds=seconds,
-    )
-    seconds["pass_2"] = end("pass_2", started)
-
+    settings = LloydSettings(max_iter=max_iter, batch_size=batch_size, backend=backend)
+    clustering = _Clustering(stream, n_clusters, seed, settings, state, progress)
+    if algorithm == "lloyd":
+        return clustering.exactly()
+    result = clustering.by_sketches(sketch_width, restarts, epoch_progress)
     if refine:
-        started = begin("refine")
-        refined = lloyd(
-            stream,
-            result.centroids,
-            seen.numbers,
-            collectives,
-            max_iter=refine,
-            tol=0,
-            max_no_improvement=None,
-            backend=backend,
-            state=state,
-        )
-        result.centroids, result.counts, result.labels = refined.centroids, refined.counts, refined.labels
-        result.inertia, result.refine_stats = refined.inertia, refined.stats
-        seconds["refine"] = end("refine", started)
+        clustering.refine_(result, refine)
     return result
 
 
-def _cluster_exactly(
-    points: Source,
-    n_clusters: int,
-    seed: int,
-    features: int | None,
-    max_iter: int,
-    batch_size: int,
-    backend: str | None,
-    progress: Callable[[str], None] | None,
-) -> StreamClustering:
-    """Lloyd's algorithm among the points themselves."""
-    if progress is not None:
-        progress("lloyd")
-    started = time.perf_counter()
-    kmeans = MiniBatchKMeans(
-        n_clusters, batch_size=batch_size, max_iter=max_iter, random_state=seed, backend=backend
-    )
-    kmeans.fit(points, features=features)
-    return StreamClustering(
-        kmeans.cluster_centers_,
-        kmeans.counts_,
-        kmeans.labels_,
-        kmeans.inertia_,
-        int(kmeans.counts_.sum()),
-        sketch_inertia=0.0,
-        iterations=[],
-        sketch_stats=[],
-        refine_stats=kmeans.iteration_stats_,
-        seconds={"lloyd": time.perf_counter() - started},
-    )
+class _Clustering:
+    """The stages of a clustering, and what they share."""
 
+    def __init__(
+        self,
+        stream: PointStream,
+        n_clusters: int,
+        seed: int,
+        settings: LloydSettings,
+        state: ClusteringState,
+        progress: Callable[[str], None] | None,
+    ) -> None:
+        self._stream, self._n_clusters, self._seed = stream, n_clusters, seed
+        self._settings, self._state, self._progress = settings, state, progress
+        self._collectives = Collectives()
+        self._seconds: dict[str, float] = {}
+        self._sample_index = torch.empty(0, dtype=torch.int64)
 
-@dataclass
-class _SketchClustering:
-    """Figures of k-means in the sketch: epochs of each restart so far; inertia and epochs of the best one."""
-
-    iterations: list[int] = field(default_factory=list)
-    inertia: float = float("inf")
-    stats: list[IterationStats] = field(default_factory=list)
-
-    @classmethod
-    def from_facts(cls, facts: dict[str, Any]) -> _SketchClustering:
-        """Read what ``dataclasses.asdict`` made of one."""
-        return cls(
-            facts["iterations"], facts["inertia"], [IterationStats(**epoch) for epoch in facts["stats"]]
-        )
-
-
-def _cluster_sketches(
-    seen: Survey,
-    n_clusters: int,
-    collectives: Collectives,
-    *,
-    seed: int,
-    restarts: int,
-    max_iter: int,
-    batch_size: int,
-    backend: str | None,
-    progress: Callable[[int, IterationStats], None] | None,
-    state: ClusteringState,
-) -> tuple[Tensor, _SketchClustering]:
-    """Cluster all sketches on the first process; return the labels of this process and the run's figures.
-
-    The sketches are taken in the order of their numbers, so that the result does not depend on who has which.
-    """
-    numbers = collectives.gather_rows(seen.numbers)
-    order = numbers.argsort()
-    sketches = collectives.gather_rows_to_first(seen.sketches)
-    # No view: it would keep all of them in memory.
-    seen.sketches = torch.empty(0)
-    all_labels = torch.empty(numbers.shape[0], dtype=torch.int64)
-    found = _SketchClustering()
-
-    def run() -> None:
-        nonlocal sketches, found
-        if sketches is None:
-            return
-        saved = state.load("sketch_clustering")
-        all_labels.copy_(saved.last("labels", all_labels))
-        if saved.parts:
-            found = _SketchClustering.from_facts(saved.facts)
-        if len(found.iterations) < restarts:
-            sort_centred_(sketches, order)
-            sketches = sketches.to(seen.mean.device)
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        """Announce a stage and note its seconds, earlier runs included."""
+        if self._progress is not None:
+            self._progress(stage)
         started = time.perf_counter()
-        for restart in range(len(found.iterations), restarts):
-            kmeans = MiniBatchKMeans(
-                n_clusters,
-                batch_size=batch_size,
-                max_iter=max_iter,
-                random_state=seed + restart,
-                backend=backend,
-                progress=None if progress is None else functools.partial(progress, restart),
-            ).fit_alone(sketches)
-            found.iterations.append(kmeans.n_iter_)
-            if kmeans.inertia_ < found.inertia:
-                found.inertia, found.stats = kmeans.inertia_, kmeans.iteration_stats_
-                all_labels.copy_(kmeans.labels_)
-            state.save(
-                "sketch_clustering",
-                {"labels": all_labels},
-                complete=restart + 1 == restarts,
-                facts=dataclasses.asdict(found),
-                seconds=state.earlier_seconds("sketch_clustering") + time.perf_counter() - started,
+        yield
+        self._seconds[stage] = time.perf_counter() - started + self._state.earlier_seconds(stage)
+
+    def exactly(self) -> StreamClustering:
+        """Lloyd's algorithm among the points themselves."""
+        with self._timed("lloyd"):
+            found = kmeans_of_stream(
+                self._stream,
+                self._n_clusters,
+                self._collectives,
+                generator=new_generator(self._seed),
+                settings=self._settings,
             )
-
-    collectives.agree(run)
-    collectives.broadcast_(all_labels)
-    found = _SketchClustering.from_facts(collectives.broadcast_json(dataclasses.asdict(found)))
-    return all_labels[torch.searchsorted(numbers[order], seen.numbers)], found
-
-
-def _exact_sums(
-    stream: PointStream,
-    seen: Survey,
-    labels: Tensor,
-    n_clusters: int,
-    collectives: Collectives,
-    backend: str | None,
-    state: ClusteringState,
-) -> tuple[Tensor, Tensor, float]:
-    """Read the points again: sums ``[K, F]`` float64, counts ``[K]`` and scatter of all processes."""
-    device = seen.mean.device
-    saved = state.load("pass_2")
-    sums = saved.last("sums", torch.zeros(n_clusters, seen.mean.shape[0], dtype=torch.float64, device=device))
-    counts = saved.last("counts", torch.zeros(n_clusters, dtype=torch.int64, device=device))
-    scatter = saved.last("scatter", torch.zeros((), dtype=torch.float64, device=device))
-    center = seen.mean.float()[None]
-
-    def kept() -> dict[str, Tensor]:
-        return {"sums": sums, "counts": counts, "scatter": scatter}
-
-    def read() -> None:
-        stop = saved.rows
-        for batch in state.reading(stream, "pass_2", kept):
-            place, stop = batch.offset, batch.offset + batch.points.shape[0]
-            _check_same(seen, place, stop, batch.points, batch.index)
-            points = batch.points.to(device)
-            update_(sums, counts, points, labels[place:stop].to(device), backend=backend)
-            scatter.add_(assign(points, center, backend=backend)[1].sum(dtype=torch.float64))
-        if stop != seen.numbers.shape[0]:
-            raise ValueError(
-                f"points: {stop} samples in the second pass, {seen.numbers.shape[0]} in the first"
-            )
-
-    collectives.agree(read)
-    return collectives.sum_(sums), collectives.sum_(counts), float(collectives.sum_(scatter))
-
-
-def _check_same(seen: Survey, place: int, stop: int, points: Tensor, index: Tensor | None) -> None:
-    """Raise ValueError unless rows ``place`` to ``stop`` of pass 2 are what they were in pass 1."""
-    if stop > seen.numbers.shape[0]:
-        raise ValueError(
-            f"points: more samples in the second pass than the {seen.numbers.shape[0]} of the first"
+        return StreamClustering(
+            found.centroids,
+            found.counts,
+            found.labels,
+            found.inertia,
+            int(found.counts.sum()),
+            sketch_inertia=0.0,
+            iterations=[],
+            sketch_stats=[],
+            refine_stats=found.stats,
+            seconds=self._seconds,
         )
-    expected = seen.numbers[place:stop]
-    if index is not None and not torch.equal(index, expected):
-        row = int((index != expected).nonzero()[0])
+
+    def by_sketches(
+        self,
+        sketch_width: int,
+        restarts: int,
+        epoch_progress: Callable[[int, IterationStats], None] | None,
+    ) -> StreamClustering:
+        """Sketch the points, cluster the sketches, and average the points of each cluster."""
+        with self._timed("pass_1"):
+            first = first_pass(
+                self._stream,
+                lambda width: CountSketch(width, sketch_width, self._seed),
+                self._n_clusters,
+                self._collectives,
+                self._state,
+            )
+        with self._timed("sketch_clustering"):
+            labels, best = cluster_sketches(
+                first,
+                self._n_clusters,
+                self._collectives,
+                seed=self._seed,
+                restarts=restarts,
+                settings=self._settings,
+                progress=epoch_progress,
+                state=self._state,
+            )
+        with self._timed("pass_2"):
+            sums, counts, scatter = self._exact_sums(first, labels)
+            centroids = _means(sums, counts)
+            inertia = _inertia(scatter, centroids, counts, first.mean)
+            result = StreamClustering(
+                centroids.float(),
+                counts,
+                labels,
+                inertia,
+                first.num_samples,
+                best.inertia,
+                best.iterations,
+                best.stats,
+                seconds=self._seconds,
+            )
+        self._sample_index = first.sample_index
+        return result
+
+    def refine_(self, result: StreamClustering, epochs: int) -> None:
+        """Go on from a result with epochs of exact Lloyd."""
+        with self._timed("refine"):
+            settings = dataclasses.replace(self._settings, max_iter=epochs, tol=0, max_no_improvement=None)
+            refined = lloyd(
+                self._stream,
+                result.centroids,
+                self._sample_index,
+                self._collectives,
+                settings,
+                state=self._state,
+            )
+        result.centroids, result.counts, result.labels = refined.centroids, refined.counts, refined.labels
+        result.inertia, result.refine_stats = refined.inertia, refined.stats
+
+    def _exact_sums(self, first: FirstPass, labels: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Read the points again: sums ``[K, F]`` float64, counts ``[K]`` and scatter of all processes."""
+        device = first.mean.device
+        backend = self._settings.backend
+        center = first.mean.float()[None]
+
+        def read() -> tuple[Tensor, Tensor, Tensor]:
+            stage = self._state.stage("pass_2")
+            shape = (self._n_clusters, first.mean.shape[0])
+            sums = stage.restore("sums", torch.zeros(shape, dtype=torch.float64, device=device))
+            counts = stage.restore("counts", torch.zeros(shape[0], dtype=torch.int64, device=device))
+            scatter = stage.restore("scatter", torch.zeros((), dtype=torch.float64, device=device))
+
+            def tensors() -> dict[str, Tensor]:
+                return {"sums": sums, "counts": counts, "scatter": scatter}
+
+            for batch in stage.unread(self._stream):
+                _check_same(first, batch)
+                points = batch.points.to(device)
+                update_(sums, counts, points, labels[batch.offset : batch.end].to(device), backend=backend)
+                scatter.add_(assign(points, center, backend=backend)[1].sum(dtype=torch.float64))
+                stage.batch_done(batch, tensors)
+            if stage.rows != first.norms.shape[0]:
+                raise ValueError(
+                    f"points: {stage.rows} samples in the second pass, {first.norms.shape[0]} in the first"
+                )
+            stage.finish(tensors)
+            return sums, counts, scatter
+
+        sums, counts, scatter = self._collectives.run_on_all_ranks(read)
+        return (
+            self._collectives.sum_(sums),
+            self._collectives.sum_(counts),
+            float(self._collectives.sum_(scatter)),
+        )
+
+
+def _means(sums: Tensor, counts: Tensor) -> Tensor:
+    """Centroids ``[K, F]`` float64, in place of the sums; those of empty clusters share a place, with a warning."""
+    centroids = sums.div_(counts.clamp(min=1)[:, None])
+    # Only where there are fewer distinct points than clusters is one left empty.
+    vacant = (counts == 0).nonzero().flatten()
+    if vacant.numel():
+        warnings.warn(
+            f"{vacant.numel()} of {counts.shape[0]} clusters are empty: the points have only about "
+            f"{counts.shape[0] - vacant.numel()} distinct values",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        centroids[vacant] = centroids[counts.argmax()].clone()
+    return centroids
+
+
+def _check_same(first: FirstPass, batch: PointBatch) -> None:
+    """Raise ValueError unless a batch of pass 2 is what it was in pass 1."""
+    place = batch.offset
+    if batch.end > first.norms.shape[0]:
         raise ValueError(
-            f"points: the passes differ in order: position {place + row} is sample {int(index[row])}, "
+            f"points: more samples in the second pass than the {first.norms.shape[0]} of the first"
+        )
+    expected = first.sample_index[place : batch.end]
+    found = batch.sample_index
+    if found is not None and not torch.equal(found, expected):
+        row = int((found != expected).nonzero()[0])
+        raise ValueError(
+            f"points: the passes differ in order: position {place + row} is sample {int(found[row])}, "
             f"it was sample {int(expected[row])}"
         )
-    norms = torch.linalg.vector_norm(points, dim=1, dtype=torch.float32).cpu()
-    differ = (norms - seen.norms[place:stop]).abs() > _NORM_TOLERANCE * seen.norms[place:stop]
+    norms = first.norms[place : batch.end]
+    differ = (batch.norms - norms).abs() > _NORM_TOLERANCE * norms
     if bool(differ.any()):
         row = int(differ.nonzero()[0])
         raise ValueError(
-            f"points: the passes differ: sample {int(expected[row])} has norm {float(norms[row]):.6g}, "
-            f"it was {float(seen.norms[place + row]):.6g}"
+            f"points: the passes differ: sample {int(expected[row])} has norm {float(batch.norms[row]):.6g}, "
+            f"it was {float(norms[row]):.6g}"
         )
 
 
 def _inertia(scatter: float, centroids: Tensor, counts: Tensor, mean: Tensor) -> float:
-    """Scatter within the clusters: that about the mean less that of the centroids, each n_k times."""
+    """Scatter within the clusters: the scatter about the mean less n_k times that of each centroid."""
     between = sum(
         int(count) * float((centroid - mean).square().sum())
         for centroid, count in zip(centroids, counts, strict=True)
     )
+    if not math.isfinite(scatter - between):
+        raise ValueError(f"points: expected a finite inertia, got {scatter} - {between}")
     return max(0.0, scatter - between)

@@ -5,29 +5,34 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import PartialState
+from torch import Tensor
 
+from fsd_fast.cache.feature_cache import FeatureCache
 from fsd_fast.clustering.checkpoint import discard_state
-from fsd_fast.commands._common import Work, check_model, check_outputs, load_data
+from fsd_fast.commands._common import TaskData, Work, check_model, check_outputs, load_data
 from fsd_fast.commands.flags import DataArguments, flag
 from fsd_fast.commands.values import Range
 from fsd_fast.data import get_task, resolve_model
 from fsd_fast.distributed import Collectives
+from fsd_fast.files import exclusive_folder
+from fsd_fast.memory.build import STATE_FOLDER
 from fsd_fast.memory.features import (
     FeatureBatch,
+    MemoryIdentity,
     feature_batches,
     local_sample_indices,
     memory_identity,
     open_feature_cache,
     tokens_digest,
 )
-from fsd_fast.memory.plot import PLOT_FILE, plot_memory, sample_numbers
-from fsd_fast.memory.teacher_memory import STATE_FOLDER, TeacherMemory
+from fsd_fast.memory.plot import PLOT_FILE, plot_memory, plotted_samples
+from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.models.loading import load_tokenizer
 from fsd_fast.models.teacher import Teacher
 from fsd_fast.training.checkpoints import check_output_dir
@@ -65,24 +70,17 @@ ARGUMENTS = (DataArguments, MemoryArguments)
 
 
 def prepare(data_arguments: DataArguments, arguments: MemoryArguments) -> Work:
-    """Build the teacher memory."""
-    folder = Path(arguments.output_dir)
-    # An unfinished build is continued where it was killed.
-    if not (folder / STATE_FOLDER).is_dir():
-        check_output_dir(str(folder), None, arguments.overwrite_output_dir)
+    """Check the input; return the work that builds the teacher memory."""
+    _check_free(arguments)
     task = get_task(data_arguments.task_name)
     path = resolve_model(arguments.teacher_model_name_or_path)
     tokenizer = load_tokenizer(path)
     check_model(path, tokenizer, task, data_arguments.max_seq_length)
-    teacher_model = Teacher.from_pretrained(path)
-    check_outputs(teacher_model, task)
+    teacher = Teacher.from_pretrained(path)
+    check_outputs(teacher, task)
     data = load_data(data_arguments, tokenizer)
     identity = memory_identity(
-        teacher_model,
-        task,
-        data_arguments.max_seq_length,
-        data_arguments.pad_features,
-        arguments.num_centroid,
+        teacher, task, data_arguments.max_seq_length, data_arguments.pad_features, arguments.num_centroid
     )
     if len(data.train) < identity.num_centroid:
         raise ValueError(
@@ -90,54 +88,132 @@ def prepare(data_arguments: DataArguments, arguments: MemoryArguments) -> Work:
         )
     state = PartialState(cpu=arguments.use_cpu)
     resolve_backend(None, state.device, "kmeans")
-    teacher_model.to(state.device)
-    samples = local_sample_indices(data.train)
+    teacher.to(state.device)
+    builder = _Builder(arguments, teacher, data, identity, state)
+    builder.lock()
+    return builder.build
 
-    batch_size = arguments.per_device_batch_size
-    tokens = tokens_digest(data.train)
-    layout = {
-        "samples": hashlib.sha256(samples.tobytes()).hexdigest(),
-        "tokens": tokens,
-        "batch_size": batch_size,
-        "device": state.device.type,
-    }
 
-    cache = None
-    if arguments.feature_cache_dir is not None:
-        cache = open_feature_cache(
-            arguments.feature_cache_dir, teacher_model, data.train, identity, samples, batch_size, tokens
-        )
+def _check_free(arguments: MemoryArguments) -> None:
+    """Check that no finished memory is there; an unfinished one is continued where it was killed."""
+    if not (Path(arguments.output_dir) / STATE_FOLDER).is_dir():
+        check_output_dir(arguments.output_dir, None, arguments.overwrite_output_dir, can_resume=False)
 
-    def features_of(chosen: np.ndarray[Any, np.dtype[np.int64]], first: int = 0) -> Iterator[FeatureBatch]:
+
+class _Builder:
+    """A build whose input has been checked.
+
+    Args:
+        arguments: The command's flags.
+        teacher: On the process's device.
+        data: The task, tokenized.
+        identity: Of the memory.
+        state: The processes and this one's device.
+
+    Raises:
+        ValueError: The feature cache is another one's, or its disk has not enough room.
+    """
+
+    def __init__(
+        self,
+        arguments: MemoryArguments,
+        teacher: Teacher,
+        data: TaskData,
+        identity: MemoryIdentity,
+        state: PartialState,
+    ) -> None:
+        self._arguments, self._teacher, self._data = arguments, teacher, data
+        self._identity, self._process = identity, state
+        self._folder = Path(arguments.output_dir)
+        self._sample_index = local_sample_indices(data.train)
+        self._tokens = tokens_digest(data.train)
+        self._locks = ExitStack()
+        self._cache: FeatureCache | None = None
+        if arguments.feature_cache_dir is not None:
+            self._cache = open_feature_cache(
+                arguments.feature_cache_dir,
+                teacher,
+                data.train,
+                identity,
+                self._sample_index,
+                arguments.per_device_batch_size,
+                self._tokens,
+            )
+
+    def lock(self) -> None:
+        """Keep other builds out of the memory's folder, and out of the cache's where features are to be written.
+
+        Raises:
+            BlockingIOError: Another build is there.
+            FileExistsError: Another build has ended there.
+        """
+
+        def lock_folders() -> None:
+            if self._process.is_main_process:
+                self._locks.enter_context(exclusive_folder(self._folder, "output_dir"))
+                # Another build may have ended since it was checked.
+                _check_free(self._arguments)
+                if self._cache is not None and not self._cache.is_whole():
+                    self._locks.enter_context(exclusive_folder(self._cache.folder, "feature_cache_dir"))
+
+        try:
+            Collectives().run_on_all_ranks(lock_folders)
+        except BaseException:
+            self._locks.close()
+            raise
+
+    def _features(self, sample_index: Tensor, first_batch: int = 0) -> Iterator[FeatureBatch]:
         return feature_batches(
-            teacher_model, data.train, data.collator, chosen, batch_size, state.device, first, cache
+            self._teacher,
+            self._data.train,
+            self._data.collator,
+            sample_index,
+            batch_size=self._arguments.per_device_batch_size,
+            device=self._process.device,
+            first_batch=first_batch,
+            cache=self._cache,
         )
 
-    def work() -> dict[str, float]:
-        if arguments.overwrite_output_dir:
-            discard_state(folder / STATE_FOLDER)
-        if cache is not None:
-            Collectives().agree(cache.create if state.is_main_process else lambda: None)
-        built = TeacherMemory.build(
-            functools.partial(features_of, samples),
-            identity,
-            seed=arguments.seed,
-            refine=arguments.memory_refine,
-            num_samples=len(samples),
-            state_dir=folder / STATE_FOLDER,
-            layout=layout,
-        )
-        if state.is_main_process:
-            built.save_pretrained(folder)
-            if arguments.plot:
-                if cache is not None:
-                    cache.scan()
-                plot_memory(built, features_of(sample_numbers(len(data.train))), folder / PLOT_FILE)
-        discard_state(folder / STATE_FOLDER)
+    def _layout(self) -> dict[str, Any]:
+        """What the numbers depend on, beside the memory's identity and settings."""
         return {
-            "memory_inertia": built.inertia,
-            "memory_samples": float(len(data.train)),
-            "memory_teacher_passes": built.teacher_passes,
+            "samples": hashlib.sha256(self._sample_index.numpy().tobytes()).hexdigest(),
+            "tokens": self._tokens,
+            "batch_size": self._arguments.per_device_batch_size,
+            "device": self._process.device.type,
         }
 
-    return work
+    def build(self) -> dict[str, float]:
+        """Build the memory, save it, and draw it if that was asked for; return its figures."""
+        with self._locks:
+            state_folder = self._folder / STATE_FOLDER
+            if self._arguments.overwrite_output_dir:
+                discard_state(state_folder)
+            if self._cache is not None:
+                create = self._cache.create if self._process.is_main_process else lambda: None
+                Collectives().run_on_all_ranks(create)
+            memory = TeacherMemory.build(
+                functools.partial(self._features, self._sample_index),
+                self._identity,
+                seed=self._arguments.seed,
+                refine=self._arguments.memory_refine,
+                num_samples=len(self._sample_index),
+                state_dir=state_folder,
+                layout=self._layout(),
+            )
+            if self._process.is_main_process:
+                self._save(memory)
+            discard_state(state_folder)
+        return {
+            "memory_inertia": memory.inertia,
+            "memory_samples": float(len(self._data.train)),
+            "memory_teacher_passes": memory.teacher_passes,
+        }
+
+    def _save(self, memory: TeacherMemory) -> None:
+        memory.save_pretrained(self._folder)
+        if self._arguments.plot:
+            if self._cache is not None:
+                self._cache.scan()
+            chosen = plotted_samples(len(self._data.train))
+            plot_memory(memory, self._features(chosen), self._folder / PLOT_FILE)

@@ -19,9 +19,9 @@ from fsd_fast.commands.launcher import check_deepspeed
 from fsd_fast.commands.training_checks import check_optimisation, check_training
 from fsd_fast.commands.training_flags import CHOICES, RANGES, Refusal, refusal_of
 from fsd_fast.commands.values import FlagType, shown
-from fsd_fast.files import read_json_object
 from fsd_fast.training.checkpoints import check_output_dir, check_writable
 from fsd_fast.training.record import Record
+from fsd_fast.untrusted import read_json_object
 
 _METAVARS = {"bool": "BOOL", "int": "N", "float": "X", "object": "JSON"}
 
@@ -123,7 +123,7 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Any, ...]:
 
 
 def _from_file(command: str, file: str, flags: dict[str, Flag]) -> dict[str, Given]:
-    values = read_json_object(Path(file))
+    values = read_json_object(Path(file), wide_integers=True)
     if Record.is_record(values):
         record = Record.from_json(values, file)
         if record.command != command:

@@ -16,7 +16,7 @@ from transformers.integrations.integration_utils import (
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from fsd_fast.commands.values import shown
-from fsd_fast.files import read_json_object
+from fsd_fast.untrusted import read_json_object
 
 _FILES = ("deepspeed", "accelerator_config")
 _OBJECTS = ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")

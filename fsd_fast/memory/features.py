@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,13 +32,13 @@ class FeatureBatch:
     Attributes:
         features: ``[b, S_b, D]``, floating.
         attention_mask: ``[b, S_b]``, 1 = token, 0 = padding; None: no padding.
-        index: int64 ``[b]``: the samples' numbers in the data set, each occurring once over all processes.
+        sample_index: int64 ``[b]``: the samples' places in the data set, each occurring once over all processes.
         computed: False where they were read from a cache and the teacher was not run.
     """
 
     features: Tensor
     attention_mask: Tensor | None
-    index: Tensor
+    sample_index: Tensor
     computed: bool = True
 
 
@@ -135,87 +134,114 @@ def flatten_features(batch: FeatureBatch, identity: MemoryIdentity) -> Tensor:
 
 
 def memory_identity(
-    teacher_model: Teacher, task: Task, max_seq_length: int, pad_features: str, num_centroid: int | None
+    teacher: Teacher, task: Task, max_seq_length: int, pad_features: str, num_centroid: int | None
 ) -> MemoryIdentity:
     """What a memory for this teacher, task and padding policy must be; K defaults to the paper's for the task."""
     return MemoryIdentity(
         task_name=task.name,
-        teacher=teacher_model.name,
-        teacher_fingerprint=model_fingerprint(teacher_model.model),
-        layer=teacher_model.num_layers - 1,
+        teacher=teacher.name,
+        teacher_fingerprint=model_fingerprint(teacher.model),
+        layer=teacher.num_layers - 1,
         max_seq_length=max_seq_length,
-        hidden_size=teacher_model.hidden_size,
+        hidden_size=teacher.hidden_size,
         num_centroid=task.default_num_centroid if num_centroid is None else num_centroid,
         pad_features=pad_features,
     )
 
 
-def local_sample_indices(dataset: Dataset) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Numbers of this process's training samples, each sample in exactly one process.
+def local_sample_indices(dataset: Dataset) -> Tensor:
+    """Places int64 ``[n]`` of this process's samples in the data set, each sample in exactly one process.
 
     In order of length, so that a batch padded to its own longest wastes little.
     """
     state = PartialState()
     order = np.argsort(np.asarray(dataset[LENGTH_COLUMN]), kind="stable").astype(np.int64)
-    return order[state.process_index :: state.num_processes]
+    return torch.from_numpy(order[state.process_index :: state.num_processes].copy())
 
 
 def feature_batches(
-    teacher_model: Teacher,
+    teacher: Teacher,
     dataset: Dataset,
     collator: PadCollator,
-    samples: np.ndarray[Any, np.dtype[np.int64]],
+    sample_index: Tensor,
+    *,
     batch_size: int,
     device: torch.device,
-    first: int = 0,
+    first_batch: int = 0,
     cache: FeatureCache | None = None,
 ) -> Iterator[FeatureBatch]:
-    """Features of the given training samples, from batch number ``first`` on: the teacher's, or those it had cached."""
-    for index in list(torch.from_numpy(samples).split(batch_size))[first:]:
+    """The teacher's penultimate features of chosen samples, computed or from a cache.
+
+    Args:
+        teacher: On ``device``.
+        dataset: Tokenized samples.
+        collator: Pads a batch of them.
+        sample_index: Places of the samples in the data set, int64 ``[n]``; batches take them in this order.
+        batch_size: Samples of a batch; the last may have fewer.
+        device: Where the features are given.
+        first_batch: Batches left out at the start.
+        cache: Where features are read where it holds them, and written where it does not, once the caller has asked for
+            the batch after: it has then accepted them as finite. None: the teacher always runs.
+
+    Yields:
+        Batches in order; a cached one has its padding zeroed under "exclude" and no mask.
+
+    Raises:
+        OSError: The cache cannot be written.
+    """
+    for index in sample_index.split(batch_size)[first_batch:]:
         stored = None if cache is None else cache.read(index)
         if stored is not None:
             yield FeatureBatch(stored.to(device), None, index, computed=False)
             continue
-        inputs = collator([dataset[number] for number in index.tolist()])
+        inputs = collator([dataset[place] for place in index.tolist()])
         inputs = {name: value.to(device) for name, value in inputs.items()}
-        batch = FeatureBatch(teacher_model.penultimate(inputs), inputs.get("attention_mask"), index)
+        batch = FeatureBatch(teacher.penultimate(inputs), inputs.get("attention_mask"), index)
         yield batch
-        # Not before: who reads refuses features that are not finite.
         if cache is not None:
             cache.write(index, batch.features, batch.attention_mask)
 
 
 def open_feature_cache(
     folder: str,
-    teacher_model: Teacher,
+    teacher: Teacher,
     dataset: Dataset,
     identity: MemoryIdentity,
-    samples: np.ndarray[Any, np.dtype[np.int64]],
+    sample_index: Tensor,
     batch_size: int,
     tokens: str,
 ) -> FeatureCache:
     """Open the cache of a training set's features, on all processes together.
 
+    Args:
+        folder: Of the cache.
+        teacher: Whose features they are.
+        dataset: Tokenized samples.
+        identity: Gives task, layer, S, D and the padding policy.
+        sample_index: Places of this process's samples, int64 ``[n]``.
+        batch_size: Samples of a batch.
+        tokens: The data set's ``tokens_digest``.
+
     Raises:
         ValueError: The folder holds something else, or its disk has not enough room.
     """
     record = dataclasses.asdict(identity)
-    kept = {
+    shared = {
         item.name: record[item.name] for item in dataclasses.fields(FeatureIdentity) if item.name in record
     }
-    dtype = next(teacher_model.model.parameters()).dtype
+    dtype = next(teacher.model.parameters()).dtype
     own = FeatureIdentity(
-        **kept, dtype=str(dtype).removeprefix("torch."), num_samples=len(dataset), tokens=tokens
+        **shared, dtype=str(dtype).removeprefix("torch."), num_samples=len(dataset), tokens=tokens
     )
     collectives = Collectives()
-    cache = collectives.agree(lambda: FeatureCache(folder, own))
+    cache = collectives.run_on_all_ranks(lambda: FeatureCache(folder, own))
     # Short samples take less room only where padding is left out.
     lengths = torch.tensor(dataset[LENGTH_COLUMN])
     if identity.pad_features == "include":
         lengths = torch.full_like(lengths, identity.max_seq_length)
-    missing = [index for index in torch.from_numpy(samples).split(batch_size) if not cache.holds(index)]
+    missing = [index for index in sample_index.split(batch_size) if not cache.holds(index)]
     positions = sum(collectives.gather_sizes(sum(int(lengths[index].sum()) for index in missing)))
-    collectives.agree(lambda: cache.check_room(positions))
+    collectives.run_on_all_ranks(lambda: cache.check_room(positions))
     return cache
 
 

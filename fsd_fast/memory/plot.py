@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fsd_fast.clustering.sketch import CountSketch
 from fsd_fast.memory.features import FeatureBatch, flatten_features
@@ -25,9 +25,9 @@ _SKETCH_WIDTH = 2048
 _PERPLEXITY = 30.0
 
 
-def sample_numbers(total: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Up to 1000 sample numbers, spread evenly over ``total``."""
-    return np.unique(np.linspace(0, total - 1, min(total, _SAMPLE)).round().astype(np.int64))
+def plotted_samples(total: int) -> Tensor:
+    """Sample indices int64 of up to 1000 samples, spread evenly over ``total``."""
+    return torch.linspace(0, total - 1, min(total, _SAMPLE), dtype=torch.float64).round().long().unique()
 
 
 def plot_memory(memory: TeacherMemory, batches: Iterable[FeatureBatch], path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
 
+from fsd_fast.files import is_scratch
 from fsd_fast.training.record import RECORD_FILE
 
 
@@ -36,13 +37,16 @@ def check_writable(name: str, folder: str) -> None:
         return
 
 
-def check_output_dir(output_dir: str, resume: str | None, overwrite: bool) -> None:
-    """Check that a run's folder is free.
+def check_output_dir(
+    output_dir: str, resume: str | None, overwrite: bool, *, can_resume: bool = True
+) -> None:
+    """Check that a run's folder is free; locks and half-written files in it do not count.
 
     Args:
         output_dir: The folder.
         resume: A checkpoint, "last", or "auto", which takes a folder of this package's own run as it is.
         overwrite: Whether the folder may hold anything.
+        can_resume: The command has ``--resume_from_checkpoint``, so that the error may advise it.
 
     Raises:
         FileExistsError: The folder holds something, and neither resuming nor overwriting was asked for.
@@ -50,12 +54,13 @@ def check_output_dir(output_dir: str, resume: str | None, overwrite: bool) -> No
     folder = Path(output_dir)
     if folder.is_file():
         raise FileExistsError(f"output_dir: {folder} is a file; expected a folder")
-    if overwrite or not folder.is_dir() or not any(folder.iterdir()):
+    if overwrite or not folder.is_dir() or all(is_scratch(path.name) for path in folder.iterdir()):
         return
     if resume is None:
+        advice = "continue it with --resume_from_checkpoint last, " if can_resume else ""
         raise FileExistsError(
-            f"output_dir: {folder} holds a run already; continue it with --resume_from_checkpoint last, "
-            "start anew with --overwrite_output_dir true, or choose another folder"
+            f"output_dir: {folder} holds a run already; {advice}start anew with --overwrite_output_dir true, "
+            "or choose another folder"
         )
     if resume.lower() == "auto" and not (folder / RECORD_FILE).is_file():
         raise FileExistsError(

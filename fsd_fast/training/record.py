@@ -19,7 +19,8 @@ import torch
 from transformers import TrainingArguments
 
 import fsd_fast
-from fsd_fast.files import read_json_object, write_json
+from fsd_fast.files import write_json
+from fsd_fast.untrusted import read_json_object
 from fsd_fast.versions import installed_versions
 
 RECORD_FILE = "fsd_arguments.json"

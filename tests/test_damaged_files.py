@@ -1,0 +1,570 @@
+"""Damaged and hostile files of a memory, a feature cache and an interrupted build.
+
+What is read equals what was written, or is one ``ValueError`` that names the file. Shards of a cache and chunks of a
+build are left out with a warning and made again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import struct
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save as save_safetensors
+
+from fsd_fast.cache.feature_cache import FeatureCache, FeatureIdentity
+from fsd_fast.clustering.checkpoint import ClusteringState
+from fsd_fast.clustering.sketch import CountSketch
+from fsd_fast.clustering.two_pass import cluster_stream
+from fsd_fast.memory.teacher_memory import TeacherMemory
+from fsd_fast.untrusted import seal
+from tests.tiny import memory_identity
+
+S, D, K, N = 4, 8, 3, 40
+DEEP = json.loads("[" * 20 + "]" * 20)
+# One of every kind that JSON has, and what is large, small or out of range.
+VALUES: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    2**63 - 1,
+    0.5,
+    1e308,
+    -1e308,
+    "",
+    "../../x",
+    "\ud800",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    DEEP,
+]
+
+
+def mutated(content: bytes, generator: random.Random) -> bytes:
+    """The content with one fault: a bit, some bytes, a cut, a block twice, missing, or moved."""
+    place, size = generator.randrange(len(content)), generator.randrange(1, 40)
+    kind = generator.randrange(6)
+    if kind == 0:
+        changed = bytes([content[place] ^ (1 << generator.randrange(8))])
+        return content[:place] + changed + content[place + 1 :]
+    if kind == 1:
+        return content[:place] + generator.randbytes(size) + content[place + size :]
+    if kind == 2:
+        return content[:place]
+    if kind == 3:
+        return content[: place + size] + content[place:]
+    if kind == 4:
+        return content[:place] + content[place + size :]
+    digit = generator.choice([b"9", b"-", b"e99", b"0" * 30, b"[", b'"', b"}", b"null"])
+    return content[:place] + digit + content[place + 1 :]
+
+
+def header_mutated(content: bytes, generator: random.Random) -> bytes:
+    """A safetensors file with a fault in its header."""
+    size = int.from_bytes(content[:8], "little")
+    header = mutated(content[8 : 8 + size], generator)
+    length = len(header) if generator.random() < 0.8 else generator.choice([0, 2**63, 2**64 - 1, size + 1])
+    return length.to_bytes(8, "little") + header + content[8 + size :]
+
+
+def headers() -> Iterator[bytes]:
+    """Safetensors files that are hostile as a whole."""
+
+    def whole(header: Any, values: bytes = b"") -> bytes:
+        text = header if isinstance(header, bytes) else json.dumps(header).encode()
+        return struct.pack("<Q", len(text)) + text + values
+
+    def tensor(dtype: str, shape: list[Any], offsets: list[Any]) -> dict[str, Any]:
+        return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+    yield b""
+    yield b"\xff" * 8
+    yield struct.pack("<Q", 2**63) + b"{}"
+    yield whole(b"[" * 100_000)
+    yield whole(b'{"centroids":' * 10_000)
+    yield whole({})
+    yield whole([])
+    for dtype in ("F64", "I64", "BOOL", "F8_E4M3", "F4", "C64", "U16", "X", "", 5):
+        yield whole({"centroids": tensor(dtype, [K, S * D], [0, 4 * K * S * D])}, bytes(4 * K * S * D))  # type: ignore[arg-type]
+    for shape in ([2**62, 2**62], [2**63], [-1, 5], [K, 2**40], [K, 1.5], [], ["a"], [0, 2**62], [10**30]):
+        yield whole({"centroids": tensor("F32", shape, [0, 4 * K * S * D])}, bytes(4 * K * S * D))
+    for offsets in ([0, 2**63], [-8, 0], [8, 0], [0], [0, 4 * K * S * D + 4], ["0", "4"], [10**30, 10**31]):
+        yield whole({"centroids": tensor("F32", [K, S * D], offsets)}, bytes(4 * K * S * D))
+    yield whole({"__metadata__": {"a": 1}, "centroids": tensor("F32", [0], [0, 0])})
+    yield whole({"__metadata__": {"a": "b"}})
+    twice = json.dumps({"centroids": tensor("F32", [1], [0, 4])})
+    yield whole((twice[:-1] + "," + twice[1:]).encode(), bytes(4))
+
+
+HOSTILE = list(headers())
+
+
+def within_a_second(run: Callable[[], Any]) -> Any:
+    started = time.process_time()
+    try:
+        return run()
+    finally:
+        assert time.process_time() - started < 1
+
+
+def attempt(run: Callable[[], Any], where: Path) -> tuple[Any, str]:
+    """The result and "", or None and the error: one short line that begins with a path in ``where``."""
+    try:
+        return within_a_second(run), ""
+    except ValueError as error:
+        text = str(error)
+    text = text.removeprefix("feature_cache_dir: ")
+    assert text.startswith(str(where)), text
+    assert "\n" not in text
+    assert len(text) < 800
+    return None, text
+
+
+# --- the memory -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def memory() -> TeacherMemory:
+    return TeacherMemory(
+        centroids=torch.randn(K, S * D, generator=torch.Generator().manual_seed(0)),
+        identity=memory_identity(S, D, K),
+        seed=3,
+        num_samples=N,
+        inertia=12.5,
+        cluster_sizes=[10, 20, 10],
+        empty_clusters=0,
+        iteration_stats=[
+            {
+                "stage": "sketch", "iteration": 1, "inertia": 13.0, "empty_clusters": 0, "reseeded": 0, "shift": 0.5,
+                "seconds": 0.1,
+            }
+        ],
+        settings={"algorithm": "sketch", "restarts": 4},
+        teacher_passes=2.0,
+        seconds={"pass_1": 1.5},
+        versions={"torch": "2"},
+    )  # fmt: skip
+
+
+def equal(found: TeacherMemory, expected: TeacherMemory) -> bool:
+    names = [item.name for item in dataclasses.fields(found) if item.name != "centroids"]
+    same = all(getattr(found, name) == getattr(expected, name) for name in names)
+    return same and torch.equal(found.centroids, expected.centroids)
+
+
+def check_memory(folder: Path, memory: TeacherMemory) -> str:
+    """Read a memory; return the error, or "" where it is the one that was written."""
+    found, text = attempt(lambda: TeacherMemory.from_pretrained(folder), folder)
+    assert text.startswith(str(folder / "memory.")) or equal(found, memory)
+    return text
+
+
+@pytest.mark.parametrize("name", ["memory.json", "memory.safetensors"])
+def test_a_mutated_memory_is_whole_or_refused(memory: TeacherMemory, tmp_path: Path, name: str) -> None:
+    memory.save_pretrained(tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    generator = random.Random(0)
+    refused = 0
+    for _ in range(250):
+        content = mutated(whole, generator)
+        (tmp_path / name).write_bytes(content)
+        refused += check_memory(tmp_path, memory) != ""
+    assert refused > 240
+
+
+def fields_of(record: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths to all values in a JSON record."""
+    items = (
+        record.items() if isinstance(record, dict) else enumerate(record) if isinstance(record, list) else ()
+    )
+    for key, value in items:
+        yield (*path, key)
+        yield from fields_of(value, (*path, key))
+
+
+def with_value(record: Any, path: tuple[Any, ...], value: Any) -> Any:
+    copy = json.loads(json.dumps(record))
+    place = copy
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return copy
+
+
+def test_every_field_of_a_memory_is_checked_even_under_a_valid_seal(
+    memory: TeacherMemory, tmp_path: Path
+) -> None:
+    memory.save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "memory.json").read_text())
+    del record["checksum"]
+    errors = 0
+    for path in fields_of(record):
+        for value in VALUES:
+            changed = with_value(record, path, value)
+            (tmp_path / "memory.json").write_text(json.dumps(seal(changed)))
+            found, text = attempt(lambda: TeacherMemory.from_pretrained(tmp_path), tmp_path)
+            if text:
+                # The field, or what it must agree with.
+                names = [str(key) for key in path] + ["sha256", "cluster sizes", "centroids", "format"]
+                assert any(name in text.removeprefix(str(tmp_path)) for name in names), (path, text)
+                errors += 1
+                continue
+            # A value of the kind that the field takes.
+            kind = type(_at(record, path))
+            assert (
+                isinstance(value, kind) or (kind is float and isinstance(value, int)) or path[0] == "settings"
+            )
+            found.save_pretrained(tmp_path / "again")
+    assert errors > 350
+
+
+def _at(record: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        record = record[key]
+    return record
+
+
+@pytest.mark.parametrize("content", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_hostile_tensor_file_under_a_valid_hash_is_refused(
+    memory: TeacherMemory, tmp_path: Path, content: bytes
+) -> None:
+    memory.save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "memory.json").read_text())
+    del record["checksum"]
+    record["sha256"] = hashlib.sha256(content).hexdigest()
+    (tmp_path / "memory.json").write_text(json.dumps(seal(record)))
+    (tmp_path / "memory.safetensors").write_bytes(content)
+    assert check_memory(tmp_path, memory).startswith(str(tmp_path / "memory.safetensors: "))
+
+
+def test_a_huge_tensor_file_is_not_read(memory: TeacherMemory, tmp_path: Path) -> None:
+    memory.save_pretrained(tmp_path)
+    with (tmp_path / "memory.safetensors").open("r+b") as file:
+        file.truncate(1 << 40)
+    assert "1,099,511,627,776 bytes are more than centroids [3, 32] take" in check_memory(tmp_path, memory)
+
+
+def test_a_memory_of_an_earlier_format_says_so(memory: TeacherMemory, tmp_path: Path) -> None:
+    memory.save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "memory.json").read_text()) | {"format": 1}
+    del record["checksum"]
+    (tmp_path / "memory.json").write_text(json.dumps(record))
+    assert "expected a memory of format 2, got 1; build it again" in check_memory(tmp_path, memory)
+
+
+# --- the cache --------------------------------------------------------------------------------------------------
+
+
+IDENTITY = FeatureIdentity("rte", "ab" * 32, 5, S, D, "exclude", "float32", N, "cd" * 32)
+
+
+def filled_cache(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """A cache of one shard; its samples and their features."""
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randperm(N, generator=generator)[:6]
+    features = torch.randn(6, S, D, generator=generator)
+    cache = FeatureCache(folder, IDENTITY)
+    cache.create()
+    cache.write(index, features, None)
+    return index, features
+
+
+def crc32(values: torch.Tensor) -> str:
+    return f"{zlib.crc32(values.flatten().view(torch.uint8).numpy().tobytes()):08x}"
+
+
+def read_cache(folder: Path, index: torch.Tensor) -> tuple[torch.Tensor | None, list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = within_a_second(lambda: FeatureCache(folder, IDENTITY).read(index))
+    return found, [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize("change", [mutated, header_mutated])
+def test_a_mutated_shard_is_whole_or_left_out(
+    tmp_path: Path, change: Callable[[bytes, random.Random], bytes]
+) -> None:
+    index, features = filled_cache(tmp_path)
+    [path] = tmp_path.glob("*.safetensors")
+    whole = path.read_bytes()
+    generator = random.Random(1)
+    damaged = 0
+    for _ in range(300):
+        path.write_bytes(change(whole, generator))
+        found, messages = read_cache(tmp_path, index)
+        if found is None:
+            assert len(messages) == 1
+            assert messages[0].startswith(f"{path} is damaged (")
+            assert len(messages[0]) < 600
+            damaged += 1
+        else:
+            assert torch.equal(found, features)
+    assert damaged > 250
+
+
+@pytest.mark.parametrize("content", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_hostile_shard_is_left_out(tmp_path: Path, content: bytes) -> None:
+    index, _ = filled_cache(tmp_path)
+    [path] = tmp_path.glob("*.safetensors")
+    path.write_bytes(content)
+    found, [message] = read_cache(tmp_path, index)
+    assert found is None
+    assert f"{path} is damaged" in message
+
+
+@pytest.mark.parametrize(
+    ("index", "lengths", "features", "message"),
+    [
+        (
+            torch.tensor([0, N]),
+            torch.tensor([1, 1]),
+            torch.ones(2, D),
+            f"sample_index: expected values from 0 to {N - 1}",
+        ),
+        (
+            torch.tensor([0, -1]),
+            torch.tensor([1, 1]),
+            torch.ones(2, D),
+            "sample_index: expected values from 0",
+        ),
+        (
+            torch.tensor([0, 1]),
+            torch.tensor([3, -1]),
+            torch.ones(2, D),
+            f"lengths: expected values from 0 to {S}",
+        ),
+        (torch.tensor([0, 1]), torch.tensor([1, 2**40]), torch.ones(2, D), "lengths: expected values from 0"),
+        (torch.tensor([0, 1]), torch.tensor([1]), torch.ones(1, D), r"lengths: expected int64 \[b\]"),
+        (
+            torch.tensor([0, 1.0]),
+            torch.tensor([1, 1]),
+            torch.ones(2, D),
+            r"sample_index: expected int64 \[b\]",
+        ),
+        (torch.tensor([0, 1]), torch.tensor([1, 1]), torch.ones(3, D), "features F32"),
+        (torch.tensor([0, 1]), torch.tensor([1, 1]), torch.ones(2, D).double(), "features F64"),
+    ],
+)
+def test_a_shard_with_valid_checksums_and_wrong_numbers_is_left_out(
+    tmp_path: Path, index: torch.Tensor, lengths: torch.Tensor, features: torch.Tensor, message: str
+) -> None:
+    filled_cache(tmp_path)
+    values = {"sample_index": index, "lengths": lengths, "features": features}
+    metadata = {
+        "identity": IDENTITY.digest(),
+        "index_crc32": crc32(torch.cat([index, lengths])),
+        "features_crc32": crc32(features),
+    }
+    path = tmp_path / "0000.safetensors"
+    path.write_bytes(save_safetensors(values, metadata))
+    with pytest.warns(RuntimeWarning, match=rf"0000.safetensors is damaged \(.*{message}"):
+        cache = FeatureCache(tmp_path, IDENTITY)
+    assert not cache.is_whole()
+
+
+def test_a_pipe_among_the_shards_is_left_out(tmp_path: Path) -> None:
+    index, features = filled_cache(tmp_path)
+    os.mkfifo(tmp_path / "0000.safetensors")
+    found, [message] = read_cache(tmp_path, index)
+    assert torch.equal(found, features)  # type: ignore[arg-type]
+    assert "0000.safetensors is damaged ('it is not a file')" in message
+
+
+def test_a_mutated_identity_of_a_cache_is_whole_or_refused(tmp_path: Path) -> None:
+    index, features = filled_cache(tmp_path)
+    path = tmp_path / "features.json"
+    whole = path.read_bytes()
+    generator = random.Random(2)
+    refused = 0
+    for _ in range(250):
+        path.write_bytes(mutated(whole, generator))
+        result, text = attempt(lambda: read_cache(tmp_path, index), tmp_path)
+        if text:
+            refused += 1
+        else:
+            assert torch.equal(result[0], features)
+    assert refused > 240
+
+
+# --- the state of a build ---------------------------------------------------------------------------------------
+
+
+KEY = {"seed": 1, "width": [1, 2]}
+
+
+def points() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return list((torch.randn(N, 6, generator=generator) + 4 * torch.arange(N)[:, None].remainder(K)).split(8))
+
+
+def left_state(folder: Path) -> torch.Tensor:
+    """The state of a build that ended, with all its stages; the centroids."""
+    state = ClusteringState(folder, KEY, save_every=2)
+    return cluster_stream(points(), K, seed=0, sketch_width=4, restarts=2, state=state).centroids
+
+
+def continued(folder: Path) -> torch.Tensor:
+    state = ClusteringState(folder, KEY, save_every=2)
+    return cluster_stream(points(), K, seed=0, sketch_width=4, restarts=2, state=state).centroids
+
+
+def test_a_mutated_state_gives_the_same_bits_or_is_refused(tmp_path: Path) -> None:
+    expected = left_state(tmp_path)
+    paths = sorted(tmp_path.iterdir())
+    assert {path.name for path in paths} >= {"rank0.json", "rank0-pass_1-0.safetensors"}
+    assert len(paths) >= 4
+    wholes = {path: path.read_bytes() for path in paths}
+    generator = random.Random(3)
+    outcomes = {"refused": 0, "again": 0, "same": 0}
+    for turn in range(100):
+        path = tmp_path / "rank0.json" if turn % 2 else generator.choice(paths)
+        for name in set(tmp_path.iterdir()) - set(paths):
+            name.unlink()
+        for name, whole in wholes.items():
+            name.write_bytes(whole)
+        path.write_bytes(mutated(wholes[path], generator))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found, text = attempt(lambda: continued(tmp_path), tmp_path)
+        if text:
+            assert path.name == "rank0.json"
+            outcomes["refused"] += 1
+            continue
+        assert torch.equal(found, expected)
+        outcomes["again" if caught else "same"] += 1
+    assert outcomes["refused"] > 45
+    assert outcomes["again"] > 20
+
+
+def test_every_field_of_a_state_is_checked_even_under_a_valid_seal(tmp_path: Path) -> None:
+    left_state(tmp_path)
+    whole = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    record = json.loads((tmp_path / "rank0.json").read_text())
+    del record["checksum"]
+    refused = 0
+    for path in fields_of(record):
+        for value in ("../../x", -1, DEEP):
+            for file, content in whole.items():
+                file.write_bytes(content)
+            (tmp_path / "rank0.json").write_text(json.dumps(seal(with_value(record, path, value))))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                _, text = attempt(lambda: continued(tmp_path), tmp_path)
+            refused += text != ""
+    assert refused > 180
+    assert not (tmp_path.parent.parent / "x").exists()
+
+
+def test_names_in_a_state_never_leave_its_folder(tmp_path: Path) -> None:
+    """Chunks have numbers and no names, so that no manifest can have another file read or removed."""
+    folder = tmp_path / "state"
+    left_state(folder)
+    victim = tmp_path / "victim.safetensors"
+    victim.write_bytes(b"mine")
+    record = json.loads((folder / "rank0.json").read_text())
+    del record["checksum"]
+    record["stages"]["../victim"] = record["stages"]["pass_2"]
+    record["stages"]["pass_2"] = record["stages"]["pass_2"] | {"complete": False, "batches": 1, "rows": 8}
+    (folder / "rank0.json").write_text(json.dumps(seal(record)))
+    continued(folder)
+    assert victim.read_bytes() == b"mine"
+    record["stages"]["pass_2"]["chunks"][0]["file"] = "../victim.safetensors"
+    (folder / "rank0.json").write_text(json.dumps(seal(record)))
+    with pytest.raises(
+        ValueError, match=r"rank0.json: stages\['pass_2'\]: chunks\[0\]: unknown fields: 'file'"
+    ):
+        continued(folder)
+
+
+@pytest.mark.parametrize(
+    ("stage", "tensors", "message"),
+    [
+        (
+            "pass_2",
+            {"sums": torch.zeros(K, 7)},
+            r"expected sums torch.float64 \[3, 6\], got torch.float32 \[3, 7\]",
+        ),
+        ("pass_2", {"other": torch.zeros(1)}, r"expected sums torch.float64 \[3, 6\], got nothing"),
+        ("sketch_clustering", {"labels": torch.zeros(N - 1)}, r"expected labels torch.int64 \[40\]"),
+        (
+            "pass_1",
+            {"norms": torch.zeros(N)},
+            r"expected norms torch.float32 \[any, 1\], got torch.float32 \[40\]",
+        ),
+        (
+            "pass_1",
+            {"total": torch.zeros(6)},
+            r"expected total torch.float64 \[any\], got torch.float32 \[6\]",
+        ),
+        (
+            "pass_1",
+            {
+                "norms": torch.zeros(N, 1),
+                "sketches": torch.zeros(N, 0),
+                "sample_index": torch.zeros(N, 1, dtype=torch.int64),
+            },
+            "expected sketches of one width, at least 1, got 0",
+        ),
+        ("pass_1", {"total": torch.zeros(6).double()}, "rows: expected the 0 of its chunks, got 40"),
+    ],
+)
+def test_tensors_of_another_kind_in_a_state_are_refused(
+    tmp_path: Path, stage: str, tensors: dict[str, torch.Tensor], message: str
+) -> None:
+    left_state(tmp_path)
+    content = save_safetensors(tensors)
+    record = json.loads((tmp_path / "rank0.json").read_text())
+    del record["checksum"]
+    number = record["stages"][stage]["chunks"][0]["number"]
+    (tmp_path / f"rank0-{stage}-{number}.safetensors").write_bytes(content)
+    chunk = {"number": number, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    record["stages"][stage]["chunks"] = [chunk]
+    (tmp_path / "rank0.json").write_text(json.dumps(seal(record)))
+    with pytest.raises(ValueError, match=message) as caught:
+        continued(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_hostile_chunk_under_a_valid_hash_is_refused(tmp_path: Path, content: bytes) -> None:
+    left_state(tmp_path)
+    record = json.loads((tmp_path / "rank0.json").read_text())
+    del record["checksum"]
+    number = record["stages"]["pass_2"]["chunks"][0]["number"]
+    path = tmp_path / f"rank0-pass_2-{number}.safetensors"
+    path.write_bytes(content)
+    chunk = {"number": number, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    record["stages"]["pass_2"]["chunks"] = [chunk]
+    (tmp_path / "rank0.json").write_text(json.dumps(seal(record)))
+    _, text = attempt(lambda: continued(tmp_path), path)
+    assert text
+
+
+def test_a_sketch_of_another_width_is_refused(tmp_path: Path) -> None:
+    """An incomplete first pass goes on with sketches as wide as those it has."""
+    left_state(tmp_path)
+    record = json.loads((tmp_path / "rank0.json").read_text())
+    del record["checksum"]
+    stage = record["stages"]["pass_1"]
+    stage |= {"complete": False, "batches": 2, "rows": 16, "chunks": stage["chunks"][:1]}
+    (tmp_path / "rank0.json").write_text(json.dumps(seal(record)))
+    assert torch.equal(continued(tmp_path), left_state(tmp_path / "other"))
+    (tmp_path / "rank0.json").write_text(json.dumps(seal(record)))
+    state = ClusteringState(tmp_path, KEY, save_every=2)
+    assert CountSketch(6, 5, 0).width == 5
+    with pytest.raises(ValueError, match="expected sketches of one width, at least 1, got 5 after 4"):
+        cluster_stream(points(), K, seed=0, sketch_width=5, restarts=2, state=state)
