@@ -59,6 +59,7 @@ from fsd_fast.data import (
 )
 from fsd_fast.memory.features import FeatureBatch, MemoryIdentity, flatten_features, model_fingerprint
 from fsd_fast.memory.teacher_memory import TeacherMemory
+from fsd_fast.models.student import load_classifier
 from fsd_fast.models.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,7 +110,8 @@ class Source:
         self.samples = tokens.select(np.argsort(tokens[LENGTH_COLUMN], kind="stable"))
         self.longest = int(max(tokens[LENGTH_COLUMN]))
         self.tokens = hashlib.sha256(repr([list(ids) for ids in tokens["input_ids"]]).encode()).hexdigest()
-        self.teacher = Teacher.from_pretrained(path)
+        # Its head is random; the features are read below it.
+        self.teacher = Teacher(load_classifier(path, task.labels), path)
         self.tokenizer = tokenizer
         self.forwards = 0
         self.forward_seconds = 0.0

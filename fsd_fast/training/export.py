@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from fsd_fast.distributed import Collectives
 from fsd_fast.models.families import outputs_of, same, sample_inputs
 from fsd_fast.models.whole_weights import whole_weights
 
@@ -72,13 +73,22 @@ def export_student(
 def check_export(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Export a student that is about to be trained into a scratch folder and compare what loads from there.
 
+    Call it on all processes: the first one does the work (transformers writes a configuration nowhere else), and all
+    stop if it fails.
+
     Args:
         student: Whole, on the CPU.
         tokenizer: Its tokenizer.
 
     Raises:
         ValueError: It cannot be saved, or what loads has other weights, logits or tokens.
+        RuntimeError: The same, in the other processes.
     """
+    processes = Collectives()
+    processes.agree((lambda: _try_export(student, tokenizer)) if processes.rank == 0 else lambda: None)
+
+
+def _try_export(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     name = type(student).__name__
     fork = torch.random.fork_rng(devices=[])  # the weights drawn here should not shift those of the run
     with tempfile.TemporaryDirectory(prefix="fsd-fast-") as scratch, whole_weights(), fork:
