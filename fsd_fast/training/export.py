@@ -85,7 +85,9 @@ def check_export(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
         RuntimeError: The same, in the other processes.
     """
     processes = Collectives()
-    processes.agree((lambda: _try_export(student, tokenizer)) if processes.rank == 0 else lambda: None)
+    processes.run_on_all_ranks(
+        (lambda: _try_export(student, tokenizer)) if processes.rank == 0 else lambda: None
+    )
 
 
 def _try_export(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
