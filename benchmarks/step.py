@@ -21,8 +21,8 @@ from benchmarks.harness import Timed
 from benchmarks.inputs import Inputs, Sizes, with_memories
 from fsd_fast.losses import METHODS, FeatureStructureLoss, FeatureStructureObjective, Signals
 from fsd_fast.memory.student_memory import StudentMemory
-from fsd_fast.models.distillation import DistillationModel
 from fsd_fast.models.teacher import Teacher
+from fsd_fast.training.distillation import DistillationModel
 
 _ALPHA, _TEMPERATURE = 0.5, 10.0
 _LEARNING_RATE, _CLIP = 3e-5, 1.0

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     )
     from fsd_fast.memory.student_memory import StudentMemory
     from fsd_fast.memory.teacher_memory import TeacherMemory
-    from fsd_fast.models.distillation import DistillationModel
     from fsd_fast.models.teacher import Teacher
+    from fsd_fast.training.distillation import DistillationModel
     from fsd_fast.training.trainer import FSDTrainer
 
 __version__ = "0.1.0"
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "DistillationModel": "models.distillation",
+    "DistillationModel": "training.distillation",
     "FSDTrainer": "training.trainer",
     "MiniBatchKMeans": "clustering.kmeans",
     "StudentMemory": "memory.student_memory",

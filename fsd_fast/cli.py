@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from fsd_fast import __version__
-from fsd_fast.commands import COMMANDS, load_command
+from fsd_fast.commands import COMMANDS, prepare
 from fsd_fast.commands.failures import fail
 from fsd_fast.commands.launcher import rank, split_launcher_rank
 
@@ -32,28 +32,6 @@ def _usage() -> str:
     lines = ["usage: fsd-fast COMMAND [FILE.json] [flags]", "", "commands:"]
     lines += [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
     return "\n".join([*lines, "", "fsd-fast COMMAND --help lists a command's flags.", "fsd-fast --version"])
-
-
-def run(command: str, arguments: Sequence[str]) -> dict[str, float]:
-    """Run one command and return its figures.
-
-    Args:
-        command: A key of ``COMMANDS``.
-        arguments: Its flags, or a JSON file of them and flags that override it.
-
-    Raises:
-        ValueError, TypeError, OSError: Something is wrong with the input; nothing has been done.
-    """
-    return _prepared(command, arguments)()
-
-
-def _prepared(command: str, arguments: Sequence[str]) -> Callable[[], dict[str, float]]:
-    module = load_command(command)
-    if not module.ARGUMENTS and not arguments:
-        return module.prepare()  # nothing to parse, so transformers need not be imported
-    from fsd_fast.commands.parsing import parse
-
-    return module.prepare(*parse(command, arguments))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     command, working = listed[0], False
     try:
-        work = _prepared(command, listed[1:])
+        work = prepare(command, listed[1:])
         working = True
         figures = work()
     except KeyboardInterrupt:

@@ -417,14 +417,14 @@ def test_a_command_that_is_done_leaves_the_process_group(tmp_path, monkeypatch):
         torch.distributed.init_process_group("gloo", init_method=init, rank=0, world_size=1)
         return {}
 
-    monkeypatch.setattr(cli, "_prepared", lambda command, arguments: work)
+    monkeypatch.setattr(cli, "prepare", lambda command, arguments: work)
     assert cli.main(["evaluate"]) == 0
     assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_one_process_prints_the_figures(monkeypatch, capsys, rank):
-    monkeypatch.setattr(cli, "_prepared", lambda command, arguments: lambda: {"eval_accuracy": 0.5})
+    monkeypatch.setattr(cli, "prepare", lambda command, arguments: lambda: {"eval_accuracy": 0.5})
     monkeypatch.setenv("RANK", rank)
     assert cli.main(["evaluate"]) == 0
     assert capsys.readouterr().out == ("evaluation\n  accuracy  0.5\n" if rank == "0" else "")
@@ -532,7 +532,7 @@ def test_rank_before_the_command(monkeypatch):
         seen.append((command, list(arguments)))
         return dict
 
-    monkeypatch.setattr(cli, "_prepared", prepared)
+    monkeypatch.setattr(cli, "prepare", prepared)
     monkeypatch.setattr(sys, "argv", ["train_ds.py", "--local_rank=1", "distill", "--seed", "3"])
     assert cli.main() == 0
     assert seen == [("distill", ["--seed", "3"])]

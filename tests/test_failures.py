@@ -25,7 +25,7 @@ def command(monkeypatch, capsys):
         def fail(*_):
             raise error
 
-        monkeypatch.setattr(cli, "_prepared", (lambda *_: fail) if working else fail)
+        monkeypatch.setattr(cli, "prepare", (lambda *_: fail) if working else fail)
         status = cli.main(["memory"])
         return status, capsys.readouterr().err.splitlines()
 

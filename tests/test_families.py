@@ -11,12 +11,11 @@ import transformers.integrations.deepspeed as hf_deepspeed
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from fsd_fast.cli import run
+from fsd_fast.commands import run
 from fsd_fast.data.builtin import BACKBONE_NAME, resolve_model
 from fsd_fast.losses import FeatureStructureLoss, FeatureStructureObjective, Signals
 from fsd_fast.memory.features import model_fingerprint
 from fsd_fast.models import families
-from fsd_fast.models.distillation import DistillationModel
 from fsd_fast.models.families import layer_stack, with_layers
 from fsd_fast.models.inputs import check_inputs, input_limits
 from fsd_fast.models.labels import label_order, order_outputs
@@ -25,6 +24,7 @@ from fsd_fast.models.student import load_classifier
 from fsd_fast.models.teacher import Teacher
 from fsd_fast.models.whole_weights import whole_weights
 from fsd_fast.training import export
+from fsd_fast.training.distillation import DistillationModel
 from fsd_fast.training.export import check_export
 from tests.tiny import (
     TRAINING,

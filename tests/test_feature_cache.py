@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fsd_fast import files
 from fsd_fast.cache.feature_cache import FeatureCache, FeatureIdentity
-from fsd_fast.cli import run
+from fsd_fast.commands import run
 from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.models.teacher import Teacher
 from tests.tiny import SEQUENCE, memory_flags, tiny

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fsd_fast.cli import run
+from fsd_fast.commands import run
 from tests.tiny import (
     CENTROIDS,
     HIDDEN,

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from fsd_fast import files
-from fsd_fast.cli import run
 from fsd_fast.clustering import checkpoint as clustering_state
 from fsd_fast.clustering.checkpoint import ClusteringState, discard_state
 from fsd_fast.commands import memory as memory_command
+from fsd_fast.commands import run
 from fsd_fast.files import exclusive_folder
 from fsd_fast.memory import teacher_memory as memory
 from fsd_fast.memory.features import FeatureBatch, MemoryIdentity

@@ -10,8 +10,7 @@ from transformers.trainer_callback import TrainerCallback
 
 import fsd_fast
 from fsd_fast import cli
-from fsd_fast.cli import run
-from fsd_fast.commands import demo
+from fsd_fast.commands import demo, run
 from fsd_fast.commands import distill as distill_command
 from fsd_fast.commands.flags import RunArguments
 from fsd_fast.commands.parsing import command_flags

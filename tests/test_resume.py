@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from fsd_fast.cli import run
+from fsd_fast.commands import run
 from tests.tiny import TRAINING, history, tiny
 
 __all__ = ["tiny"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from fsd_fast.cli import run
 from fsd_fast.commands import distill as distill_command
+from fsd_fast.commands import run
 from fsd_fast.commands import teacher as teacher_command
 from fsd_fast.data import TASKS
 from fsd_fast.metrics import hard_label_loss

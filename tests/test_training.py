@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertModel
 
-from fsd_fast.cli import run
 from fsd_fast.commands import distill as commands
+from fsd_fast.commands import run
 from fsd_fast.commands.parsing import parse
 from fsd_fast.losses import METHODS
 from fsd_fast.memory.features import model_fingerprint
@@ -210,6 +210,24 @@ def test_copying_the_teacher_takes_its_layers_and_its_head(tiny, tmp_path):
     assert same(student, {name: teacher[name] for name in student})
     assert "classifier.weight" in student
     assert "bert.encoder.layer.2.output.dense.weight" not in student
+
+
+def test_a_student_starts_from_what_its_teacher_was_fine_tuned_from(tiny, tmp_path, caplog):
+    flags = without_source(tiny.distillation(tmp_path / "run", "vkd", steps=1))
+    run("distill", [*flags, "--learning_rate", "0"])
+    student, pretrained = encoder_layers(weights(tmp_path / "run")), weights(tiny.backbone)
+    assert same(student, {name: pretrained[name] for name in student})
+    assert f"the student starts from {tiny.backbone}, which the teacher was fine-tuned from" in caplog.text
+    record = read_record(tmp_path / "run" / "fsd_arguments.json")
+    assert record.arguments["model_name_or_path"] == str(tiny.backbone)
+
+
+def test_a_teacher_without_a_record_does_not_say_where_students_start(tiny, tmp_path):
+    shutil.copytree(tiny.teacher, tmp_path / "teacher")
+    (tmp_path / "teacher" / "fsd_arguments.json").unlink()
+    flags = without_source(tiny.distillation(tmp_path / "run", "vkd"))
+    with pytest.raises(ValueError, match="model_name_or_path: expected the pre-trained model"):
+        run("distill", [*flags, "--teacher_model_name_or_path", str(tmp_path / "teacher")])
 
 
 def test_a_student_defaults_to_half_of_its_teacher(tiny, tmp_path):

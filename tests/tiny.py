@@ -26,7 +26,7 @@ from transformers import (
     set_seed,
 )
 
-from fsd_fast.cli import run
+from fsd_fast.commands import run
 from fsd_fast.memory.features import MemoryIdentity
 
 ROOT = Path(__file__).resolve().parents[1]

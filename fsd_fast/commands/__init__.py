@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 COMMANDS = {
@@ -34,3 +35,26 @@ def load_command(name: str) -> ModuleType:
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"unknown command {name!r}; {hint}expected one of {', '.join(COMMANDS)}")
     return importlib.import_module(f"fsd_fast.commands.{name}")
+
+
+def prepare(command: str, arguments: Sequence[str]) -> Callable[[], dict[str, float]]:
+    """Parse and check a command's arguments, and return its work, which gives its figures.
+
+    Args:
+        command: A key of ``COMMANDS``.
+        arguments: Its flags, or a JSON file of them and flags that override it.
+
+    Raises:
+        ValueError, TypeError, OSError: Something is wrong with the input; nothing has been done.
+    """
+    module = load_command(command)
+    if not module.ARGUMENTS and not arguments:
+        return module.prepare()  # nothing to parse, so transformers need not be imported
+    from fsd_fast.commands.parsing import parse
+
+    return module.prepare(*parse(command, arguments))
+
+
+def run(command: str, arguments: Sequence[str]) -> dict[str, float]:
+    """Prepare a command, do its work, and return its figures; arguments and errors as for ``prepare``."""
+    return prepare(command, arguments)()

@@ -86,7 +86,7 @@ def _run_stage(
     name: str, command: str, flags: list[str], folder: Path, anew: bool
 ) -> tuple[dict[str, float], bool]:
     """Return a stage's figures, and whether it ran or had run before with the same flags."""
-    from fsd_fast.cli import run
+    from fsd_fast.commands import run
 
     record = folder / "stages" / f"{name.replace(' ', '_')}.json"
     if record.is_file() and not anew:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 import torch
-from transformers import set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from fsd_fast.commands._common import (
     Work,
@@ -19,20 +21,20 @@ from fsd_fast.commands._common import (
 )
 from fsd_fast.commands.flags import LEARNING_RATES, DataArguments, RunArguments, flag
 from fsd_fast.commands.values import Range
-from fsd_fast.data import get_task, resolve_model
+from fsd_fast.data import Task, get_task, resolve_model
 from fsd_fast.losses import DEFAULTS, METHODS, FeatureStructureLoss, FeatureStructureObjective, Objective
 from fsd_fast.memory.features import memory_identity
 from fsd_fast.memory.student_memory import StudentMemory
 from fsd_fast.memory.teacher_memory import TeacherMemory
-from fsd_fast.models.distillation import DistillationModel, export_state
 from fsd_fast.models.layers import parse_layer_pairs, penultimate_pair
 from fsd_fast.models.loading import load_tokenizer, read_config
 from fsd_fast.models.student import load_classifier, parameter_count
 from fsd_fast.models.teacher import Teacher
 from fsd_fast.models.whole_weights import whole_weights
 from fsd_fast.training.checkpoints import find_checkpoint
+from fsd_fast.training.distillation import DistillationModel, export_state
 from fsd_fast.training.export import check_export
-from fsd_fast.training.record import make_record
+from fsd_fast.training.record import RECORD_FILE, make_record, read_record
 from fsd_fast.training.resume import check_resumed
 from fsd_fast.training.run import choose_best_metric, finish_run
 from fsd_fast.training.trainer import FSDTrainer
@@ -42,13 +44,17 @@ from fsd_kernels import resolve_backend
 _WEIGHTS = Range(minimum=0, maximum=1e6)
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass
 class DistillationArguments:
     """The ``distill`` command: student, memory and loss."""
 
     teacher_model_name_or_path: str = flag("The fine-tuned teacher.")
     model_name_or_path: str | None = flag(
-        "Pre-trained model whose first layers the student starts from: a folder, a Hub name or 'minilm'.",
+        "Pre-trained model whose first layers the student starts from: a folder, a Hub name or 'minilm'. Default: the "
+        "one that the teacher was fine-tuned from, as the record in its folder says.",
         None,
     )
     copy_teacher: bool = flag("Start the student from the fine-tuned teacher's first layers instead.", False)
@@ -104,32 +110,112 @@ class DistillRunArguments(RunArguments):
 ARGUMENTS = (DataArguments, DistillationArguments, DistillRunArguments)
 
 
+@dataclass(frozen=True)
+class _Models:
+    """What a distillation starts from."""
+
+    tokenizer: PreTrainedTokenizerBase
+    teacher: Teacher
+    student: PreTrainedModel
+
+
 def prepare(
     data_arguments: DataArguments, arguments: DistillationArguments, run: DistillRunArguments
 ) -> Work:
-    """Train a student next to its frozen teacher."""
+    """Check the input; return the work that trains a student next to its frozen teacher."""
     resume = find_checkpoint(str(run.output_dir), run.resume_from_checkpoint)
     task = get_task(data_arguments.task_name)
     choose_best_metric(run, task)
+    _check_device(arguments, run)
     set_seed(run.seed)
     teacher_path = resolve_model(arguments.teacher_model_name_or_path)
-    source = teacher_path if arguments.copy_teacher else arguments.model_name_or_path
-    if arguments.copy_teacher and arguments.model_name_or_path is not None:
+    source = _student_source(arguments, teacher_path)
+    teacher_layers = int(read_config(teacher_path).num_hidden_layers)
+    student_layers = arguments.student_layers or max(1, teacher_layers // 2)
+    layer_pairs = parse_layer_pairs(arguments.layer_pairs, teacher_layers, student_layers)
+    penultimate = penultimate_pair(teacher_layers, student_layers)
+    objective = FeatureStructureObjective(_loss(data_arguments, arguments), layer_pairs, penultimate)
+    _check_batches(objective, arguments, run)
+    models = _load_models(data_arguments, task, teacher_path, source, student_layers)
+    teacher_memory, student_memory = _memories(data_arguments, arguments, objective, models, run.seed)
+    data = load_data(data_arguments, models.tokenizer)
+    trainer = FSDTrainer(
+        model=DistillationModel(models.student, objective, student_memory),
+        args=run,
+        train_dataset=data.train,
+        eval_dataset=evaluation_sets(data),
+        data_collator=data.collator,
+        processing_class=models.tokenizer,
+        compute_metrics=metrics_of(task),
+        teacher=models.teacher,
+        teacher_memory=teacher_memory,
+    )
+    record = make_record(
+        "distill",
+        data_arguments,
+        arguments,
+        run,
+        student_layers=student_layers,
+        layer_pairs=",".join(f"{teacher}:{student}" for teacher, student in layer_pairs),
+        parameters=parameter_count(models.student),
+        teacher_parameters=parameter_count(models.teacher.model),
+    )
+    if resume is not None:
+        record = check_resumed(record, resume, run.allow_changes)
+    return functools.partial(
+        finish_run,
+        trainer,
+        resume,
+        lambda: export_state(trainer.gathered_state()),
+        models.student,
+        task.name,
+        len(data.train),
+        models.tokenizer,
+        f"{student_layers}-layer student for {task.name}, distilled by {arguments.method}",
+        record,
+    )
+
+
+def _check_device(arguments: DistillationArguments, run: RunArguments) -> None:
+    """Check that the losses' backend runs here, and that the process has one GPU at most."""
+    for op in ("intra_cka", "gram", "structure"):
+        resolve_backend(arguments.backend, run.device, op)
+    if run.n_gpu > 1:
+        # Trainer would cut the batch, and with it the memory, into one part for each GPU.
         raise ValueError(
-            "model_name_or_path: --copy_teacher true starts the student from the teacher; expected one of the two, got "
-            f"both and {arguments.model_name_or_path}"
+            f"distill trains on one GPU in each process and sees {run.n_gpu}; start a process for each with "
+            f"deepspeed --num_gpus {run.n_gpu} train_ds.py distill ..., or choose one with CUDA_VISIBLE_DEVICES=0"
         )
-    if source is None:
-        raise ValueError(
-            "model_name_or_path: expected the pre-trained model the student starts from, or --copy_teacher true"
-        )
-    source = resolve_model(source)
-    tokenizer = load_tokenizer(teacher_path)
-    if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(
-            f"model_name_or_path: {source} and the teacher {teacher_path} have different vocabularies"
-        )
-    loss = FeatureStructureLoss(
+
+
+def _student_source(arguments: DistillationArguments, teacher_path: str) -> str:
+    """Find the model whose first layers the student starts from, and put its name into the arguments.
+
+    Without ``--model_name_or_path`` and ``--copy_teacher`` it is the model that the teacher was fine-tuned from, as the
+    record in the teacher's folder says.
+    """
+    if arguments.copy_teacher:
+        if arguments.model_name_or_path is not None:
+            raise ValueError(
+                "model_name_or_path: --copy_teacher true starts the student from the teacher; expected one of the "
+                f"two, got both and {arguments.model_name_or_path}"
+            )
+        return teacher_path
+    if arguments.model_name_or_path is None:
+        path = Path(teacher_path) / RECORD_FILE
+        known = read_record(path).arguments.get("model_name_or_path") if path.is_file() else None
+        if not isinstance(known, str):
+            raise ValueError(
+                "model_name_or_path: expected the pre-trained model the student starts from, or --copy_teacher true; "
+                f"{path} does not say what the teacher was fine-tuned from"
+            )
+        logger.warning("the student starts from %s, which the teacher was fine-tuned from", known)
+        arguments.model_name_or_path = known
+    return resolve_model(arguments.model_name_or_path)
+
+
+def _loss(data_arguments: DataArguments, arguments: DistillationArguments) -> FeatureStructureLoss:
+    return FeatureStructureLoss(
         arguments.method,
         alpha=arguments.alpha,
         temperature=arguments.temperature,
@@ -142,122 +228,80 @@ def prepare(
         pad_features=data_arguments.pad_features,
         backend=arguments.backend,
     )
-    for op in ("intra_cka", "gram", "structure"):
-        resolve_backend(arguments.backend, run.device, op)
-    if run.n_gpu > 1:
-        # Trainer would cut the batch, and with it the memory, into one part for each GPU.
-        raise ValueError(
-            f"distill trains on one GPU in each process and sees {run.n_gpu}; start a process for each with "
-            f"deepspeed --num_gpus {run.n_gpu} train_ds.py distill ..., or choose one with CUDA_VISIBLE_DEVICES=0"
-        )
-    teacher_layers = int(read_config(teacher_path).num_hidden_layers)
-    student_layers = (
-        max(1, teacher_layers // 2) if arguments.student_layers is None else arguments.student_layers
-    )
-    layer_pairs = parse_layer_pairs(arguments.layer_pairs, teacher_layers, student_layers)
-    objective = FeatureStructureObjective(loss, layer_pairs, penultimate_pair(teacher_layers, student_layers))
+
+
+def _check_batches(objective: Objective, arguments: DistillationArguments, run: RunArguments) -> None:
+    """Check what the objective needs of a batch, of the optimizer, and of the memory flags."""
     if run.per_device_train_batch_size < objective.requires.minimum_batch:
         raise ValueError(
             f"per_device_train_batch_size: method {arguments.method!r} compares the samples of a batch and needs "
             f"at least {objective.requires.minimum_batch}, got {run.per_device_train_batch_size}"
         )
-    if objective.requires.memories:
-        _check_memory_keeps_its_size(run)
-    for path in (teacher_path, source):
-        check_model(path, tokenizer, task, data_arguments.max_seq_length)
-    with whole_weights():
-        teacher_model = Teacher.from_pretrained(teacher_path)
-        check_outputs(teacher_model, task)
-        student = load_classifier(source, task.labels, student_layers)
-    check_export(student, tokenizer)
-    teacher_memory, student_memory = _memories(
-        data_arguments, arguments, objective, teacher_model, student, run.seed
-    )
-    data = load_data(data_arguments, tokenizer)
-    trainer = FSDTrainer(
-        model=DistillationModel(student, objective, student_memory),
-        args=run,
-        train_dataset=data.train,
-        eval_dataset=evaluation_sets(data),
-        data_collator=data.collator,
-        processing_class=tokenizer,
-        compute_metrics=metrics_of(task),
-        teacher=teacher_model,
-        teacher_memory=teacher_memory,
-    )
-    record = make_record(
-        "distill",
-        data_arguments,
-        arguments,
-        run,
-        student_layers=student_layers,
-        layer_pairs=",".join(f"{teacher}:{student}" for teacher, student in layer_pairs),
-        parameters=parameter_count(student),
-        teacher_parameters=parameter_count(teacher_model.model),
-    )
-    if resume is not None:
-        record = check_resumed(record, resume, run.allow_changes)
-    title = f"{student_layers}-layer student for {task.name}, distilled by {arguments.method}"
-    return functools.partial(
-        finish_run,
-        trainer,
-        resume,
-        lambda: export_state(trainer.gathered_state()),
-        student,
-        task.name,
-        len(data.train),
-        tokenizer,
-        title,
-        record,
-    )
-
-
-def _check_memory_keeps_its_size(run: RunArguments) -> None:
-    """Check that the student memory is not in a group of parameters that decay.
-
-    An optimizer of DeepSpeed's configuration takes all parameters as one group; Trainer's own has one without decay.
-    """
-    deepspeed = getattr(run, "hf_deepspeed_config", None)
-    config = {} if deepspeed is None else deepspeed.config
-    if run.weight_decay and "optimizer" in config:
-        raise ValueError(
-            f"weight_decay: the optimizer of the DeepSpeed configuration would let the student memory decay too, got "
-            f"{run.weight_decay}; take its 'optimizer' out, as in ds_config.json, and Trainer's AdamW is used"
-        )
-
-
-def _memories(
-    data_arguments: DataArguments,
-    arguments: DistillationArguments,
-    objective: Objective,
-    teacher_model: Teacher,
-    student: Any,
-    seed: int,
-) -> tuple[torch.Tensor | None, StudentMemory | None]:
-    """Load the teacher memory and start the student memory, or (None, None) where the method uses none."""
     if not objective.requires.memories:
-        return None, None
+        if arguments.memory_path is not None:
+            raise ValueError(
+                f"memory_path: method {arguments.method!r} reads no memory, got {arguments.memory_path}"
+            )
+        return
     if arguments.memory_path is None:
         users = ", ".join(name for name, used in METHODS.items() if used[2])
         raise ValueError(
             f"memory_path: methods {users} need a teacher memory; build one with the 'memory' command, "
             f"got method {arguments.method!r} without --memory_path"
         )
-    built = TeacherMemory.from_pretrained(arguments.memory_path)
+    # An optimizer of DeepSpeed's configuration takes all parameters as one group; Trainer's own has one without decay.
+    deepspeed = getattr(run, "hf_deepspeed_config", None)
+    if run.weight_decay and deepspeed is not None and "optimizer" in deepspeed.config:
+        raise ValueError(
+            f"weight_decay: the optimizer of the DeepSpeed configuration would let the student memory decay too, got "
+            f"{run.weight_decay}; take its 'optimizer' out, as in ds_config.json, and Trainer's AdamW is used"
+        )
+
+
+def _load_models(
+    data_arguments: DataArguments, task: Task, teacher_path: str, source: str, student_layers: int
+) -> _Models:
+    """Load teacher and student and check that both take the task's samples, and that the student can be exported."""
+    tokenizer = load_tokenizer(teacher_path)
+    if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"model_name_or_path: {source} and the teacher {teacher_path} have different vocabularies"
+        )
+    for path in (teacher_path, source):
+        check_model(path, tokenizer, task, data_arguments.max_seq_length)
+    with whole_weights():
+        teacher = Teacher.from_pretrained(teacher_path)
+        check_outputs(teacher, task)
+        student = load_classifier(source, task.labels, student_layers)
+    check_export(student, tokenizer)
+    return _Models(tokenizer, teacher, student)
+
+
+def _memories(
+    data_arguments: DataArguments,
+    arguments: DistillationArguments,
+    objective: Objective,
+    models: _Models,
+    seed: int,
+) -> tuple[torch.Tensor | None, StudentMemory | None]:
+    """Load the teacher memory and start the student memory, or (None, None) where the objective requires none."""
+    if not objective.requires.memories or arguments.memory_path is None:
+        return None, None
+    memory = TeacherMemory.from_pretrained(arguments.memory_path)
     expected = memory_identity(
-        teacher_model,
+        models.teacher,
         get_task(data_arguments.task_name),
         data_arguments.max_seq_length,
         data_arguments.pad_features,
-        built.identity.num_centroid,
+        memory.identity.num_centroid,
     )
-    built.identity.check(expected, arguments.memory_path)
-    own = StudentMemory(
-        built.identity.num_centroid,
+    memory.identity.check(expected, arguments.memory_path)
+    student_memory = StudentMemory(
+        memory.identity.num_centroid,
         data_arguments.max_seq_length,
-        int(student.config.hidden_size),
+        int(models.student.config.hidden_size),
         init=arguments.student_memory_init,
-        teacher_memory=built,
+        teacher_memory=memory,
         generator=torch.Generator().manual_seed(seed),
     )
-    return built.centroids, own
+    return memory.centroids, student_memory

@@ -10,8 +10,8 @@ from transformers import Trainer
 
 from fsd_fast.data import SAMPLE_COLUMN
 from fsd_fast.losses import Signals
-from fsd_fast.models.distillation import DistillationModel
 from fsd_fast.models.teacher import Teacher
+from fsd_fast.training.distillation import DistillationModel
 from fsd_fast.training.finite import FiniteCheck
 
 
