@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from fsd_fast.files import write_json
 from fsd_fast.metrics import MAIN_METRIC, main_metric_first
 from fsd_fast.models.labels import id2label_of
 from fsd_fast.training.export import export_student, model_card
+from fsd_fast.training.manifest import checkpoint_folders, remove_checkpoint
 from fsd_fast.training.record import RECORD_FILE, Record, write_record
 
 
@@ -43,9 +42,8 @@ def finish_run(
     if trainer.is_world_process_zero():
         if resume is None:
             # A run that starts anew must not be continued from the checkpoints of the one before.
-            for old in folder.glob("checkpoint-*"):
-                if re.fullmatch(r"checkpoint-\d+", old.name):
-                    shutil.rmtree(old)
+            for old in checkpoint_folders(folder):
+                remove_checkpoint(old)
         write_record(folder / RECORD_FILE, record)
     result = trainer.train(resume_from_checkpoint=resume)
     if trainer.state.global_step < trainer.state.max_steps:
