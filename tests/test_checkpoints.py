@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from fsd_fast.commands import run
+from fsd_fast.files import exclusive_folder
 from fsd_fast.training.checkpoints import find_checkpoint
 from fsd_fast.training.manifest import MANIFEST_FILE, checkpoint_faults, checkpoint_folders, seal_checkpoint
 from tests.tiny import history, losses, tiny
@@ -211,3 +212,17 @@ def test_a_full_disk_leaves_the_older_checkpoint(tiny, whole, tmp_path, monkeypa
             run("distill", [*flags(tiny, folder), "--save_total_limit", "1"])
     assert find_checkpoint(str(folder), "last") == str(folder / "checkpoint-2")
     assert equal(resumed(tiny, folder), load_file(whole / "model.safetensors"))
+
+
+def test_two_runs_do_not_share_a_folder(tiny, cut_off):
+    before = {path: path.stat().st_mtime_ns for path in cut_off.rglob("*")}
+    with (
+        exclusive_folder(cut_off, "output_dir"),
+        pytest.raises(BlockingIOError, match="is being written by process"),
+    ):
+        resumed(tiny, cut_off)
+    after = {path: path.stat().st_mtime_ns for path in cut_off.rglob("*") if path.name != ".lock"}
+    assert after.keys() == before.keys()
+    assert all(after[path] == before[path] for path in before if path.is_file())
+    resumed(tiny, cut_off)
+    assert not (cut_off / ".lock").exists()
