@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from benchmarks import report, results
+from benchmarks.speed import report, results
 from fsd_fast.cli import COMMANDS
 from fsd_fast.commands import load_command
 from fsd_fast.commands.demo import results_table
