@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fsd_fast.training.distillation import DistillationModel
     from fsd_fast.training.trainer import FSDTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DistillationModel",

@@ -178,6 +178,20 @@ def test_importing_the_losses_brings_in_no_training_library():
     assert not names & {"deepspeed", "transformers", "datasets", "benchmarks"}
 
 
+def test_the_losses_run_with_the_base_packages_alone():
+    blocked = (
+        "accelerate datasets deepspeed huggingface_hub matplotlib safetensors scipy sklearn tqdm transformers"
+    )
+    program = (
+        f"import sys\nfor name in {blocked.split()}: sys.modules[name] = None\n"
+        "import torch, fsd_fast\n"
+        "x = torch.randn(2, 3, 4, requires_grad=True)\n"
+        "fsd_fast.IntraFeatureLoss()(x, torch.randn(2, 3, 5)).backward()\n"
+        "print(bool(x.grad.abs().sum() > 0))"
+    )
+    assert in_subprocess(["-c", program], PYTHONPATH=str(KERNELS)).split() == ["True"]
+
+
 def test_kernels_of_another_project_are_not_shadowed():
     # As under the launcher: the root comes first on the path. transformers then looks for a package "kernels".
     out = in_subprocess(

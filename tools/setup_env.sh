@@ -29,5 +29,5 @@ echo "setup: creating $VENV and installing the packages of constraints.txt (some
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 # torch first, at the tested version: a range would let pip choose another build.
 install torch==2.13.0
-install -e '.[demo,dev,bench]'
+install -e '.[all,dev,bench]'
 echo "setup: done"
