@@ -23,6 +23,7 @@ EXTRAS = {
     ],
     "deepspeed": ["deepspeed>=0.18"],
     "plot": ["matplotlib>=3.9", "tensorboard>=2.18"],
+    "docs": ["mkdocs>=1.6", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
     "bench": ["pytest>=8", "pytest-benchmark>=5"],
     "dev": [
         "build>=1.2",
