@@ -400,6 +400,22 @@ def test_a_mutated_identity_of_a_cache_is_whole_or_refused(tmp_path: Path) -> No
     assert refused > 240
 
 
+def test_a_damaged_identity_is_told_from_that_of_another_run(tmp_path: Path) -> None:
+    filled_cache(tmp_path)
+    path = tmp_path / "features.json"
+    record = json.loads(path.read_text()) | {"num_samples": N + 1}
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="its checksum is not that of its fields"):
+        FeatureCache(tmp_path, IDENTITY)
+    del record["checksum"]
+    path.write_text(json.dumps(seal(record)))
+    with pytest.raises(ValueError, match=f"was made for another run: num_samples is {N + 1}, expected {N}"):
+        FeatureCache(tmp_path, IDENTITY)
+    path.write_text(json.dumps(record | {"format": 1, "num_samples": N}))
+    with pytest.raises(ValueError, match="was made for another run: format is 1, expected 2"):
+        FeatureCache(tmp_path, IDENTITY)
+
+
 # --- the state of a build ---------------------------------------------------------------------------------------
 
 
@@ -448,6 +464,19 @@ def test_a_mutated_state_gives_the_same_bits_or_is_refused(tmp_path: Path) -> No
         outcomes["again" if caught else "same"] += 1
     assert outcomes["refused"] > 45
     assert outcomes["again"] > 20
+
+
+@pytest.mark.parametrize(
+    "path", [("tally",), ("stages", "pass_1", "seconds"), ("stages", "pass_1", "rows"), ("key", "seed")]
+)
+def test_a_changed_value_in_a_state_is_refused(tmp_path: Path, path: tuple[str, ...]) -> None:
+    left_state(tmp_path)
+    record = json.loads((tmp_path / "rank0.json").read_text())
+    changed = with_value(record, path, {"computed_samples": 9} if path == ("tally",) else 9)
+    (tmp_path / "rank0.json").write_text(json.dumps(changed))
+    _, text = attempt(lambda: continued(tmp_path), tmp_path / "rank0.json")
+    assert "its checksum is not that of its fields" in text
+    assert "start anew with --overwrite_output_dir true" in text
 
 
 def test_every_field_of_a_state_is_checked_even_under_a_valid_seal(tmp_path: Path) -> None:

@@ -672,3 +672,11 @@ def test_models_are_loaded_whole_although_zero_3_is_configured(tmp_path):
         hf_deepspeed.unset_hf_deepspeed_config()
         del configured
     assert not hf_deepspeed.is_deepspeed_zero3_enabled()
+
+
+def test_a_fresh_head_is_no_alarm(tmp_path, caplog):
+    # transformers prints a table of missing weights, which a head that is to be trained always is.
+    load_classifier(str(save_tiny("BERT", tmp_path)), LABELS, 1)
+    backbone = save_backbone(tmp_path / "backbone")
+    load_classifier(str(backbone), LABELS)
+    assert "LOAD REPORT" not in caplog.text

@@ -124,6 +124,21 @@ def test_every_room_exists():
     assert set(ROOMS.split()) <= names
 
 
+def _lines_of_code(function):
+    """Lines of a function without its docstring, which says what it says."""
+    docstring = ast.get_docstring(function, clean=False)
+    return function.end_lineno - function.lineno + 1 - (len(docstring.splitlines()) if docstring else 0)
+
+
+@pytest.mark.parametrize("path", FAST_FILES, ids=_name)
+def test_modules_and_functions_are_short(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert _lines_of_code(node) <= 60, node.name
+
+
 def test_the_entry_is_a_thin_one():
     assert roots(ROOT / "train_ds.py") & OURS == {"fsd_fast"}
 

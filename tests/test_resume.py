@@ -6,7 +6,7 @@ import math
 import pytest
 
 from fsd_fast.commands import run
-from tests.tiny import TRAINING, history, tiny
+from tests.tiny import TRAINING, history, memory_flags, tiny
 
 __all__ = ["tiny"]
 
@@ -45,7 +45,7 @@ def record(folder):
         ("temperature", "3", "10.0", "3.0"),
         ("per_device_train_batch_size", "4", "8", "4"),
         ("seed", "7", "42", "7"),
-        ("layer_pairs", "3:1,2:1", "'penultimate'", "'3:1,2:1'"),
+        ("layer_pairs", "3:1,2:1", "'3:1'", "'3:1,2:1'"),
         ("student_layers", "1", "2", "1"),
         ("max_grad_norm", "0.5", "1.0", "0.5"),
         ("gradient_accumulation_steps", "2", "1", "2"),
@@ -61,6 +61,13 @@ def test_another_setting_is_refused_and_named(tiny, begun, tmp_path, flag, value
         resume(tiny, begun, tmp_path, f"--{flag}", value)
     assert f"{flag} was {was}, now {now}" in str(error.value)
     assert record(tmp_path / "run") == before, "a run that was refused leaves the record as it was"
+
+
+def test_a_memory_of_another_size_is_refused(tiny, begun, tmp_path):
+    run("memory", [*memory_flags(tiny, tmp_path / "memory"), "--num_centroid", "4"])
+    other = ["--memory_path", str(tmp_path / "memory"), "--allow_changes", "memory_path"]
+    with pytest.raises(ValueError, match="num_centroid was 5, now 4"):
+        resume(tiny, begun, tmp_path, *other)
 
 
 def test_another_method_is_refused(tiny, begun, tmp_path):

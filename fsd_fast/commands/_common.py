@@ -39,16 +39,16 @@ def load_data(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> T
     task = get_task(arguments.task_name)
     splits: DatasetDict = load_task_dataset(task, arguments.data_dir)
 
-    def part(name: str, most: int | None) -> Dataset:
+    def split(name: str, maximum: int | None) -> Dataset:
         rows = splits[name]
-        if most is not None:
-            rows = rows.select(range(min(most, len(rows))))
+        if maximum is not None:
+            rows = rows.select(range(min(maximum, len(rows))))
         return tokenize(rows, tokenizer, task, arguments.max_seq_length)
 
     return TaskData(
         task,
-        part("train", arguments.max_train_samples),
-        {name: part(name, arguments.max_eval_samples) for name in task.eval_splits},
+        split("train", arguments.max_train_samples),
+        {name: split(name, arguments.max_eval_samples) for name in task.eval_splits},
         PadCollator(tokenizer, arguments.pad_features, arguments.max_seq_length),
     )
 

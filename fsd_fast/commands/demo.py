@@ -90,10 +90,10 @@ def _run_stage(
 
     record = folder / "stages" / f"{name.replace(' ', '_')}.json"
     if record.is_file() and not anew:
-        known = json.loads(record.read_text(encoding="utf-8"))
-        if known["flags"] == flags:
+        finished = json.loads(record.read_text(encoding="utf-8"))
+        if finished["flags"] == flags:
             print(f"== {name}: finished before, kept", flush=True)
-            return known["figures"], False
+            return finished["figures"], False
     record.unlink(missing_ok=True)
     print(f"== {name}: fsd-fast {command} {' '.join(flags)}", flush=True)
     start = time.perf_counter()

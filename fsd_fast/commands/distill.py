@@ -157,6 +157,7 @@ def prepare(
         run,
         student_layers=student_layers,
         layer_pairs=",".join(f"{teacher}:{student}" for teacher, student in layer_pairs),
+        num_centroid=None if student_memory is None else len(student_memory.centroids),
         parameters=parameter_count(models.student),
         teacher_parameters=parameter_count(models.teacher.model),
     )
@@ -203,14 +204,14 @@ def _student_source(arguments: DistillationArguments, teacher_path: str) -> str:
         return teacher_path
     if arguments.model_name_or_path is None:
         path = Path(teacher_path) / RECORD_FILE
-        known = read_record(path).arguments.get("model_name_or_path") if path.is_file() else None
-        if not isinstance(known, str):
+        origin = read_record(path).arguments.get("model_name_or_path") if path.is_file() else None
+        if not isinstance(origin, str):
             raise ValueError(
                 "model_name_or_path: expected the pre-trained model the student starts from, or --copy_teacher true; "
                 f"{path} does not say what the teacher was fine-tuned from"
             )
-        logger.warning("the student starts from %s, which the teacher was fine-tuned from", known)
-        arguments.model_name_or_path = known
+        logger.warning("the student starts from %s, which the teacher was fine-tuned from", origin)
+        arguments.model_name_or_path = origin
     return resolve_model(arguments.model_name_or_path)
 
 

@@ -157,18 +157,19 @@ class FeatureStructureLoss(nn.Module):
                 "global_cosine": output.cosine,
             }
         if self.uses_intra:
-            intra = self.intra([own for own, _ in pairs], [given for _, given in pairs], attention_mask)
+            intra = self.intra(*zip(*pairs, strict=True), attention_mask)
             structures = structures + self.gamma_i * intra
             components["loss_intra"] = intra
         if self.uses_local:
             terms = []
-            for own, given in pairs:
-                if shared is not None and own is student_penultimate and given is teacher_penultimate:
+            for student_layer, teacher_layer in pairs:
+                is_penultimate = student_layer is student_penultimate and teacher_layer is teacher_penultimate
+                if shared is not None and is_penultimate:
                     terms.append(shared)
-                elif own.shape[0] == 1:
+                elif student_layer.shape[0] == 1:
                     terms.append(torch.zeros_like(loss))
                 else:
-                    terms.append(self.local(own, given, attention_mask))
+                    terms.append(self.local(student_layer, teacher_layer, attention_mask))
             local = terms[0] if len(terms) == 1 else torch.stack(terms).mean()
             structures = structures + self.gamma_l * local
             components["loss_local"] = local

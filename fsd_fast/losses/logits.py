@@ -66,17 +66,17 @@ class LogitDistillationLoss(nn.Module):
             )
         if labels.shape != student_logits.shape[:1]:
             raise ValueError(f"labels: expected [B] = [{len(student_logits)}], got {list(labels.shape)}")
-        own, given = student_logits.float(), teacher_logits.detach().float()
-        if own.shape[1] == 1:
-            hard = functional.mse_loss(own[:, 0], labels.to(own.dtype))
-            soft = functional.mse_loss(own, given)
+        student, teacher = student_logits.float(), teacher_logits.detach().float()
+        if student.shape[1] == 1:
+            hard = functional.mse_loss(student[:, 0], labels.to(student.dtype))
+            soft = functional.mse_loss(student, teacher)
         else:
             if labels.is_floating_point():
                 raise TypeError(f"labels: expected class numbers (an integer dtype), got {labels.dtype}")
-            hard = _cross_entropy(own, labels)
+            hard = _cross_entropy(student, labels)
             soft = self.temperature**2 * functional.kl_div(
-                functional.log_softmax(own / self.temperature, dim=1),
-                functional.log_softmax(given / self.temperature, dim=1),
+                functional.log_softmax(student / self.temperature, dim=1),
+                functional.log_softmax(teacher / self.temperature, dim=1),
                 reduction="batchmean",
                 log_target=True,
             )

@@ -43,11 +43,11 @@ def layer_pairs(student: Features, teacher: Features) -> list[tuple[Tensor, Tens
     students, teachers = _as_layers("student", student), _as_layers("teacher", teacher)
     if len(students) != len(teachers):
         raise ValueError(f"teacher: expected {len(students)} layers like the student, got {len(teachers)}")
-    for own, given in zip(students, teachers, strict=True):
-        if own.shape[:2] != given.shape[:2]:
+    for student_layer, teacher_layer in zip(students, teachers, strict=True):
+        if student_layer.shape[:2] != teacher_layer.shape[:2]:
             raise ValueError(
-                f"teacher: expected [B, S, D] with B, S = {list(own.shape[:2])} like the student, "
-                f"got {list(given.shape)}"
+                f"teacher: expected [B, S, D] with B, S = {list(student_layer.shape[:2])} like the student, "
+                f"got {list(teacher_layer.shape)}"
             )
     return list(zip(students, teachers, strict=True))
 
@@ -111,9 +111,9 @@ class IntraFeatureLoss(_StructureLoss):
         pairs = layer_pairs(student, teacher)
         if pairs[0][0].shape[0] == 0:
             return sum(
-                (own.float().sum() for own, _ in pairs), start=torch.zeros((), device=pairs[0][0].device)
+                (layer.float().sum() for layer, _ in pairs), start=torch.zeros((), device=pairs[0][0].device)
             )
-        students, teachers = [own for own, _ in pairs], [given for _, given in pairs]
+        students, teachers = zip(*pairs, strict=True)
         cka = intra_cka(students, teachers, self._mask(attention_mask), backend=self.backend)
         if self.reduction == "mean_log":
             return cka.neg_log.mean()
@@ -158,7 +158,7 @@ class LocalInterFeatureLoss(_StructureLoss):
                 "student: L_L compares the samples of a batch and needs at least 2, got a batch of 1"
             )
         mask = self._mask(attention_mask)
-        values = [inter_structure(own, given, mask=mask, backend=self.backend).local for own, given in pairs]
+        values = [inter_structure(*pair, mask=mask, backend=self.backend).local for pair in pairs]
         return values[0] if len(values) == 1 else torch.stack(values).mean()
 
 
@@ -195,19 +195,19 @@ class GlobalInterFeatureLoss(_StructureLoss):
         super().__init__(pad_features, backend)
         check_unit_interval("gamma_m", gamma_m)
         self.gamma_m = gamma_m
-        self._known: tuple[weakref.ref[Tensor], int, GramBasis] | None = None
+        self._cached_basis: tuple[weakref.ref[Tensor], int, GramBasis] | None = None
 
     def _basis(self, memory: Tensor, student: Tensor) -> GramBasis:
         """The teacher memory with its own block of Gamma, computed once for as long as it stays unchanged."""
-        known = self._known
+        cached = self._cached_basis
         if torch.compiler.is_compiling():
             # A compiled graph cannot see whether the memory changed since, so it computes the block every time.
             basis = frozen_gram(memory, backend=self.backend)
-        elif known is not None and known[0]() is memory and known[1] == memory._version:
-            basis = known[2]
+        elif cached is not None and cached[0]() is memory and cached[1] == memory._version:
+            basis = cached[2]
         else:
             basis = frozen_gram(memory, backend=self.backend)
-            self._known = (weakref.ref(memory), memory._version, basis)
+            self._cached_basis = (weakref.ref(memory), memory._version, basis)
         return basis if student.dtype != torch.float64 else GramBasis(basis.memory, basis.gram.double())
 
     def structures(

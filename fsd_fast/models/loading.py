@@ -6,8 +6,10 @@ head of a model that is about to be trained. Code that comes with a model is nev
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,18 @@ _VOCABULARY_FILES = (
     ),
     *("spm.model", "bpe.codes"),
 )
+
+
+@contextlib.contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Keep transformers from printing its table of missing weights: each of them is checked here."""
+    library = logging.getLogger("transformers.modeling_utils")
+    level = library.level
+    library.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        library.setLevel(level)
 
 
 def _check_settings(settings: dict[str, Any], name: str) -> None:
@@ -180,15 +194,16 @@ def load_weights(
     """
     if Path(name_or_path).is_dir():
         _check_size(config, Path(name_or_path))
-    model, report = AutoModelForSequenceClassification.from_pretrained(
-        name_or_path,
-        config=config,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    with _without_load_report():
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            name_or_path,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
     absent = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
     encoder = {key for key in absent if key.startswith(f"{model.base_model_prefix}.")}
     head = absent - encoder

@@ -29,11 +29,13 @@ _FIXED = frozenset(
     {
         "adam_beta1", "adam_beta2", "adam_epsilon", "command", "data_seed", "dataloader_drop_last",
         "gradient_accumulation_steps", "learning_rate", "lr_scheduler_kwargs", "lr_scheduler_type",
-        "max_seq_length", "max_train_samples", "method", "num_layers", "optim", "optim_args",
+        "max_seq_length", "max_train_samples", "method", "num_centroid", "num_layers", "optim", "optim_args",
         "per_device_train_batch_size", "seed", "student_layers", "task_name", "train_sampling_strategy",
         "warmup_ratio", "warmup_steps", "weight_decay", "world_size",
     }
 )  # fmt: skip
+# Facts that a checkpoint depends on, beside the flags.
+_FACTS = ("layer_pairs", "num_centroid", "student_layers", "world_size")
 
 
 def check_resumed(record: Record, checkpoint: str, allowed: Iterable[str] | None) -> Record:
@@ -79,8 +81,10 @@ def check_resumed(record: Record, checkpoint: str, allowed: Iterable[str] | None
 
 
 def _comparable(record: Record) -> dict[str, Any]:
+    """The settings of a run, with what they came to in place of what was left to a default."""
     arguments = {name: value for name, value in record.arguments.items() if name != "output_dir"}
-    return {**arguments, "command": record.command, "world_size": record.facts.get("world_size")}
+    facts = {name: record.facts[name] for name in _FACTS if name in record.facts}
+    return {**arguments, **facts, "command": record.command}
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -55,6 +55,9 @@ def finish_run(
         )
     metrics = _final_metrics(trainer)
     train_metrics = {**result.metrics, "train_samples": train_samples}
+    # Trainer counts operations by the model's own formula, which a distillation has none of.
+    if not train_metrics.get("total_flos"):
+        train_metrics.pop("total_flos", None)
     weights = state()
     scores = {name: value for name, value in metrics.items() if _is_score(name)}
     if trainer.is_world_process_zero():

@@ -139,8 +139,8 @@ class FSDTrainer(ClassifierTrainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Leave the student memory out of weight decay: its entries are features, not weights."""
         memory = self.distillation.student_memory
-        own = {id(parameter) for parameter in ([] if memory is None else memory.parameters())}
-        names = {name for name, parameter in model.named_parameters() if id(parameter) in own}
+        centroids = [] if memory is None else [id(parameter) for parameter in memory.parameters()]
+        names = {name for name, parameter in model.named_parameters() if id(parameter) in centroids}
         return [name for name in super().get_decay_parameter_names(model) if name not in names]
 
     def gathered_state(self) -> dict[str, Tensor] | None:
