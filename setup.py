@@ -45,7 +45,7 @@ setup(
     description="Feature structure distillation with Centered Kernel Alignment, fused and memory-lean",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # The folder kernels/ holds no __init__.py: a top-level package called "kernels" would shadow the
