@@ -6,14 +6,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.docs-installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install data demo test test-triton lint kernels-report mutate bench clean
+.PHONY: help install data demo test test-triton lint docs kernels-report mutate bench clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
-	@echo "also: make install, make data, make lint, make clean, make kernels-report, make mutate, make bench,"
+	@echo "also: make install, make data, make lint, make docs, make clean, make kernels-report, make mutate, make bench,"
 	@echo "      make test-triton TRITON=3.7.1"
 
 $(STAMP): setup.py pyproject.toml constraints.txt tools/setup_env.sh
@@ -58,6 +59,15 @@ lint: $(STAMP)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+# The site, in build/site. It loads nothing from the network; a broken link or a missing docstring is an error.
+$(DOCS_STAMP): $(STAMP)
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'
+	@touch $(DOCS_STAMP)
+
+docs: $(DOCS_STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "written: build/site/index.html"
 
 clean:
 	rm -rf $(VENV) .cache build dist runs *.egg-info

@@ -23,6 +23,7 @@ EXTRAS = {
     ],
     "deepspeed": ["deepspeed>=0.18"],
     "plot": ["matplotlib>=3.9", "tensorboard>=2.18"],
+    "docs": ["mkdocs>=1.6", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
     "bench": ["pytest>=8", "pytest-benchmark>=5"],
     "dev": [
         "build>=1.2",
@@ -44,7 +45,7 @@ setup(
     description="Feature structure distillation with Centered Kernel Alignment, fused and memory-lean",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # The folder kernels/ holds no __init__.py: a top-level package called "kernels" would shadow the

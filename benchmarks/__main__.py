@@ -19,14 +19,20 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import checks as table
-from benchmarks import harness, report, results
-from benchmarks.measure import Settings, measure_op
-from benchmarks.registry import OPS
-from benchmarks.results import WRONG, Result, Row
+from benchmarks.speed import checks as table
+from benchmarks.speed import harness, report, results
+from benchmarks.speed.measure import Settings, measure_op
+from benchmarks.speed.registry import OPS
+from benchmarks.speed.results import WRONG, Result, Row
 from fsd_kernels import cost
 
-MODULES = ("kernels-report", "traffic", "mutate", "memory", "kernel-times")
+MODULES = {
+    "kernels-report": "compiled.kernels_report",
+    "traffic": "compiled.traffic",
+    "mutate": "compiled.mutate",
+    "memory": "memory.command",
+    "kernel-times": "speed.kernel_times",
+}
 # How many times the seconds of a case ``make bench`` gives one of a step, whose time spreads by more than the 5 % that
 # are asked about, and one of growth.
 _STEP, _GROWTH = 15, 1 / 4
@@ -312,7 +318,7 @@ def _cost(argv: Sequence[str]) -> int:
 
 def _module(name: str) -> Callable[[Sequence[str]], int]:
     def run(argv: Sequence[str]) -> int:
-        module = importlib.import_module(f"benchmarks.{name.replace('-', '_')}")
+        module = importlib.import_module(f"benchmarks.{MODULES[name]}")
         return int(module.main(list(argv)))
 
     return run

@@ -16,7 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test per op, case, provider and mode."""
-    from benchmarks.registry import OPS
+    from benchmarks.speed.registry import OPS
 
     if "benchmark_case" not in metafunc.fixturenames:
         return

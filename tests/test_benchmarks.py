@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from benchmarks import __main__ as command
-from benchmarks import checks, gate, harness, kernel_times, memory, registry, report, results
-from benchmarks.contenders import LossContender, Outcome
-from benchmarks.growth import fitted_exponent, growth
-from benchmarks.harness import Canary, Timed
-from benchmarks.inputs import Inputs, Sizes
-from benchmarks.measure import Settings, measure_op
-from benchmarks.peers import CKA_PEERS, Unavailable
-from benchmarks.registry import OPS, Op, Provider
-from benchmarks.results import BOUND, OK, UNAVAILABLE, WRONG, CheckResult, Result, Row
+from benchmarks.memory import command as memory
+from benchmarks.speed import checks, gate, harness, kernel_times, registry, report, results
+from benchmarks.speed.contenders import LossContender, Outcome
+from benchmarks.speed.growth import fitted_exponent, growth
+from benchmarks.speed.harness import Canary, Timed
+from benchmarks.speed.inputs import Inputs, Sizes
+from benchmarks.speed.measure import Settings, measure_op
+from benchmarks.speed.peers import CKA_PEERS, Unavailable
+from benchmarks.speed.registry import OPS, Op, Provider
+from benchmarks.speed.results import BOUND, OK, UNAVAILABLE, WRONG, CheckResult, Result, Row
 from fsd_kernels.intra_cka import reference as intra_reference
 from fsd_kernels.structure import reference as structure_reference
 
@@ -434,7 +435,7 @@ def test_other_commands_reach_their_modules(name: str, monkeypatch: pytest.Monke
         return 3
 
     module.main = fake_main  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, f"benchmarks.{name.replace('-', '_')}", module)
+    monkeypatch.setitem(sys.modules, f"benchmarks.{command.MODULES[name]}", module)
     assert command.main([name, "--flag"]) == 3
     assert seen == [["--flag"]]
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import baselines
 from benchmarks.__main__ import main
+from benchmarks.speed import baselines
 from fsd_kernels import cost
 from fsd_kernels.gram import eager as gram
 from fsd_kernels.intra_cka import eager as intra
@@ -191,7 +191,7 @@ def test_released_flops_at_the_papers_shape() -> None:
 _INTERPRETED = """
 import json, sys, torch
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/kernels"]
-from benchmarks import traffic
+from benchmarks.compiled import traffic
 from fsd_kernels.gram import triton as gram
 from fsd_kernels.intra_cka import triton as intra
 from fsd_kernels.kmeans import triton as kmeans

@@ -1,11 +1,13 @@
-"""What the wheel holds."""
+"""What the wheel holds, and what it says it needs."""
 
+import ast
 import configparser
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from email.parser import Parser
 
 import pytest
 
@@ -59,9 +61,58 @@ def test_the_console_script(wheel):
     assert dict(parsed["console_scripts"]) == {"fsd-fast": "fsd_fast.cli:main"}
 
 
-def test_the_versions_agree(wheel):
+@pytest.fixture(scope="module")
+def metadata(wheel):
+    _, files = wheel
+    (content,) = (content.decode() for name, content in files.items() if name.endswith("/METADATA"))
+    return Parser().parsestr(content)
+
+
+def required(metadata, extra=None):
+    """Names of the packages that the wheel, or one of its extras, needs."""
+    found = set()
+    for line in metadata.get_all("Requires-Dist"):
+        of = re.search(r"extra == ['\"]([\w-]+)['\"]", line)
+        if (of and of[1]) == extra:
+            found.add(re.match(r"[\w.-]+", line)[0].lower().replace("_", "-"))
+    return found
+
+
+def test_the_versions_agree(metadata):
     import fsd_fast
 
-    _, files = wheel
-    (metadata,) = (content.decode() for name, content in files.items() if name.endswith("/METADATA"))
-    assert f"\nVersion: {fsd_fast.__version__}\n" in metadata
+    assert metadata["Version"] == fsd_fast.__version__
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## {re.escape(fsd_fast.__version__)} \(\d{{4}}-\d\d-\d\d\)$", changes, re.MULTILINE)
+
+
+def test_the_licence_is_an_expression(metadata):
+    assert metadata["License-Expression"] == "Apache-2.0"
+
+
+def test_all_is_what_users_install(metadata):
+    users = [required(metadata, extra) for extra in ("train", "deepspeed", "plot")]
+    assert required(metadata, "all") == set().union(*users)
+    assert required(metadata) == {"torch", "triton", "numpy"}
+
+
+def test_every_import_is_declared(metadata):
+    """A package that is imported and comes along with another one today may be gone with its next release."""
+    imported = set()
+    for folder in (ROOT / "fsd_fast", ROOT / "kernels"):
+        for path in folder.rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and not node.level:
+                    imported.add(node.module.split(".")[0])
+    imported -= sys.stdlib_module_names | {"fsd_fast", "fsd_kernels"}
+    names = {{"sklearn": "scikit-learn"}.get(name, name).replace("_", "-") for name in imported}
+    assert names <= required(metadata) | required(metadata, "all")
+
+
+def test_every_requirement_is_pinned(metadata):
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = {line.partition("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
+    for extra in (None, *metadata.get_all("Provides-Extra")):
+        assert required(metadata, extra) <= pins, extra

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Spread, ratio, spread
+from benchmarks.paths import RESULTS, ROOT
+from benchmarks.speed.harness import Spread, ratio, spread
 from fsd_fast.files import write_atomically
 
 SCHEMA = 1
@@ -118,10 +119,9 @@ class Result:
 
 
 def _git(*arguments: str) -> str:
-    root = Path(__file__).resolve().parents[1]
     try:
         done = subprocess.run(
-            ["git", *arguments], cwd=root, capture_output=True, text=True, timeout=20, check=True
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=20, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return ""
@@ -177,7 +177,7 @@ def default_path(result: Result) -> Path:
         f"-{result.environment['threads']}-threads" if result.environment["device_type"] == "cpu" else ""
     )
     stem = f"{result.environment['date']}-{result.environment['commit']}"
-    return Path(__file__).parent / "results" / f"{device}{threads}" / f"{stem}.json"
+    return RESULTS / f"{device}{threads}" / f"{stem}.json"
 
 
 def write_text(path: Path, text: str) -> None:

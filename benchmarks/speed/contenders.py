@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Timed
-from benchmarks.inputs import Inputs
+from benchmarks.speed.harness import Timed
+from benchmarks.speed.inputs import Inputs
 
 MODES = ("forward", "backward", "full")
 """Value without gradients; gradients of a value already computed; both."""

@@ -8,10 +8,10 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.inputs import Sizes
-from benchmarks.measure import Judge, Settings
-from benchmarks.peers import Unavailable
-from benchmarks.registry import OPS
+from benchmarks.speed.inputs import Sizes
+from benchmarks.speed.measure import Judge, Settings
+from benchmarks.speed.peers import Unavailable
+from benchmarks.speed.registry import OPS
 
 _SETTINGS = Settings(torch.device("cpu"))
 

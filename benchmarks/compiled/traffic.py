@@ -41,8 +41,9 @@ from torch.utils._pytree import tree_leaves
 from triton import language
 from triton.runtime import interpreter
 
-from benchmarks import baselines
-from benchmarks.cache import JsonCache
+from benchmarks.compiled.json_cache import JsonCache
+from benchmarks.paths import CACHE as CACHE_FOLDER
+from benchmarks.speed import baselines
 from fsd_kernels import _triton, cost
 from fsd_kernels.gram import triton as gram
 from fsd_kernels.intra_cka import triton as intra
@@ -52,7 +53,7 @@ from fsd_kernels.structure import triton as structure
 # The interpreter is chosen when triton is first imported.
 IN_TIME = isinstance(language.sum, interpreter.InterpretedFunction)
 
-CACHE = JsonCache(Path(__file__).resolve().parents[1] / ".cache" / "traffic.json")
+CACHE = JsonCache(CACHE_FOLDER / "traffic.json")
 # Changes when the way of counting does, and so makes the cache start anew.
 COUNTER = 1
 
@@ -294,7 +295,7 @@ def main(argv: list[str]) -> int:
     if argv:
         raise SystemExit(f"traffic takes no arguments, got {' '.join(argv)}")
     if not IN_TIME:
-        return subprocess.run([sys.executable, "-m", "benchmarks.traffic"]).returncode
+        return subprocess.run([sys.executable, "-m", "benchmarks.compiled.traffic"]).returncode
     torch.set_num_threads(1)
     before = torch.get_float32_matmul_precision()
     worst = 0

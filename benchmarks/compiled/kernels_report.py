@@ -33,10 +33,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from benchmarks.cache import JsonCache
+from benchmarks.compiled.json_cache import JsonCache
+from benchmarks.paths import CACHE as CACHE_FOLDER
 from fsd_kernels._triton import INTERPRETED, TARGETS, Target
 
-CACHE = JsonCache(Path(__file__).resolve().parents[1] / ".cache" / "kernels_report.json")
+CACHE = JsonCache(CACHE_FOLDER / "kernels_report.json")
 OPS = ("intra_cka", "gram", "structure", "kmeans")
 # Changes when what is read off the machine code does, and so makes the cache start anew.
 READER = 3
@@ -433,7 +434,7 @@ def main(argv: list[str]) -> int:
         print(f"{row.kernel} ({row.cases}, {row.dtype}, {row.target}): {problem}", file=sys.stderr)
     print(f"{len(rows)} kernels compiled with triton {triton.__version__}, {len(bad)} problems")
     if not arguments.no_traffic:
-        command = [sys.executable, "-m", "benchmarks.traffic"]
+        command = [sys.executable, "-m", "benchmarks.compiled.traffic"]
         bad += [()] * subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode  # type: ignore[list-item]
     return 1 if bad else 0
 

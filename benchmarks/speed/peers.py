@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.inputs import Inputs
+from benchmarks.speed.inputs import Inputs
 
 
 class Unavailable(RuntimeError):

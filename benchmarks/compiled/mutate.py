@@ -15,9 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.mutations import MUTATIONS, Mutation
+from benchmarks.compiled.mutations import MUTATIONS, Mutation
+from benchmarks.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 NEEDED = 0.95
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from benchmarks.growth import growth
-from benchmarks.harness import Spread, ratio
-from benchmarks.inputs import Sizes
-from benchmarks.peers import CKA_PEERS
-from benchmarks.registry import OPS
-from benchmarks.results import WRONG, CheckResult, Result, Row
+from benchmarks.speed.growth import growth
+from benchmarks.speed.harness import Spread, ratio
+from benchmarks.speed.inputs import Sizes
+from benchmarks.speed.peers import CKA_PEERS
+from benchmarks.speed.registry import OPS
+from benchmarks.speed.results import WRONG, CheckResult, Result, Row
 
 GROWTH_OPS = ("intra", "local", "global", "fsd_ilg")
 

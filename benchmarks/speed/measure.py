@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import gate, harness
-from benchmarks.contenders import Contender
-from benchmarks.gate import Errors, Verdict
-from benchmarks.inputs import Inputs, Sizes
-from benchmarks.peers import Unavailable
-from benchmarks.registry import Bound, Op, Provider
-from benchmarks.results import BOUND, OK, UNAVAILABLE, WRONG, Row
+from benchmarks.speed import gate, harness
+from benchmarks.speed.contenders import Contender
+from benchmarks.speed.gate import Errors, Verdict
+from benchmarks.speed.inputs import Inputs, Sizes
+from benchmarks.speed.peers import Unavailable
+from benchmarks.speed.registry import Bound, Op, Provider
+from benchmarks.speed.results import BOUND, OK, UNAVAILABLE, WRONG, Row
 
 _INPUT_SETS = {"cpu": 1, "cuda": 3}
 

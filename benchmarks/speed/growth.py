@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from benchmarks.results import OK, Row
+from benchmarks.speed.results import OK, Row
 
 TOLERANCE = 0.1
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import Outcome
+from benchmarks.speed.contenders import Outcome
 
 OURS, OTHERS = 1e-5, 1e-2
 OURS_ROUNDINGS, OTHERS_ROUNDED = 4.0, 1e-1

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks import baselines
-from benchmarks.contenders import Outcome
-from benchmarks.harness import Timed
-from benchmarks.inputs import Inputs, Sizes, with_memories
+from benchmarks.speed import baselines
+from benchmarks.speed.contenders import Outcome
+from benchmarks.speed.harness import Timed
+from benchmarks.speed.inputs import Inputs, Sizes, with_memories
 from fsd_fast.losses import METHODS, FeatureStructureLoss, FeatureStructureObjective, Signals
 from fsd_fast.memory.student_memory import StudentMemory
 from fsd_fast.models.teacher import Teacher

@@ -23,7 +23,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.inputs import Inputs
+from benchmarks.speed.inputs import Inputs
 
 # Weight of F^E against F^C in L_G, and weights of L_I, L_L and L_G in the sum.
 GAMMA_M = 0.5

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, inputs, peers, step
-from benchmarks.contenders import MODES, Contender, LossContender, ValueContender
-from benchmarks.harness import Timed
-from benchmarks.inputs import Inputs, Sizes
-from benchmarks.peers import Unavailable
+from benchmarks.speed import baselines, inputs, peers, step
+from benchmarks.speed.contenders import MODES, Contender, LossContender, ValueContender
+from benchmarks.speed.harness import Timed
+from benchmarks.speed.inputs import Inputs, Sizes
+from benchmarks.speed.peers import Unavailable
 from fsd_fast.losses import (
     FeatureStructureLoss,
     GlobalInterFeatureLoss,

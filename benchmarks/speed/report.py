@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import harness
-from benchmarks.growth import Growth, growth
-from benchmarks.peers import CKA_PEERS, KMEANS_PEERS
-from benchmarks.registry import OPS
-from benchmarks.results import BOUND, OK, CheckResult, Result, Row, write_text
+from benchmarks.speed import harness
+from benchmarks.speed.growth import Growth, growth
+from benchmarks.speed.peers import CKA_PEERS, KMEANS_PEERS
+from benchmarks.speed.registry import OPS
+from benchmarks.speed.results import BOUND, OK, CheckResult, Result, Row, write_text
 
 Table = list[list[str]]
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from benchmarks import report
+from benchmarks.speed import report
 from fsd_kernels import assign, frozen_gram, inter_structure, intra_cka, update
 
 _BATCH, _ROWS, _WIDTH, _POINTS = 32, 128, 768, 4096

@@ -42,11 +42,12 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from benchmarks import harness
-from benchmarks.inputs import Sizes
-from benchmarks.measure import Settings, measure_op
-from benchmarks.registry import OPS
-from benchmarks.report import aligned
+from benchmarks.paths import ROOT
+from benchmarks.speed import harness
+from benchmarks.speed.inputs import Sizes
+from benchmarks.speed.measure import Settings, measure_op
+from benchmarks.speed.registry import OPS
+from benchmarks.speed.report import aligned
 from fsd_fast.cache.feature_cache import FeatureCache, FeatureIdentity
 from fsd_fast.clustering.two_pass import cluster_stream
 from fsd_fast.data import (
@@ -62,7 +63,6 @@ from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.models.student import load_classifier
 from fsd_fast.models.teacher import Teacher
 
-ROOT = Path(__file__).resolve().parents[1]
 CLUSTERS, LENGTH, BATCH, SEEDS = 100, 128, 32, 3
 PARTS = ("quality", "widths", "build", "peak", "step")
 TASKS = {"rte": "RTE", "cola": "CoLA", "reviews": None}

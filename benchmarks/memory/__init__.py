@@ -1,0 +1,1 @@
+"""The teacher memory: inertia, teacher passes, memory and time of building it."""
