@@ -42,15 +42,16 @@ test-triton:
 	@$(VENV)-triton-$(TRITON)/bin/pip install -q triton==$(TRITON) numpy pytest hypothesis
 	@$(VENV)-triton-$(TRITON)/bin/python -m pytest tests/test_triton_kernels.py tests/test_triton_kmeans.py
 
-# What the compiled kernels look like, for GPUs that need not be here. The first time takes about 70 minutes: 40 to
-# compile, 30 to count bytes; both are kept.
+# Machine code of the Triton kernels, for GPUs that are not here. The first time takes about 70 minutes: 40 to compile
+# and 30 to count bytes. Later runs reuse both.
 kernels-report: $(STAMP)
 	@$(BIN)/python -m benchmarks kernels-report
 
-# Breaks the Triton kernels one change at a time and counts which changes the tests notice.
+# Breaks the Triton kernels one change at a time and counts the changes that the tests catch.
 mutate: $(STAMP)
 	@$(BIN)/python -m benchmarks mutate
 
+# Measures everything that this machine can, in 20 minutes at most; docs/benchmarks.md says how to read it.
 bench: data
 	@$(BIN)/pip install -q --no-deps -r benchmarks/requirements.txt
 	@$(BIN)/python -m benchmarks bench

@@ -1,5 +1,12 @@
-"""Speed, memory and accuracy of the losses against the reference, the released formulation, plain torch and peers.
+"""Speed, memory and accuracy of the losses and of k-means. Never installed.
 
-``python -m benchmarks --help`` lists the commands. Nothing is timed that is wrong: ``gate`` first compares every
-provider's value and gradient with the reference in float64. Never installed.
+python -m benchmarks OP[,OP] [...]       measure intra, local, global, fsd_ilg, kmeans, step or all
+python -m benchmarks --check             measure the cases of the performance targets and check them
+python -m benchmarks bench [...]         measure everything and write the result and its report
+python -m benchmarks cost [...]          predict bytes, flops, launches and times on a device that is not here
+python -m benchmarks report FILE         write the Markdown report of a result
+python -m benchmarks compare A B         list the times that changed by more than the spread
+python -m benchmarks kernels-report | traffic | mutate | memory | kernel-times [...]
+
+Every provider is compared with the reference in float64 before it is timed; a wrong one is not timed.
 """

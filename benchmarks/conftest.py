@@ -1,4 +1,4 @@
-"""Options of ``pytest benchmarks/ --benchmark-only``: the same cases as ``python -m benchmarks``."""
+"""Options and cases of ``pytest benchmarks/ --benchmark-only``, the same cases as ``python -m benchmarks``."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test per op, case, provider and mode."""
+    """Make one test for every op, case, mode and provider."""
     from benchmarks.speed.registry import OPS
 
     if "benchmark_case" not in metafunc.fixturenames:
         return
     shapes = metafunc.config.getoption("shapes")
-    wanted = [name for name in metafunc.config.getoption("ops").split(",") if name] or list(OPS)
+    chosen = [name for name in metafunc.config.getoption("ops").split(",") if name] or list(OPS)
     cases = [
         (op, sizes, provider, mode)
-        for op in wanted
+        for op in chosen
         for sizes in OPS[op].shapes[shapes]
         for mode in OPS[op].modes
         for provider in OPS[op].providers
     ]
-    names = [f"{op}-{sizes.label(OPS[op].letters)}-{mode}-{provider}" for op, sizes, provider, mode in cases]
+    names = [
+        f"{op}-{sizes.label(OPS[op].size_names)}-{mode}-{provider}" for op, sizes, provider, mode in cases
+    ]
     metafunc.parametrize("benchmark_case", cases, ids=[name.replace(" ", ",") for name in names])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pkgutil
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
+from benchmarks.__main__ import COMMANDS as COMMANDS_OF_BENCHMARKS
 from benchmarks.speed import report, results
+from benchmarks.tables import markdown
 from fsd_fast.commands import COMMANDS, load_command
 from fsd_fast.commands.parsing import command_flags
 from fsd_fast.losses import METHODS
@@ -85,6 +88,22 @@ def test_the_time_of_another_is_shortened_and_keeps_its_name() -> None:
     assert readme_tables._short("-") == "-"
 
 
+def test_speed_table_is_the_one_of_its_file() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Speed on a CPU\n")[2].partition("\n## ")[0]
+    files = re.findall(r"\]\(\.\./(benchmarks/results/\S+\.json)\)", section)
+    assert len(files) == 1
+    result = results.load(ROOT / files[0])
+    assert markdown(report.summary(result)) in section
+    assert f"(../{files[0].removesuffix('.json')}.md)" in section
+    # Every missed target is there with its figure, as often as it was measured.
+    prose = re.sub(r"^\|.*$", "", section, flags=re.MULTILINE)
+    missed = [check.measured.split()[0].rstrip("x") for check in result.checks if check.passed is False]
+    assert missed
+    for figure, count in Counter(missed).items():
+        assert len(re.findall(rf"(?<![\d.]){re.escape(figure)}(?![\d.])", prose)) >= count, figure
+
+
 def test_memory_table_is_that_of_its_file() -> None:
     found = json.loads((DOCS / "results" / "memory_quality.json").read_text(encoding="utf-8"))["quality"]
     text = (DOCS / "memory.md").read_text(encoding="utf-8")
@@ -94,18 +113,6 @@ def test_memory_table_is_that_of_its_file() -> None:
         ratios = [inertia / mean for inertia in of["ours"]]
         cells = f"{of['samples']:,}", of["longest"], f"{sum(ratios) / len(ratios):.4f}", f"{max(ratios):.4f}"
         assert f"| {name} | " + " | ".join(map(str, cells)) + " |" in text
-
-
-def test_speed_table_is_the_one_of_its_file() -> None:
-    page = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
-    result = results.load(readme_tables.CPU)
-    assert report.markdown(report.summary(result)) in page
-    # What that run missed is told, with its figure.
-    section = page.partition("## Speed on a CPU")[2].partition("\n## ")[0]
-    for check in result.checks:
-        if check.passed is False:
-            figure = re.escape(check.measured.split()[0].rstrip("x"))
-            assert re.search(rf"(?<![\d.]){figure}(?![\d.])", section), check
 
 
 def test_citation_is_that_of_its_file() -> None:
@@ -233,3 +240,25 @@ def test_texts_stay_within_the_project() -> None:
         text = path.read_text(encoding="utf-8")
         for word in ("/work/", "/root/", "pypi.org", "pythonhosted"):
             assert word not in text, f"{path} holds {word}"
+
+
+# The documents of the benchmarks and of the kernels, which link to each other and to stored results.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "benchmarks.md",
+        "gpu.md",
+        "kernels.md",
+        "results/kernels_summary.md",
+        "results/tuning_log.md",
+    ],
+)
+def test_links_lead_to_files(name: str) -> None:
+    path = ROOT / "docs" / name
+    links = re.findall(r"\]\(([^)#:\s]+)\)", path.read_text(encoding="utf-8"))
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_every_benchmark_command_is_described() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert [name for name in COMMANDS_OF_BENCHMARKS if f"| `python -m benchmarks {name}" not in text] == []

@@ -1,4 +1,4 @@
-"""Results that take long and depend on nothing but their key, kept in one JSON file."""
+"""Slow results that depend on nothing but their key, kept in one JSON file."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from fsd_fast.files import write_atomically
 class JsonCache:
     """A mapping from strings to JSON values in a file.
 
-    The file is read again before it is written, so that two commands at once do not undo each other's results.
+    The file is read again before every write, so that two commands at once keep each other's results.
 
     Args:
-        path: The file; it and its folder are made when something is kept. None: nothing is kept.
+        path: The file; it and its folder are made at the first write. None: nothing is kept.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
 
     def read(self) -> dict[str, Any]:
-        """All that was kept."""
+        """Return everything in the file."""
         return dict(json.loads(self.path.read_text())) if self.path is not None and self.path.exists() else {}
 
     def keep(self, key: str, value: object) -> None:

@@ -1,8 +1,8 @@
 """Break the Triton kernels on purpose and see whether the tests notice: ``python -m benchmarks mutate``.
 
-Each mutation is one textual change to one kernel file, in a copy of the packages. The interpreter tests of that
-kernel then run on the copy until one fails. A mutation that no test catches is a survivor. The command ends with 1 if
-fewer than 95 % are caught, if a survivor has no explanation in the list, or if a mutation's text is gone.
+A mutation is one textual change to one kernel file, made in a copy of the packages. The kernel's interpreter tests then
+run on the copy until one fails; a mutation that no test catches survives. The command exits with 1 if fewer than 95 %
+are caught, if a survivor has no explanation in the list, or if the text to change is gone.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.compiled.mutations import MUTATIONS, Mutation
@@ -28,18 +29,18 @@ TESTS = {
     "structure": (LOSSES, "structure"),
     "kmeans": (KMEANS, ""),
 }
-"""By op, the file of its tests and which of them."""
+"""For each op, the file of its tests and pytest's expression that selects them."""
 
 
 def mutated(mutation: Mutation, text: str) -> str | None:
-    """The file with the change made; None if its text is not there."""
+    """Return the file's text with the change made; None if it has no such text."""
     start = text.find(mutation.where)
     at = text.find(mutation.old, start) if start >= 0 else -1
     return None if at < 0 else text[:at] + mutation.new + text[at + len(mutation.old) :]
 
 
 def caught_by(op: str, mutation: Mutation, folder: Path) -> str | None:
-    """The first test that fails on a mutated copy in ``folder``; None if none does, "" if the text is gone."""
+    """Return the first test that fails on a mutated copy in ``folder``; None: all pass; "": the text is gone."""
     for name in ("kernels", "tests"):
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True, ignore=ignore)
@@ -63,11 +64,11 @@ def caught_by(op: str, mutation: Mutation, folder: Path) -> str | None:
     return failed[0].split("::")[-1].split(" - ")[0] if failed else f"pytest ended with {done.returncode}"
 
 
-def main(argv: list[str]) -> int:
-    """Print which test catches each mutation; 1 if too few are caught."""
+def main(argv: Sequence[str]) -> int:
+    """Print the test that catches each mutation; return 1 if too few are caught."""
     parser = argparse.ArgumentParser(prog="mutate", description=__doc__)
     parser.add_argument("--op", choices=list(TESTS), help="only this op's mutations")
-    parser.add_argument("--first", type=int, help="only this many")
+    parser.add_argument("--first", type=int, help="only the first so many")
     arguments = parser.parse_args(argv)
     ops = [arguments.op] if arguments.op else list(MUTATIONS)
     chosen = [(op, mutation) for op in ops for mutation in MUTATIONS[op]][: arguments.first]
@@ -85,7 +86,3 @@ def main(argv: list[str]) -> int:
         print(f"| {op} | {mutation.what} | {verdict} |", flush=True)
     print(f"{caught} of {len(chosen)} caught, {missing} not applicable, {unexplained} unexplained")
     return int(caught < NEEDED * len(chosen) or missing > 0 or unexplained > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,22 +1,22 @@
-"""Bytes that the Triton kernels load and store, counted while they run: ``python -m benchmarks traffic``.
+"""Bytes that the Triton kernels load and store, counted in Triton's interpreter: ``python -m benchmarks traffic``.
 
-Every load and store of a program is counted with the lanes that its mask lets through, in Triton's interpreter,
-at the paper's shapes (batch 32, 128 tokens, width 768) for forward + backward, partial sums included, and for one
-assignment and update of 4,096 points by 100 centroids of k-means. Where all programs along one axis of the grid do
-the same work on slices of equal size, two of them are run and counted for all (the last slice may be smaller: the
-count is then too high by less than one slice).
+The interpreter counts every load and store of a program, with the lanes that its mask lets through. The shapes are
+the paper's (batch 32, 128 tokens, width 768), forward + backward with partial sums; for k-means, one assignment and
+update of 4,096 points by 100 centroids. If all programs along one axis of the grid do the same work on slices of
+equal size, two of them run and stand for all. The last slice may be smaller, so the count can be too high by less
+than one slice.
 
-"issued" counts every access of every program: what the multiprocessors ask their caches for. "device" counts what
-device memory has to move: an address that programs on one slice read repeatedly counts once for the slice, since
-they are launched side by side, and an address that every slice reads (the matrix A of the backward, at most 0.5 MB)
-counts once for the launch. Minimum: every input read once per pass, every output written once.
+"issued" counts every access of every program: the requests to the caches. "device" estimates the bytes that device
+memory moves. An address that programs on one slice read repeatedly counts once for the slice, since these programs
+run side by side. An address that every slice reads (the matrix A of the backward, at most 0.5 MB) counts once for the
+launch. The minimum reads every input once per pass and writes every output once.
 
-Ends with 1 if "device" is above 1.3 times the minimum where one program holds all rows or all centroids, and above 2
-times where a program holds a tile of Gamma (more than 192 rows; IEEE float32 backward): all inputs are then read once
-for the means and once more for the products. Until the kernels ran on a GPU the limit was 1.15 everywhere; there it
-turned out that fewer bytes cost more time: 81 parts instead of 132 (K = 100, bfloat16) 86 us instead of 61, Gamma of
-K = 300 held on chip by three programs 1,040 us instead of 270. Nothing is timed here. Counts are kept in ``.cache``
-until a kernel changes: all of them take about half an hour.
+The command exits with 1 if "device" exceeds 1.3 times the minimum where one program holds all rows or all centroids,
+or 2 times the minimum where a program holds a tile of Gamma (more than 192 rows; IEEE float32 backward): such kernels
+read all inputs once for the means and once for the products. The limit was 1.15 before the kernels ran on a GPU.
+There, fewer bytes took more time: 81 parts instead of 132 (K = 100, bfloat16) 86 us instead of 61; Gamma of K = 300
+held on chip by three programs 1,040 us instead of 270. Nothing is timed here. Counting everything takes about half an
+hour; the counts are kept in ``.cache`` until a kernel changes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +41,7 @@ from torch.utils._pytree import tree_leaves
 from triton import language
 from triton.runtime import interpreter
 
+from benchmarks.compiled.cases import BATCH, KINDS, TOKENS, WIDTH, Kind
 from benchmarks.compiled.json_cache import JsonCache
 from benchmarks.paths import CACHE as CACHE_FOLDER
 from benchmarks.speed import baselines
@@ -50,19 +51,18 @@ from fsd_kernels.intra_cka import triton as intra
 from fsd_kernels.kmeans import triton as kmeans
 from fsd_kernels.structure import triton as structure
 
-# The interpreter is chosen when triton is first imported.
-IN_TIME = isinstance(language.sum, interpreter.InterpretedFunction)
+# False if triton was imported before this module chose the interpreter.
+INTERPRETED = isinstance(language.sum, interpreter.InterpretedFunction)
 
 CACHE = JsonCache(CACHE_FOLDER / "traffic.json")
-# Changes when the way of counting does, and so makes the cache start anew.
+# Version of the counting below; another one makes the cache start anew.
 COUNTER = 1
 
 LIMIT, TILED_LIMIT = 1.3, 2.0
-BATCH, TOKENS, WIDTH = 32, 128, 768
 POINTS, CENTROIDS = 4096, 100
 F = TOKENS * WIDTH
 
-# The axis of the grid along which programs do equal work.
+# The axis of each kernel's grid along which programs do equal work.
 UNIFORM = {
     "_intra_cka_fwd_kernel": 0,
     "_intra_cka_bwd_kernel": 0,
@@ -90,12 +90,12 @@ class Traffic(NamedTuple):
     device: int
 
     def __add__(self, other: Traffic) -> Traffic:  # type: ignore[override]
-        """Both together."""
+        """Add the bytes of both."""
         return Traffic(self.issued + other.issued, self.device + other.device)
 
 
 def _runs(addresses: Array, width: int) -> Array:
-    """Runs [start, stop) of bytes, [2, n], of elements of ``width`` bytes at ``addresses`` in rising order."""
+    """Runs [start, stop) of consecutive bytes, [2, n], for elements of ``width`` bytes at rising ``addresses``."""
     if addresses.size == 0:
         return np.empty((2, 0), dtype=np.int64)
     breaks = np.flatnonzero(np.diff(addresses) != width)
@@ -104,25 +104,25 @@ def _runs(addresses: Array, width: int) -> Array:
 
 
 def _covered(runs: list[Array]) -> int:
-    """Bytes that lie in at least one of the runs."""
+    """Number of bytes in the union of the runs."""
     if not runs:
         return 0
     starts, stops = np.concatenate(runs, axis=1)
     order = np.argsort(starts, kind="stable")
     starts, stops = starts[order], stops[order]
-    # What lies before the furthest end so far is counted already.
+    # Bytes before the furthest end so far are counted already.
     reached = np.concatenate((starts[:1], np.maximum.accumulate(stops)[:-1]))
     return int(np.maximum(stops - np.maximum(starts, reached), 0).sum())
 
 
 class _Counter:
-    """Counts the accesses of the programs run since it was made, slice by slice."""
+    """Counts the accesses of one launch, slice by slice."""
 
     def __init__(self, axis: int | None) -> None:
         self.axis = axis
         self.slice = 0
         self.issued: dict[int, int] = defaultdict(int)
-        # Loads and stores apart: what is read and written again moves twice.
+        # Loads and stores apart: bytes that are read and written move twice.
         self.runs: dict[tuple[str, int], list[Array]] = defaultdict(list)
 
     def note(self, kind: str, pointers: Any, mask: Any) -> None:
@@ -132,19 +132,19 @@ class _Counter:
         self.runs[kind, self.slice].append(_runs(chosen, width))
 
     def take(self, slices: int) -> Traffic:
-        """What ``slices`` slices like the first one and the second one move."""
+        """Return the traffic of ``slices`` slices, all like the first two."""
         device = 0
         for kind in ("load", "store"):
             first, second = self.runs[kind, 0], self.runs[kind, 1]
-            own = _covered(first)
-            shared = own + _covered(second) - _covered(first + second) if slices > 1 else 0
-            device += shared + (own - shared) * slices
+            covered = _covered(first)
+            shared = covered + _covered(second) - _covered(first + second) if slices > 1 else 0
+            device += shared + (covered - shared) * slices
         return Traffic(self.issued[0] * slices, device)
 
 
 @contextmanager
 def counting() -> Iterator[dict[str, Traffic]]:
-    """Count per kernel. Values are not computed where only two slices of many run."""
+    """Count the traffic of every kernel. Where two slices stand for all, the kernel's results are not complete."""
     counter, totals = _Counter(None), dict[str, Traffic]()
     builder = interpreter.InterpreterBuilder
     load, store, move = builder.create_masked_load, builder.create_masked_store, builder.set_grid_idx
@@ -191,7 +191,7 @@ def _features(dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def intra_traffic(dtype: torch.dtype) -> dict[str, Traffic]:
-    """L_I, forward and backward."""
+    """Traffic of L_I, forward and backward."""
     x, y = _features(dtype, 0), _features(dtype, 1)
     with counting() as totals:
         _, _, g = intra.forward([x], [y], None)
@@ -200,21 +200,22 @@ def intra_traffic(dtype: torch.dtype) -> dict[str, Traffic]:
 
 
 def inter_traffic(dtype: torch.dtype, num_centroid: int) -> dict[str, Traffic]:
-    """L_G + L_L, forward and backward; the teacher's memory has a known block."""
+    """Traffic of L_G + L_L, forward and backward; the Gram of the teacher's memory is given."""
     x, y = _features(dtype, 0).flatten(1), _features(dtype, 1).flatten(1)
     memories = [torch.empty(num_centroid, F, dtype=dtype).fill_(i) for i in range(2)]
-    known = torch.zeros(num_centroid + 1, num_centroid + 1)
+    frozen = torch.zeros(num_centroid + 1, num_centroid + 1)
     with counting() as totals:
-        own = gram.forward(x, memories[0], None, None)
-        given = gram.forward(y, memories[1], known, None)
-        _, gradients = structure.forward(own, given, num_centroid)
+        student = gram.forward(x, memories[0], None, None)
+        teacher = gram.forward(y, memories[1], frozen, None)
+        rounding = structure.NORM_ROUNDING.value
+        _, gradients = structure.forward(student, teacher, num_centroid, rounding)
         d_gamma = structure.backward(gradients, torch.ones(4))
         gram.backward(x, memories[0], None, d_gamma, (True, True))
     return totals
 
 
 def kmeans_traffic(dtype: torch.dtype) -> dict[str, Traffic]:
-    """One assignment and one update of k-means; sorting the labels, 8 bytes a point, is not counted."""
+    """Traffic of one assignment and one update of k-means, without sorting the labels (8 bytes a point)."""
     points = torch.empty(POINTS, F, dtype=dtype)
     labels = torch.arange(POINTS) % CENTROIDS
     centroids = torch.empty(CENTROIDS, F, dtype=dtype)
@@ -226,7 +227,7 @@ def kmeans_traffic(dtype: torch.dtype) -> dict[str, Traffic]:
 
 
 class _TorchBytes(TorchDispatchMode):
-    """Counts the bytes of inputs and outputs of every torch operation that is not a view."""
+    """Counts the bytes of inputs and outputs of every torch operation, views excepted."""
 
     total = 0
 
@@ -241,7 +242,7 @@ class _TorchBytes(TorchDispatchMode):
 def torch_bytes(
     loss: Callable[[dict[str, Tensor]], Tensor], dtype: torch.dtype, num_centroid: int = 0
 ) -> int:
-    """Bytes that a loss in torch with autograd moves, forward and backward; nothing is computed."""
+    """Bytes that a loss in torch moves with autograd, forward and backward; its tensors hold no data."""
     with torch.device("meta"):
         features = {name: torch.empty(BATCH, TOKENS, WIDTH, dtype=dtype) for name in ("student", "teacher")}
         names = ("student_memory", "teacher_memory") if num_centroid else ()
@@ -260,7 +261,7 @@ def _inter(cka: baselines.Cka) -> Callable[[dict[str, Tensor]], Tensor]:
 
 
 def counted(name: str, kind: Kind, count: Callable[[], dict[str, Traffic]]) -> dict[str, Traffic]:
-    """What ``count`` returns, from the cache where neither the kernels nor the way of counting have changed."""
+    """Return ``count()``, or the cached counts if neither the kernels nor the way of counting have changed."""
     sources = [*Path(gram.__file__).parents[1].rglob("triton.py"), Path(_triton.__file__)]
     digest = hashlib.sha256(
         repr((COUNTER, [path.read_bytes() for path in sorted(sources)])).encode()
@@ -273,29 +274,12 @@ def counted(name: str, kind: Kind, count: Callable[[], dict[str, Traffic]]) -> d
     return {kernel: Traffic(*part) for kernel, part in found.items()}
 
 
-class Kind(NamedTuple):
-    """A dtype and a precision of products."""
-
-    name: str
-    dtype: torch.dtype
-    precision: str
-    """What ``torch.set_float32_matmul_precision`` is given."""
-
-
-KINDS = (
-    Kind("fp32", torch.float32, "highest"),
-    Kind("tf32", torch.float32, "high"),
-    Kind("bf16", torch.bfloat16, "highest"),
-    Kind("fp16", torch.float16, "highest"),
-)
-
-
-def main(argv: list[str]) -> int:
-    """Print the table; 1 if a limit is passed."""
+def main(argv: Sequence[str]) -> int:
+    """Print the table; return 1 if a pass exceeds its limit."""
     if argv:
         raise SystemExit(f"traffic takes no arguments, got {' '.join(argv)}")
-    if not IN_TIME:
-        return subprocess.run([sys.executable, "-m", "benchmarks.compiled.traffic"]).returncode
+    if not INTERPRETED:
+        return subprocess.run([sys.executable, "-m", "benchmarks", "traffic"]).returncode
     torch.set_num_threads(1)
     before = torch.get_float32_matmul_precision()
     worst = 0
@@ -364,7 +348,3 @@ def _line(
     )
     print(f"| {name} | {kind.name} | {' | '.join(numbers)} | {kernels} |", flush=True)
     return int(total.device > limit * minimum)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,19 +1,19 @@
-"""What the project is compared with, in plain torch: the released formulation, and plain torch written well.
+"""Baselines in plain torch: the released formulation, and the same losses written well.
 
-Released formulation of one CKA: each of its three HSICs builds both Gram matrices anew and centres them by
-products with C = I - 1 1^T / n, six Grams and twelve centring products in all:
+The released formulation of CKA. Each of the three HSICs builds both Gram matrices again and centres them by products
+with C = I - 1 1^T / n; that makes six Grams and twelve centring products:
 
     HSIC(X, Y) = <C X X^T C, C Y Y^T C> / (n - 1)^2,    CKA = HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y))
 
-Plain torch: two Grams, centred by subtracting row and column means, differentiated by autograd. Both take
-[..., n, F], so that the samples of a batch are one batched product, never a loop.
+Plain torch: two Grams, centred by subtracting row and column means. Both are differentiated by autograd and take
+[..., n, F]: the samples of a batch are one batched product.
 
-F^E is a ``torch.cdist`` and F^C a product of normalised rows in both. Unbiased CKA replaces HSIC by
+Both compute F^E with ``torch.cdist`` and F^C as a product of normalised rows. Unbiased CKA replaces HSIC by
 
     HSIC_1(K, L) = (tr K'L' + 1^T K' 1 1^T L' 1 / ((n-1)(n-2)) - 2 / (n-2) 1^T K'L' 1) / (n (n-3))
 
-with K', L' the Grams without their diagonals (Song et al. 2012; Nguyen et al. 2021): the truth for peers that
-estimate it so.
+with K', L' the Grams without their diagonals (Song et al. 2012; Nguyen et al. 2021). Peers that use this estimator are
+judged by it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.speed.inputs import Inputs
 
-# Weight of F^E against F^C in L_G, and weights of L_I, L_L and L_G in the sum.
+# Weight of F^E against F^C in L_G, then the weights of L_I, L_L and L_G in their sum.
 GAMMA_M = 0.5
 GAMMA_I, GAMMA_L, GAMMA_G = 1.0, 1.0, 1e-3
 
@@ -78,12 +78,12 @@ def unbiased_cka(x: Tensor, y: Tensor) -> Tensor:
 
 
 def intra(cka: Cka) -> Callable[[Inputs], Tensor]:
-    """L_I = mean_i -log |CKA_i| with a given CKA."""
+    """L_I = mean_i -log |CKA_i|, computed with ``cka``."""
     return lambda inputs: -cka(inputs["student"], inputs["teacher"]).abs().log().mean()
 
 
 def local(cka: Cka) -> Callable[[Inputs], Tensor]:
-    """L_L = -log |CKA| of the flattened samples with a given CKA."""
+    """L_L = -log |CKA| of the flattened samples, computed with ``cka``."""
     return lambda inputs: -cka(inputs["student"].flatten(1), inputs["teacher"].flatten(1)).abs().log()
 
 
@@ -92,27 +92,27 @@ def _cosine(x: Tensor, y: Tensor) -> Tensor:
 
 
 def global_(cka: Cka) -> Callable[[Inputs], Tensor]:
-    """L_G = gamma_m F^E + (1 - gamma_m) F^C + F_MM with a given CKA for F_MM."""
+    """L_G = gamma_m F^E + (1 - gamma_m) F^C + F_MM; ``cka`` computes F_MM."""
 
     def loss(inputs: Inputs) -> Tensor:
         student, teacher = inputs["student"].flatten(1), inputs["teacher"].flatten(1)
-        own, given = inputs["student_memory"], inputs["teacher_memory"]
-        memory = -cka(own, given).abs().log()
-        distance = (torch.cdist(teacher, given) - torch.cdist(student, own)).square().mean()
-        cosine = (_cosine(teacher, given) - _cosine(student, own)).square().mean()
-        return GAMMA_M * distance + (1 - GAMMA_M) * cosine + memory
+        student_memory, teacher_memory = inputs["student_memory"], inputs["teacher_memory"]
+        memory = -cka(student_memory, teacher_memory).abs().log()
+        distances = torch.cdist(teacher, teacher_memory) - torch.cdist(student, student_memory)
+        cosines = _cosine(teacher, teacher_memory) - _cosine(student, student_memory)
+        return GAMMA_M * distances.square().mean() + (1 - GAMMA_M) * cosines.square().mean() + memory
 
     return loss
 
 
 def fsd_ilg(cka: Cka) -> Callable[[Inputs], Tensor]:
-    """gamma_i L_I + gamma_l L_L + gamma_g L_G with a given CKA."""
+    """gamma_i L_I + gamma_l L_L + gamma_g L_G, computed with ``cka``."""
     parts = intra(cka), local(cka), global_(cka)
     return lambda inputs: GAMMA_I * parts[0](inputs) + GAMMA_L * parts[1](inputs) + GAMMA_G * parts[2](inputs)
 
 
 def lloyd_iteration(inputs: Inputs) -> Tensor:
-    """One assignment and update in plain torch (addmm, index_add): new centroids [K, F]."""
+    """One k-means iteration in plain torch (addmm, index_add): the new centroids [K, F]."""
     points, centroids = inputs["points"], inputs["centroids"]
     scores = torch.addmm(centroids.square().sum(dim=1), points, centroids.mT, alpha=-2)
     labels = scores.argmin(dim=1)

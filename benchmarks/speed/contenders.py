@@ -1,4 +1,4 @@
-"""What a provider becomes on one set of inputs: something that can be judged (``outcome``) and timed (``timed``)."""
+"""Contenders: providers on one set of inputs. The gate judges their ``outcome``, the harness times ``timed(mode)``."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from benchmarks.speed.harness import Timed
 from benchmarks.speed.inputs import Inputs
 
 MODES = ("forward", "backward", "full")
-"""Value without gradients; gradients of a value already computed; both."""
+"""The value without gradients; the gradients of a value already computed; both."""
 
 
 class Outcome(NamedTuple):
     """What a contender computes."""
 
     value: Tensor
-    """The loss; of k-means the new centroids."""
+    """The loss, or the new centroids of k-means."""
     gradients: tuple[Tensor, ...]
-    """With respect to the differentiable inputs, in their order."""
+    """One for each differentiable input, in their order."""
 
 
 class Contender(Protocol):
@@ -31,7 +31,7 @@ class Contender(Protocol):
         """Compute value and gradients once."""
 
     def timed(self, mode: str) -> Timed:
-        """Return what to time in a mode."""
+        """Return the call to time in a mode."""
 
 
 class LossContender:
@@ -40,7 +40,7 @@ class LossContender:
     Args:
         loss: Maps the inputs to a scalar.
         inputs: Tensors by name.
-        differentiable: The names of those that gradients are taken of, where they are present.
+        differentiable: Names of the inputs with a gradient; names that are not among the inputs are ignored.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class LossContender:
         return Outcome(value.detach(), torch.autograd.grad(value, self.leaves))
 
     def timed(self, mode: str) -> Timed:
-        """Return what to time in "forward", "backward" or "full"."""
+        """Return the call to time in "forward", "backward" or "full"."""
         if mode == "forward":
             return Timed(lambda: None, lambda _: self.loss(self.inputs))
         if mode == "backward":
@@ -80,7 +80,7 @@ class LossContender:
 
 
 class ValueContender:
-    """A function of named tensors without gradients; its only mode is "full"."""
+    """A function of named tensors, without gradients; "full" is its only mode."""
 
     def __init__(self, function: Callable[[Inputs], Tensor], inputs: Inputs) -> None:
         self.function, self.inputs = function, inputs
@@ -90,5 +90,5 @@ class ValueContender:
         return Outcome(self.function(self.inputs), ())
 
     def timed(self, mode: str) -> Timed:
-        """Return what to time."""
+        """Return the call to time."""
         return Timed(lambda: None, lambda _: self.function(self.inputs))

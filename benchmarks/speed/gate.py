@@ -1,16 +1,17 @@
-"""The gate: nothing is timed whose value or gradient is wrong.
+"""The gate: a provider whose value or gradient is wrong is not timed.
 
-The truth is the reference in float64. Errors are relative, in the Euclidean norm; of several gradients the worst
-counts. The limits in float32, and where operands of products are rounded to fewer bits (16-bit dtypes, tf32):
+The truth is the reference in float64. Errors are relative, in the Euclidean norm; among several gradients the largest
+error counts. The limits, in float32 and (after the semicolon) with operands of products rounded to fewer bits (16-bit
+dtypes, tf32):
 
-- ours, on ordinary features and on features with BERT's outlier dimensions: 1e-5, the promise that the tests hold; 4
-  times the rounding error of an operand.
-- others, on ordinary features: 1e-2; 1e-1. It leaves room for a formulation that loses digits, not for another formula.
-- what is chosen and not computed (k-means: a point between two centroids may go to either): 1e-1 where operands are
-  rounded.
+- our own ops, on ordinary features and on features with BERT's outlier dimensions: 1e-5, as in the tests; 4 times the
+  rounding error of an operand.
+- other providers, on ordinary features: 1e-2; 1e-1. This admits a formulation that loses digits, but not a different
+  formula.
+- our own discrete results (k-means, where a point between two centroids may go to either): 1e-5; 1e-1.
 
-Others are not held to anything on outlier features, where the errors of those that multiply before they centre reach
-the size of the loss itself. All errors are reported.
+Other providers have no limit on outlier features: where products come before centring, the error there can be as large
+as the loss. All errors are reported.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Errors(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What the gate says of one provider on one case."""
+    """The gate's judgement on one provider and one case."""
 
     errors: Errors
     reason: str
@@ -52,9 +53,9 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     """|value - truth| / |truth|; the absolute error where the truth is 0; infinite for NaN or another shape."""
     if value.shape != truth.shape:
         return float("inf")
-    given, true = value.detach().double(), truth.detach().double().to(value.device)
+    found, true = value.detach().double(), truth.detach().double().to(value.device)
     size = torch.linalg.vector_norm(true)
-    error = float(torch.linalg.vector_norm(given - true) / (size if size > 0 else 1.0))
+    error = float(torch.linalg.vector_norm(found - true) / (size if size > 0 else 1.0))
     return error if error == error else float("inf")
 
 
@@ -69,13 +70,13 @@ def errors(outcome: Outcome, truth: Outcome) -> Errors:
 
 
 def limit(ours: bool, dtype: torch.dtype, rounded: bool, discrete: bool = False) -> float:
-    """Return the limit of both errors.
+    """Return the limit on the errors of value and gradient.
 
     Args:
-        ours: Whether the project's own limits hold.
-        dtype: Of the inputs.
+        ours: Whether our own limits hold.
+        dtype: The inputs' dtype.
         rounded: Whether products have operands narrower than float32.
-        discrete: Whether the value depends on choices between what may be equal up to rounding.
+        discrete: Whether rounding decides between results, as between two equally near centroids.
     """
     if not rounded:
         return OURS if ours else OTHERS
@@ -83,7 +84,7 @@ def limit(ours: bool, dtype: torch.dtype, rounded: bool, discrete: bool = False)
 
 
 def judge(outcome: Outcome, truth: Outcome, allowed: float) -> Verdict:
-    """Judge one outcome by the limit of its errors."""
+    """Judge an outcome by the limit ``allowed`` on its errors."""
     found = errors(outcome, truth)
     wrong = [
         f"{name} is off by {error:.1e} (limit {allowed:.1e})"

@@ -1,11 +1,11 @@
-"""How time grows with each size: the slope of log time over log size, against that of the minimal flops.
+"""How time grows with each size: the slope of log time over log size, compared with that of the minimal flops.
 
     t(x) = c x^e,   e by least squares over the cases that differ in x alone
 
-The cases are minutes apart, in which a machine may come to run at another speed: t is a case's time in units of its own
-rounds' canary. The seconds are what is drawn.
+A case's time t is in units of the canary (``benchmarks.speed.harness``) timed in the same rounds: between two cases,
+minutes apart, the machine may change its speed.
 
-An op whose e exceeds that of its minimal flops by more than 0.1 does more work than the mathematics asks for.
+If e exceeds the exponent of the minimal flops by more than 0.1, the op does more work than the mathematics asks for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TOLERANCE = 0.1
 
 
 class Growth(NamedTuple):
-    """One op's growth with one size."""
+    """Growth of one op's time with one size."""
 
     op: str
     provider: str
@@ -52,7 +52,7 @@ def fitted_exponent(values: Sequence[float], times: Sequence[float]) -> float:
 
 
 def growth(rows: Sequence[Row], mode: str = "full") -> list[Growth]:
-    """Fit every size that at least three timed cases of one op and provider differ in, around a common base."""
+    """Fit every size in which at least three timed cases of one op and provider differ, around a common base."""
     found: list[Growth] = []
     timed = [
         row
@@ -60,31 +60,30 @@ def growth(rows: Sequence[Row], mode: str = "full") -> list[Growth]:
         if row.status == OK and row.mode == mode and row.minimal_flops and row.matmul_percent
     ]
     for op, provider in dict.fromkeys((row.op, row.provider) for row in timed):
-        own = {row.case: row for row in timed if (row.op, row.provider) == (op, provider)}.values()
-        base = {size: _most_common([row.sizes[size] for row in own]) for size in next(iter(own)).sizes}
+        by_case = {row.case: row for row in timed if (row.op, row.provider) == (op, provider)}
+        cases = list(by_case.values())
+        base = {size: _most_common([row.sizes[size] for row in cases]) for size in cases[0].sizes}
         for size in base:
             line = [
-                row for row in own if all(row.sizes[other] == base[other] for other in base if other != size)
+                row
+                for row in cases
+                if all(row.sizes[other] == base[other] for other in base if other != size)
             ]
             line.sort(key=lambda row: row.sizes[size])
             values = [row.sizes[size] for row in line]
-            if len(set(values)) < 3:
-                continue
-            flops = [float(row.minimal_flops or 0) for row in line]
-            # Minimal flops per time are so many percent of the canary's.
-            canaries = [own / (row.matmul_percent or 1) for own, row in zip(flops, line, strict=True)]
-            found.append(
-                Growth(
-                    op,
-                    provider,
-                    size,
-                    values,
-                    [row.time.median for row in line],
-                    fitted_exponent(values, canaries),
-                    fitted_exponent(values, flops),
-                )
-            )
+            if len(set(values)) >= 3:
+                found.append(_fit(op, provider, size, values, line))
     return found
+
+
+def _fit(op: str, provider: str, size: str, values: list[int], rows: Sequence[Row]) -> Growth:
+    flops = [float(row.minimal_flops or 0) for row in rows]
+    # matmul_percent is flops / time in percent of the canary's rate, so this is the time in canaries, up to a constant.
+    canaries = [each / (row.matmul_percent or 1) for each, row in zip(flops, rows, strict=True)]
+    seconds = [row.time.median for row in rows]
+    return Growth(
+        op, provider, size, values, seconds, fitted_exponent(values, canaries), fitted_exponent(values, flops)
+    )
 
 
 def _most_common(values: Sequence[int]) -> int:

@@ -1,16 +1,15 @@
-"""Timing: providers in turn within one run, ratios pair by pair, ceilings and a contention canary from the same run.
+"""Timing: providers in turn, ratios round by round, and the machine's own rates and contention from the same run.
 
     round 1:  canary A B C    round 2:  canary B C A    ...
 
-A sample of a provider is one timed call (or the mean of a few, where a call is short), after one that is not timed:
-otherwise a provider would pay for what the one before it left behind, such as a heap that has been given back to the
-system, where a gradient's 3,000 new pages cost as much as its arithmetic. The ratio of B to A is taken
-round by round, b_1 / a_1, b_2 / a_2, ..., so that a slow moment of the machine falls on both. Medians stand for
-the middle, the quartiles for the spread.
+A sample is one timed call, or the mean of several short ones. An untimed call comes first: without it a provider would
+pay for the state that the one before it left. If the heap has been given back to the system, for example, the 3,000
+new pages of a gradient cost as much as its arithmetic. The ratio of B to A is taken round by round, b_1 / a_1,
+b_2 / a_2, ..., so that a slow moment of the machine affects both. Results are medians and quartiles.
 
-The canary is a fixed matrix product timed at the start of every round. Where its times spread, or where the
-process did not get the processor time it asked for, something else was running: the rows are marked. It is also the
-product rate that a round's times are held against, so that a slow moment falls on both there too.
+The canary is a fixed matrix product, timed at the start of every round. If its times spread, or if the process got less
+processor time than it asked for, something else was running; the rows of that run are marked as noisy. Product rates
+are given relative to the canary of the same round, for the same reason as ratios.
 """
 
 from __future__ import annotations
@@ -26,28 +25,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# A canary whose quartiles are further apart than this, against its median, or that got less than this share of
-# the processor, means a noisy run.
+# A run is noisy if the canary's quartiles are further apart than this part of its median, or if the canary got less
+# than this share of the processor.
 CANARY_SPREAD = 0.10
 CANARY_SHARE = 0.90
 
-# A call that takes longer than so many seconds is warmed up by one call, and no untimed one precedes it later, against
-# which that debt is small.
+# A call longer than this many seconds is warmed up once, and no untimed call precedes its samples: what the provider
+# before it left costs little in comparison.
 _LONG = 0.5
 
-# 2.4 GFLOP: as many as L_I has at the paper's shape.
+# 2.4 GFLOP, as L_I at the paper's shape.
 _CANARY_SIZE = 1064
 _L2_FLUSH_BYTES = 2 << 30
-# Before every call a GPU is kept busy so long (and its cache emptied): the CPU then enqueues the call ahead of it, as
-# in a training step, and what is timed is what the GPU does.
+# Seconds for which a GPU is kept busy before every call, with writes that also empty its cache. Meanwhile the CPU
+# enqueues the call, as in a training step, so that only the GPU's work is timed.
 _AHEAD = 4e-3
 
-# The profiler that ``peak_memory`` reads would write four lines of its own for every call.
+# Without this the profiler that ``peak_memory`` uses prints four lines at every call.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 class Timed(NamedTuple):
-    """One thing to time: ``call(setup())``, of which only the call counts."""
+    """One thing to time: ``call(setup())``. The setup is not timed."""
 
     setup: Callable[[], Any]
     call: Callable[[Any], object]
@@ -62,7 +61,7 @@ class Spread(NamedTuple):
 
     @property
     def relative(self) -> float:
-        """Distance of the quartiles against the median."""
+        """Distance between the quartiles, as a part of the median."""
         return (self.high - self.low) / self.median if self.median else 0.0
 
 
@@ -80,7 +79,7 @@ def ratio(slower: Sequence[float], faster: Sequence[float]) -> Spread:
     """Median and quartiles of slower_i / faster_i, round by round.
 
     Raises:
-        ValueError: The two were not timed in the same rounds.
+        ValueError: The two have different numbers of rounds.
     """
     if len(slower) != len(faster):
         raise ValueError(f"faster: expected {len(slower)} samples like the slower, got {len(faster)}")
@@ -89,51 +88,52 @@ def ratio(slower: Sequence[float], faster: Sequence[float]) -> Spread:
 
 @dataclass(frozen=True)
 class Canary:
-    """The fixed product's times and the share of the processor that it got, one per round."""
+    """Times of the fixed product and the share of the processor that it got, one per round."""
 
     seconds: Sequence[float] = ()
     shares: Sequence[float] = ()
     flops: int = 0
-    """Of the product."""
+    """Flops of the product."""
 
     def percent(self, flops: int, seconds: Sequence[float]) -> float:
-        """Median percentage that so many flops in these times, one per round, are of the product's rate."""
-        rates = [flops / own / (self.flops / each) for own, each in zip(seconds, self.seconds, strict=True)]
+        """Median over the rounds of a provider's flops per second, in percent of the product's."""
+        pairs = zip(seconds, self.seconds, strict=True)
+        rates = [(flops / provider) / (self.flops / canary) for provider, canary in pairs]
         return 100 * statistics.median(rates)
 
     @property
     def noisy(self) -> bool:
-        """Whether something else ran on the machine."""
+        """Whether something else was running on the machine."""
         if not self.seconds:
             return False
         return self.spread > CANARY_SPREAD or self.share < CANARY_SHARE
 
     @property
     def spread(self) -> float:
-        """Relative distance of the quartiles of its times."""
+        """Distance between the quartiles of its times, as a part of the median."""
         return spread(self.seconds).relative if self.seconds else 0.0
 
     @property
     def share(self) -> float:
-        """Median share of the processor time it asked for."""
+        """Median of the processor time it got over the time it asked for."""
         return statistics.median(self.shares) if self.shares else 1.0
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Samples in seconds by provider, all from the same rounds."""
+    """Samples in seconds by provider; all providers took part in every round."""
 
     samples: Mapping[str, list[float]]
     canary: Canary = field(default_factory=Canary)
     host: Mapping[str, list[float]] = field(default_factory=dict)
-    """On a GPU, the seconds that the CPU took to enqueue them."""
+    """Seconds that the CPU took to enqueue each sample; empty without a GPU."""
 
 
 class CpuClock:
-    """Wall-clock time of calls that run on the CPU."""
+    """Wall-clock time of calls on the CPU."""
 
     shortest = 5e-3
-    """Seconds that a sample lasts at least, by repeating its call."""
+    """Shortest sample in seconds; a shorter call is repeated."""
 
     canary_flops = 2 * _CANARY_SIZE**3
 
@@ -154,7 +154,7 @@ class CpuClock:
         return elapsed / repeats
 
     def canary(self) -> tuple[float, float]:
-        """Time the fixed product; returns (seconds, share of the processor it got)."""
+        """Time the fixed product; return (seconds, share of the processor)."""
         torch.mm(self._a, self._a, out=self._out)
         start, busy = time.perf_counter(), time.process_time()
         for _ in range(2):
@@ -164,9 +164,10 @@ class CpuClock:
 
 
 class CudaClock:
-    """Time between two events on the current stream, with a cold L2 cache and the CPU ahead before every call.
+    """Time between two events on the current stream; every call starts with a cold L2 cache, already enqueued.
 
-    ``host`` is the time that the CPU took to enqueue a call of the last sample: what limits where it exceeds the GPU's.
+    ``host`` is the time that the CPU took to enqueue a call of the last sample. Where it exceeds the GPU's time,
+    the CPU sets the pace.
     """
 
     shortest = 5e-4
@@ -203,7 +204,7 @@ class CudaClock:
         return sum(start.elapsed_time(end) for start, end in events) / (1e3 * repeats)
 
     def canary(self) -> tuple[float, float]:
-        """Time the fixed product; a GPU's share cannot be seen from inside and counts as 1."""
+        """Time the fixed product; return (seconds, 1.0): a process cannot see its share of a GPU."""
         return self.time(Timed(lambda: None, lambda _: self._a @ self._a), 2), 1.0
 
 
@@ -211,7 +212,7 @@ Clock = CpuClock | CudaClock
 
 
 def make_clock(device: torch.device, dtype: torch.dtype = torch.float32) -> Clock:
-    """Return the clock of a device; a GPU's canary is a product in ``dtype``."""
+    """Return the clock of a device. ``dtype`` is that of a GPU's canary."""
     return CudaClock(device, dtype) if device.type == "cuda" else CpuClock()
 
 
@@ -226,14 +227,14 @@ def measure(
     """Time the contestants in turn, round after round.
 
     Args:
-        contestants: By name, the same work on one or more sets of inputs; rounds walk through the sets.
-        clock: Of the device.
-        seconds: Rounds go on until this much time has been spent or ``max_rounds`` are done.
-        min_rounds: Rounds in any case.
-        max_rounds: Rounds at most.
+        contestants: Calls by provider, one for each set of inputs; the rounds take the sets in turn.
+        clock: The device's clock.
+        seconds: Time after which no further round starts.
+        min_rounds: Smallest number of rounds, whatever time they take.
+        max_rounds: Largest number of rounds.
 
     Returns:
-        As many samples for each contestant as there were rounds; the warm-up is not among them.
+        One sample per round for each contestant, without the warm-up.
     """
     repeats: dict[str, int] = {}
     long: set[str] = set()
@@ -260,7 +261,7 @@ def measure(
             second, share = clock.canary()
             canary_seconds.append(second)
             canary_shares.append(share)
-            # Each comes first, and after each other one, in its turn.
+            # In every round another contestant comes first.
             first_one = round_ % max(1, len(names))
             for name in names[first_one:] + names[:first_one]:
                 sets = contestants[name]
@@ -277,7 +278,7 @@ def measure(
 
 
 class Ceilings(NamedTuple):
-    """What the machine itself reached in this run."""
+    """Rates that the machine itself reached in this run."""
 
     matmul: float
     """Flops per second of a large square product."""
@@ -288,10 +289,10 @@ class Ceilings(NamedTuple):
 def ceilings(
     device: torch.device, clock: Clock, size: int | None = None, dtype: torch.dtype = torch.float32
 ) -> Ceilings:
-    """Measure the matrix-product rate and the copy bandwidth of a device; the best of several tries."""
+    """Measure the product rate and the copy bandwidth of a device: the best of five tries."""
     large = device.type == "cuda"
     size = size or (8192 if large else 2048)
-    # A GPU's clock depends on the numbers that it multiplies.
+    # Random numbers: a GPU multiplies zeros or ones at a higher clock rate.
     a = torch.randn(size, size, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
     out = torch.empty_like(a)
     product = Timed(lambda: None, lambda _: torch.mm(a, a, out=out))
@@ -308,10 +309,10 @@ def ceilings(
 
 
 def peak_memory(timed: Timed, device: torch.device) -> int:
-    """Bytes that a call holds at most, beyond what was there before it; its results count.
+    """Largest number of bytes that a call holds, its results included, beyond those held before it.
 
-    On the CPU from the events that torch's allocator reports to the profiler; memory that others allocate (NumPy,
-    faiss, a BLAS's own buffers) is not seen. On a GPU from the caching allocator's statistics.
+    On the CPU the numbers are the events that torch's allocator reports to the profiler: memory that NumPy, faiss or a
+    BLAS allocates is missing. On a GPU they are the caching allocator's statistics.
     """
     state = timed.setup()
     if device.type == "cuda":
@@ -337,5 +338,5 @@ def peak_memory(timed: Timed, device: torch.device) -> int:
 
 
 def tensor_bytes(tensors: Sequence[Tensor]) -> int:
-    """Bytes of the tensors' elements."""
+    """Total bytes of the tensors' elements."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -2,9 +2,9 @@
 
     t = z + o,    s = (z + e) / sqrt(2) + o'        z, e standard normal; o, o' constant over samples and tokens
 
-The timed inputs have o = 0: a formulation must then agree with the truth whatever its rounding. With ``outliers`` a
-few dimensions of o are 20 to 50 times the standard deviation, as in BERT's hidden states: what a formulation loses
-to rounding there is measured too and printed next to its time.
+The timed inputs have o = o' = 0: every correct formulation then agrees with the reference, whatever it rounds. With
+``outliers`` a few dimensions of o are 20 to 50 times the standard deviation, as in BERT's hidden states. The errors on
+such features are measured too and printed beside the times.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from torch import Tensor
 
 _OUTLIERS = 3
 
+LETTERS = {"batch": "B", "rows": "S", "width": "D", "centroids": "K", "points": "N"}
+"""The paper's letter of each size."""
+
 
 class Sizes(NamedTuple):
-    """The sizes of a case; those that an op does not use are ignored."""
+    """The sizes of a case. An op ignores those that it does not use."""
 
     batch: int = 32
     rows: int = 128
@@ -26,10 +29,9 @@ class Sizes(NamedTuple):
     centroids: int = 100
     points: int = 1024
 
-    def label(self, names: tuple[str, ...]) -> str:
+    def label(self, size_names: tuple[str, ...]) -> str:
         """Write the named sizes in the paper's letters, e.g. "B=32 S=128 D=768"."""
-        letters = {"batch": "B", "rows": "S", "width": "D", "centroids": "K", "points": "N"}
-        return " ".join(f"{letters[name]}={getattr(self, name)}" for name in names)
+        return " ".join(f"{LETTERS[name]}={getattr(self, name)}" for name in size_names)
 
 
 Inputs = dict[str, Tensor]
@@ -48,21 +50,21 @@ def _offset(width: int, outliers: bool, generator: torch.Generator) -> Tensor:
 def _pair(
     shape: tuple[int, ...], offsets: tuple[Tensor, Tensor], generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Student and teacher of ``shape``, whose last axis holds tokens as wide as the offsets."""
+    """Student and teacher of ``shape``; the last axis holds one or more tokens as wide as the offsets."""
     shared = torch.randn(shape, generator=generator)
     noise = torch.randn(shape, generator=generator)
-    own, given = (offset.repeat(shape[-1] // len(offset)) for offset in offsets)
-    return noise.add_(shared).mul_(0.5**0.5).add_(own), shared + given
+    student_offset, teacher_offset = (offset.repeat(shape[-1] // len(offset)) for offset in offsets)
+    return noise.add_(shared).mul_(0.5**0.5).add_(student_offset), shared + teacher_offset
 
 
 def _offsets(sizes: Sizes, seed: int, outliers: bool) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    own, given = (_offset(sizes.width, outliers, generator) for _ in range(2))
-    return own, given
+    student_offset, teacher_offset = (_offset(sizes.width, outliers, generator) for _ in range(2))
+    return student_offset, teacher_offset
 
 
 def features(sizes: Sizes, seed: int, outliers: bool = False) -> Inputs:
-    """``student`` and ``teacher``, [B, S, D]."""
+    """``student`` and ``teacher``, [B, S, D] float32."""
     generator = torch.Generator().manual_seed(seed)
     shape = (sizes.batch, sizes.rows, sizes.width)
     student, teacher = _pair(shape, _offsets(sizes, seed, outliers), generator)
@@ -70,22 +72,22 @@ def features(sizes: Sizes, seed: int, outliers: bool = False) -> Inputs:
 
 
 def with_memories(sizes: Sizes, seed: int, outliers: bool = False) -> Inputs:
-    """Features and ``student_memory`` and ``teacher_memory``, [K, S * D].
+    """Features, ``student_memory`` and ``teacher_memory`` [K, S * D] float32.
 
-    The teacher's centroids carry the offset of the features that they are the means of; the student memory is
-    standard normal, as it starts.
+    The teacher's centroids have the offset of its features, since they are means of features. The student memory is
+    standard normal, as at the start of training.
     """
     generator = torch.Generator().manual_seed(seed + 1)
     shape = (sizes.centroids, sizes.rows * sizes.width)
-    _, given = _offsets(sizes, seed, outliers)
-    student, teacher = _pair(shape, (torch.zeros_like(given), given), generator)
+    _, teacher_offset = _offsets(sizes, seed, outliers)
+    student, teacher = _pair(shape, (torch.zeros_like(teacher_offset), teacher_offset), generator)
     return {**features(sizes, seed, outliers), "student_memory": student, "teacher_memory": teacher}
 
 
 def points(sizes: Sizes, seed: int, outliers: bool = False) -> Inputs:
-    """``points`` [N, F] around K centres, and ``centroids`` [K, F] drawn from them.
+    """``points`` [N, F] around K centres, and ``centroids`` [K, F] drawn from the points.
 
-    The draw is that of ``torch.randperm`` seeded with 0, because one peer starts there and nowhere else.
+    The draw is the one of ``torch.randperm`` seeded with 0: one peer always starts from those points.
     """
     generator = torch.Generator().manual_seed(seed)
     width = sizes.rows * sizes.width

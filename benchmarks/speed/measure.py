@@ -12,11 +12,14 @@ from benchmarks.speed import gate, harness
 from benchmarks.speed.contenders import Contender
 from benchmarks.speed.gate import Errors, Verdict
 from benchmarks.speed.inputs import Inputs, Sizes
+from benchmarks.speed.ops import Bound, Op, Provider
 from benchmarks.speed.peers import Unavailable
-from benchmarks.speed.registry import Bound, Op, Provider
 from benchmarks.speed.results import BOUND, OK, UNAVAILABLE, WRONG, Row
 
 _INPUT_SETS = {"cpu": 1, "cuda": 3}
+
+Fields = dict[str, Any]
+"""Values for the fields of a ``Row``."""
 
 
 class Settings(NamedTuple):
@@ -25,15 +28,23 @@ class Settings(NamedTuple):
     device: torch.device
     dtype: torch.dtype = torch.float32
     seconds: float = 6.0
-    """Per case and mode, in all."""
+    """Time for one case in one mode."""
     min_rounds: int = 5
     max_rounds: int = 40
     memory: bool = True
+    """Whether to measure peak memory."""
 
     @property
     def rounded(self) -> bool:
         """Whether products have operands narrower than float32."""
         return self.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
+
+
+class Machine(NamedTuple):
+    """The device's clock, and the rates that the device reached in this run."""
+
+    clock: harness.Clock
+    ceilings: harness.Ceilings
 
 
 def _move(inputs: Inputs, device: torch.device, dtype: torch.dtype) -> Inputs:
@@ -44,7 +55,7 @@ def _move(inputs: Inputs, device: torch.device, dtype: torch.dtype) -> Inputs:
 
 
 class Judge:
-    """The truths of one case, for ordinary features or for features with outlier dimensions."""
+    """The truths of one case, on ordinary features or on features with outlier dimensions."""
 
     def __init__(
         self, op: Op, sizes: Sizes, settings: Settings, outliers: bool, truths: Iterable[str]
@@ -52,13 +63,17 @@ class Judge:
         self.sizes, self.settings = op.gate_sizes(sizes), settings
         drawn = op.make_inputs(self.sizes, 0, outliers)
         self.inputs = _move(drawn, settings.device, settings.dtype)
-        # Truth is computed from the numbers that the contenders get, after rounding to their dtype.
+        # The truth has the same inputs as the contenders, rounded to their dtype.
         exact = _move(self.inputs, settings.device, torch.float64)
         self.discrete = op.discrete
         self.truths = {name: op.truths[name](exact, self.sizes).outcome() for name in truths}
 
     def verdict(self, provider: Provider) -> Verdict:
-        """Judge a provider; an error it raises is a reason, except that it is unavailable."""
+        """Judge a provider; one that raises an error is wrong.
+
+        Raises:
+            Unavailable: The provider cannot run here.
+        """
         truth = self.truths[provider.truth]
         try:
             outcome = provider.build(self.inputs, self.sizes).outcome()
@@ -75,81 +90,92 @@ def _finite(error: float) -> float | None:
     return error if math.isfinite(error) else None
 
 
+def _judged(op: Op, sizes: Sizes, providers: Mapping[str, Provider], settings: Settings) -> dict[str, Fields]:
+    """Judge every provider: the fields of its rows that say whether it is right."""
+    truths = {provider.truth for provider in providers.values()}
+    judges = [Judge(op, sizes, settings, outliers, truths) for outliers in (False, True)]
+    fields: dict[str, Fields] = {}
+    for name, provider in providers.items():
+        own = fields[name] = {"note": provider.note}
+        try:
+            ordinary, outlying = (judge.verdict(provider) for judge in judges)
+        except Unavailable as error:
+            own |= {"status": UNAVAILABLE, "reason": str(error)}
+            continue
+        own["value_error"], own["gradient_error"] = map(_finite, ordinary.errors)
+        own["outlier_value_error"], own["outlier_gradient_error"] = map(_finite, outlying.errors)
+        reason = ordinary.reason
+        if not reason and provider.ours and outlying.reason:
+            reason = f"with outlier dimensions: {outlying.reason}"
+        own |= {"status": WRONG if reason else OK, "reason": reason}
+        if not reason and judges[0].sizes != sizes:
+            judged_at = f"judged at {judges[0].sizes.label(op.size_names)}"
+            own["note"] = f"{provider.note}; {judged_at}".lstrip("; ")
+    return fields
+
+
 def measure_case(
     op: Op,
     sizes: Sizes,
     providers: Sequence[str],
     modes: Sequence[str],
     settings: Settings,
-    clock: harness.Clock,
-    ceilings: harness.Ceilings,
+    machine: Machine,
 ) -> list[Row]:
-    """Measure one case: a row for every provider and mode, also for those that are refused or cannot run."""
+    """Measure one case; every provider has a row for every mode, whether it was timed or not."""
     chosen = {name: op.providers[name] for name in providers}
-    truths = {provider.truth for provider in chosen.values()}
-    judges = [Judge(op, sizes, settings, outliers, truths) for outliers in (False, True)]
-    label = sizes.label(op.letters)
-    facts: dict[str, dict[str, object]] = {}
-    passed: list[str] = []
-    for name, provider in chosen.items():
-        fact: dict[str, object] = {"note": provider.note}
-        facts[name] = fact
-        try:
-            ordinary, outlying = (judge.verdict(provider) for judge in judges)
-        except Unavailable as error:
-            fact |= {"status": UNAVAILABLE, "reason": str(error)}
-            continue
-        fact["value_error"], fact["gradient_error"] = map(_finite, ordinary.errors)
-        fact["outlier_value_error"], fact["outlier_gradient_error"] = map(_finite, outlying.errors)
-        reason = ordinary.reason
-        if not reason and provider.ours and outlying.reason:
-            reason = f"with outlier dimensions: {outlying.reason}"
-        fact |= {"status": WRONG if reason else OK, "reason": reason}
-        if not reason:
-            passed.append(name)
-            if judges[0].sizes != sizes:
-                fact["note"] = f"{provider.note}; judged at {judges[0].sizes.label(op.letters)}".lstrip("; ")
-    del judges
-    rows: list[Row] = []
-    contenders = _contenders(op, sizes, {name: chosen[name] for name in passed}, settings)
+    fields = _judged(op, sizes, chosen, settings)
+    passed = {name: provider for name, provider in chosen.items() if fields[name]["status"] == OK}
+    contenders = _contenders(op, sizes, passed, settings)
     timed = dict(contenders)
     if contenders and settings.device.type == "cpu":
         timed |= _contenders(op, sizes, op.bounds, settings)
-        facts |= {name: {"note": bound.note, "status": BOUND} for name, bound in op.bounds.items()}
+        fields |= {name: {"note": bound.note, "status": BOUND} for name, bound in op.bounds.items()}
+    rows: list[Row] = []
     for mode in modes:
-        samples: harness.Measurement | None = None
-        if timed:
-            samples = harness.measure(
-                {name: [each.timed(mode) for each in sets] for name, sets in timed.items()},
-                clock,
-                seconds=settings.seconds,
-                min_rounds=settings.min_rounds,
-                max_rounds=settings.max_rounds,
-            )
-        minimum = op.minimum(sizes, mode, settings.dtype)
-        for name in facts:
-            fact = dict(facts[name])
-            if name in timed and samples is not None:
-                times = samples.samples[name]
-                fact |= {
-                    "samples": times,
-                    "noisy": samples.canary.noisy,
-                    "canary_spread": samples.canary.spread,
-                    "canary_share": samples.canary.share,
-                }
-                if name in samples.host:
-                    fact["host_seconds"] = harness.spread(samples.host[name]).median
-                if minimum is not None:
-                    fact |= {
-                        "matmul_percent": samples.canary.percent(minimum.flops, times),
-                        "copy_percent": 100 * minimum.bytes / harness.spread(times).median / ceilings.copy,
-                        "minimal_flops": minimum.flops,
-                    }
-                if settings.memory and mode == "full" and name in chosen and chosen[name].memory:
-                    fact |= _memory(contenders[name][0], settings.device)
-            row = Row(op.name, label, sizes._asdict(), name, mode, **fact)  # type: ignore[arg-type]
-            rows.append(row)
+        times = _times(op, sizes, timed, mode, settings, machine)
+        for name, of_gate in fields.items():
+            own = {**of_gate, **times.get(name, {})}
+            if settings.memory and mode == "full" and name in contenders and chosen[name].memory:
+                own |= _memory(contenders[name][0], settings.device)
+            label = sizes.label(op.size_names)
+            rows.append(Row(op.name, label, sizes._asdict(), name, mode, **own))
     return rows
+
+
+def _times(
+    op: Op, sizes: Sizes, timed: Mapping[str, list[Any]], mode: str, settings: Settings, machine: Machine
+) -> dict[str, Fields]:
+    """Time contenders and bounds in turn: the fields of their rows that hold times and rates."""
+    if not timed:
+        return {}
+    measured = harness.measure(
+        {name: [each.timed(mode) for each in sets] for name, sets in timed.items()},
+        machine.clock,
+        seconds=settings.seconds,
+        min_rounds=settings.min_rounds,
+        max_rounds=settings.max_rounds,
+    )
+    canary = measured.canary
+    minimum = op.minimum(sizes, mode, settings.dtype)
+    fields: dict[str, Fields] = {}
+    for name, samples in measured.samples.items():
+        own = fields[name] = {
+            "samples": samples,
+            "noisy": canary.noisy,
+            "canary_spread": canary.spread,
+            "canary_share": canary.share,
+        }
+        if name in measured.host:
+            own["host_seconds"] = harness.spread(measured.host[name]).median
+        if minimum is not None:
+            copied = minimum.bytes / harness.spread(samples).median
+            own |= {
+                "matmul_percent": canary.percent(minimum.flops, samples),
+                "copy_percent": 100 * copied / machine.ceilings.copy,
+                "minimal_flops": minimum.flops,
+            }
+    return fields
 
 
 def _memory(contender: Contender, device: torch.device) -> dict[str, int]:
@@ -160,7 +186,7 @@ def _memory(contender: Contender, device: torch.device) -> dict[str, int]:
 
 
 def _contenders(
-    op: Op, sizes: Sizes, builders: Mapping[str, Provider | Bound], settings: Settings
+    op: Op, sizes: Sizes, builders: Mapping[str, Provider] | Mapping[str, Bound], settings: Settings
 ) -> dict[str, list[Any]]:
     sets = range(_INPUT_SETS[settings.device.type])
     inputs = [_move(op.make_inputs(sizes, seed, False), settings.device, settings.dtype) for seed in sets]
@@ -171,8 +197,7 @@ def measure_op(
     op: Op,
     cases: Sequence[Sizes],
     settings: Settings,
-    clock: harness.Clock,
-    ceilings: harness.Ceilings,
+    machine: Machine,
     *,
     providers: Sequence[str] | None = None,
     modes: Sequence[str] | None = None,
@@ -181,30 +206,29 @@ def measure_op(
     """Measure an op on its cases.
 
     Args:
-        op: What to measure.
-        cases: Sizes.
-        settings: How.
-        clock: Of the device.
-        ceilings: Of the device, from the same run.
-        providers: Names; all of the op's by default.
-        modes: Names; all of the op's by default.
-        report: Called with the rows of every case as it is done.
+        op: The op.
+        cases: Sizes of the cases.
+        settings: How to measure.
+        machine: The device's clock and its rates in this run.
+        providers: Names; None: all of the op's.
+        modes: Names; None: all of the op's.
+        report: Called with the rows of every finished case.
 
     Returns:
         All rows.
 
     Raises:
-        ValueError: A provider or a mode that the op does not have.
+        ValueError: The op has no such provider or mode.
     """
     names = list(op.providers) if providers is None else list(providers)
     chosen = list(op.modes) if modes is None else list(modes)
-    for kind, given, known in (("providers", names, op.providers), ("mode", chosen, op.modes)):
-        for name in given:
-            if name not in known:
-                raise ValueError(f"{kind}: {op.name} has {', '.join(known)}; got {name!r}")
+    for kind, wanted, available in (("providers", names, op.providers), ("mode", chosen, op.modes)):
+        for name in wanted:
+            if name not in available:
+                raise ValueError(f"{kind}: {op.name} has {', '.join(available)}; got {name!r}")
     rows = []
     for sizes in cases:
-        done = measure_case(op, sizes, names, chosen, settings, clock, ceilings)
+        done = measure_case(op, sizes, names, chosen, settings, machine)
         report(done)
         rows += done
     return rows

@@ -1,8 +1,8 @@
-"""Published packages that compute the same things, as far as they do; ``requirements.txt`` pins them.
+"""Published packages that compute L_I, L_L or a k-means iteration; ``requirements.txt`` pins their versions.
 
-A peer that is not installed, or that cannot run a case, raises ``Unavailable`` with the reason: it gets a row
-that says so. Two of them import plotting or training frameworks at their top; only the modules that compute are
-loaded, so that they run without their dependencies.
+A peer that is not installed or cannot run a case raises ``Unavailable``; its row shows the reason. Two packages import
+plotting or training frameworks at their top. Only their computing modules are loaded, so these frameworks need not be
+installed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from benchmarks.speed.inputs import Inputs
 
 
 class Unavailable(RuntimeError):
-    """A provider cannot run a case; the message says why."""
+    """A provider cannot run a case, for the reason in the message."""
 
 
 def _module(package: str, distribution: str, submodule: str = "") -> ModuleType:
-    """Import a package, or one of its modules without running the package's own ``__init__``."""
+    """Import a package, or one of its modules without running the package's ``__init__``."""
     if importlib.util.find_spec(package) is None:
         raise Unavailable(f"{distribution} is not installed (benchmarks/requirements.txt)")
     try:
@@ -52,7 +52,7 @@ def _grams(x: Tensor) -> Tensor:
 
 
 def _flat(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Student and teacher of L_L as one batch of [B, F]."""
+    """Student and teacher of L_L, each [1, B, F]."""
     return inputs["student"].flatten(1)[None], inputs["teacher"].flatten(1)[None]
 
 
@@ -69,9 +69,9 @@ def _pytorch_cka(pick: Pick) -> Loss:
 
     def loss(inputs: Inputs) -> Tensor:
         student, teacher = pick(inputs)
-        # All pairs of samples come out; those of one sample with itself are the loss.
-        cross, own, given = hsic(_grams(student), _grams(teacher))
-        return _neg_log(cross.diagonal() / (own * given).sqrt())
+        # It returns the HSIC of every student sample with every teacher sample; the loss takes the matching ones.
+        cross, student_hsic, teacher_hsic = hsic(_grams(student), _grams(teacher))
+        return _neg_log(cross.diagonal() / (student_hsic * teacher_hsic).sqrt())
 
     return loss
 
@@ -87,12 +87,12 @@ def _cka_pytorch(pick: Pick) -> Loss:
 
 
 def _ckatorch(pick: Pick) -> Loss:
-    # Its default, method="fro_norm", detaches the Grams and has no gradient.
+    # The default, method="fro_norm", detaches the Grams and passes no gradient.
     cka = _module("ckatorch", "ckatorch", "core").cka_base
 
     def loss(inputs: Inputs) -> Tensor:
         pairs = zip(*pick(inputs), strict=True)
-        return _neg_log(torch.stack([cka(own, given, method="hsic") for own, given in pairs]))
+        return _neg_log(torch.stack([cka(student, teacher, method="hsic") for student, teacher in pairs]))
 
     return loss
 
@@ -101,7 +101,7 @@ CKA_PEERS = ("pytorch-cka", "cka-pytorch", "ckatorch")
 
 
 def cka_peers(op: str) -> dict[str, tuple[str, Callable[[], Loss]]]:
-    """Peers of L_I ("intra") or L_L ("local"): name -> (estimator, how to build the loss)."""
+    """Peers of L_I ("intra") or L_L ("local"): name -> (estimator of CKA, function that builds the loss)."""
     pick = _per_sample if op == "intra" else _flat
     return {
         "pytorch-cka": ("unbiased", lambda: _pytorch_cka(pick)),
@@ -171,7 +171,7 @@ def _fastkmeans(inputs: Inputs) -> Iteration:
     def iteration(inputs: Inputs) -> Tensor:
         points, centroids = _on_cpu(inputs, "fastkmeans")
         model = module.FastKMeans(points.shape[1], len(centroids), niter=1, gpu=False, seed=0)
-        # It seeds the global generators and always starts from points drawn with that seed.
+        # It seeds the global generators, and draws its first centroids with that seed.
         state = np.random.get_state()  # noqa: NPY002
         with torch.random.fork_rng(devices=[]):
             model.train(points)

@@ -1,7 +1,7 @@
-"""Rows, results and their JSON files; comparison of two of them.
+"""Rows, results and their JSON files; comparison of two results.
 
-A file holds ``schema``, ``environment`` (device, versions, threads, commit, date), ``ceilings`` (what the machine
-reached in the same run), ``rows`` and ``checks``. It is written whole or not at all, and validated when read.
+A file holds ``schema``, ``environment`` (device, versions, threads, commit, date), ``ceilings`` (the machine's rates
+in the same run), ``rows`` and ``checks``. It is replaced as a whole when written, and validated when read.
 """
 
 from __future__ import annotations
@@ -39,30 +39,30 @@ class Row:
     provider: str
     mode: str
     status: str
-    """"ok", "wrong" (refused by the gate, not timed), "unavailable", or "bound": part of the work, not a provider."""
+    """"ok", "wrong" (refused by the gate, not timed), "unavailable", or "bound" (a part of the work, no provider)."""
     reason: str = ""
     note: str = ""
     samples: list[float] = field(default_factory=list)
-    """Seconds, one per round; rounds are shared by all rows of a case and mode."""
+    """Seconds, one per round; all rows of a case and mode have the same rounds."""
     noisy: bool = False
     canary_spread: float = 0.0
     canary_share: float = 1.0
     value_error: float | None = None
     gradient_error: float | None = None
     outlier_value_error: float | None = None
-    """On features with BERT's outlier dimensions."""
+    """Error on features with BERT's outlier dimensions."""
     outlier_gradient_error: float | None = None
     matmul_percent: float | None = None
-    """Minimal flops per second against the rate of the canary, a product of 2.4 GFLOP timed in the same rounds."""
+    """Minimal flops per second, in percent of the canary's rate in the same rounds."""
     copy_percent: float | None = None
-    """Minimal bytes per second against the machine's own copy."""
+    """Minimal bytes per second, in percent of the machine's own copy."""
     minimal_flops: int | None = None
     peak_bytes: int | None = None
-    """Most memory held beyond the inputs, results included."""
+    """Largest number of bytes held beyond the inputs; results count."""
     returned_bytes: int | None = None
-    """The gradients."""
+    """Bytes of the gradients."""
     host_seconds: float | None = None
-    """On a GPU, what the CPU takes to enqueue a call."""
+    """Seconds in which the CPU enqueues a call; GPU runs only."""
 
     @property
     def time(self) -> Spread:
@@ -76,20 +76,20 @@ class Row:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One line of the table of numbers to reach."""
+    """One performance target, and whether a run reached it."""
 
     name: str
     required: str
     measured: str
     passed: bool | None
-    """None where what it needs was not measured."""
+    """None: the run did not measure the rows it needs."""
     noisy: bool = False
     reason: str = ""
 
 
 @dataclass(frozen=True)
 class Result:
-    """Everything from one run."""
+    """Everything that one run measured."""
 
     environment: dict[str, Any]
     ceilings: dict[str, float]
@@ -97,21 +97,21 @@ class Result:
     checks: list[CheckResult] = field(default_factory=list)
 
     def find(self, op: str, case: str, mode: str, provider: str) -> Row | None:
-        """The timed row of that key, or None."""
+        """Return the timed row with these keys, or None."""
         for row in self.rows:
             if (row.op, row.case, row.mode, row.provider, row.status) == (op, case, mode, provider, OK):
                 return row
         return None
 
     def bound(self, op: str, case: str, mode: str) -> Row | None:
-        """The row of what limits an op: part of its work, timed in the same rounds."""
+        """Return the row of the op's bound, timed in the same rounds as its providers, or None."""
         for row in self.rows:
             if (row.op, row.case, row.mode, row.status) == (op, case, mode, BOUND):
                 return row
         return None
 
     def speedup(self, row: Row) -> Spread | None:
-        """How many times as long a row takes as ours in the same rounds; None without ours."""
+        """Return the row's time over ours, round by round; None if ours was not timed in the same rounds."""
         ours = self.find(row.op, row.case, row.mode, "ours")
         if ours is None or not row.samples or len(row.samples) != len(ours.samples):
             return None
@@ -129,7 +129,7 @@ def _git(*arguments: str) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The processor's or the GPU's own name."""
+    """Return the name of the processor or the GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -141,7 +141,7 @@ def device_name(device: torch.device) -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a reader needs to know to believe or repeat the numbers."""
+    """Describe the machine and the versions, so that a reader can repeat the run."""
     import importlib.metadata
 
     import transformers
@@ -171,7 +171,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def default_path(result: Result) -> Path:
-    """``benchmarks/results/<device>/<date>-<commit>.json``."""
+    """Return ``benchmarks/results/<device>/<date>-<commit>.json``."""
     device = re.sub(r"[^a-z0-9]+", "-", str(result.environment["device"]).lower()).strip("-")
     threads = (
         f"-{result.environment['threads']}-threads" if result.environment["device_type"] == "cpu" else ""
@@ -181,7 +181,7 @@ def default_path(result: Result) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file by replacing it as a whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text.encode())
 
@@ -196,8 +196,8 @@ def load(path: Path) -> Result:
     """Read a result.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not a result of this schema.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is no result of this schema.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -217,7 +217,7 @@ def load(path: Path) -> Result:
 
 
 def compare(before: Result, after: Result) -> list[str]:
-    """Describe, one line each, the rows whose times moved beyond the spread: quartiles that do not overlap."""
+    """Describe in one line each row whose times changed by more than the spread: the quartiles do not overlap."""
     lines = []
     for row in after.rows:
         old = before.find(row.op, row.case, row.mode, row.provider)

@@ -1,10 +1,10 @@
 """A whole training step: teacher, student, losses, clipping and optimiser, for BERT-base and MiniLM shapes.
 
-Ours is the project's own modules with a method's structures on. The released step is written from its formulas:
-the same models and the released formulation of every structure, with the teacher run without gradients or, as
-released, with them, so that they are back-propagated into it and pile up there.
+Our step runs the project's own modules. The released step is written from its formulas: the same models, with the
+released formulation of every structure. Its teacher runs without gradients or, as in the released code, with them; its
+gradients are then computed and accumulate in its parameters.
 
-Weights are random and dropout is off: neither changes the time, and both steps then give the same numbers.
+Weights are random and dropout is off. Neither changes the time, and both steps then compute the same numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from benchmarks.speed import baselines
 from benchmarks.speed.contenders import Outcome
 from benchmarks.speed.harness import Timed
 from benchmarks.speed.inputs import Inputs, Sizes, with_memories
-from fsd_fast.losses import METHODS, FeatureStructureLoss, FeatureStructureObjective, Signals
+from benchmarks.speed.losses import structures_loss
+from benchmarks.speed.ops import Build, Op, Provider
+from fsd_fast.losses import METHODS, FeatureStructureObjective, Signals
 from fsd_fast.memory.student_memory import StudentMemory
 from fsd_fast.models.teacher import Teacher
 from fsd_fast.training.distillation import DistillationModel
@@ -28,8 +30,8 @@ _ALPHA, _TEMPERATURE = 0.5, 10.0
 _LEARNING_RATE, _CLIP = 3e-5, 1.0
 
 
-class Shape(NamedTuple):
-    """The encoder of a teacher and of its student, which keeps fewer layers."""
+class Encoders(NamedTuple):
+    """The encoders of a teacher and of its student, which has fewer layers."""
 
     name: str
     teacher_layers: int
@@ -39,10 +41,10 @@ class Shape(NamedTuple):
     vocabulary: int
 
 
-SHAPES = {
-    768: Shape("BERT-base", 12, 6, 12, 3072, 30522),
-    384: Shape("MiniLM", 6, 3, 12, 1536, 30522),
-    32: Shape("tiny", 3, 2, 2, 64, 100),
+ENCODERS = {
+    768: Encoders("BERT-base", 12, 6, 12, 3072, 30522),
+    384: Encoders("MiniLM", 6, 3, 12, 1536, 30522),
+    32: Encoders("tiny", 3, 2, 2, 64, 100),
 }
 """By hidden size."""
 
@@ -50,13 +52,13 @@ SHAPES = {
 def _classifier(sizes: Sizes, layers: int, seed: int) -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
-    shape = SHAPES[sizes.width]
+    encoders = ENCODERS[sizes.width]
     config = BertConfig(
-        vocab_size=shape.vocabulary,
+        vocab_size=encoders.vocabulary,
         hidden_size=sizes.width,
         num_hidden_layers=layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.intermediate,
+        num_attention_heads=encoders.heads,
+        intermediate_size=encoders.intermediate,
         max_position_embeddings=max(512, sizes.rows),
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
@@ -69,14 +71,14 @@ def _classifier(sizes: Sizes, layers: int, seed: int) -> nn.Module:
 
 
 class TrainingStep:
-    """One step of training, repeatable.
+    """One repeatable training step.
 
     Args:
         inputs: ``input_ids`` [B, S], ``labels`` [B], ``student_memory`` and ``teacher_memory`` [K, S * D].
-        sizes: Of the case.
+        sizes: Sizes of the case.
         method: A method of ``FeatureStructureLoss``, or "released".
-        teacher_gradients: Whether the teacher is run with gradients, as released.
-        backend: Of the losses.
+        teacher_gradients: Whether the teacher runs with gradients, as in the released code.
+        backend: Backend of our losses.
     """
 
     def __init__(
@@ -87,14 +89,14 @@ class TrainingStep:
         teacher_gradients: bool = False,
         backend: str = "auto",
     ) -> None:
-        shape = SHAPES[sizes.width]
+        encoders = ENCODERS[sizes.width]
         device, dtype = inputs["student_memory"].device, inputs["student_memory"].dtype
         self.method, self.teacher_gradients = method, teacher_gradients
         self.ids, self.labels = inputs["input_ids"], inputs["labels"]
         self.teacher_memory = inputs["teacher_memory"]
-        teacher = _classifier(sizes, shape.teacher_layers, 0).to(device, dtype)
-        student = _classifier(sizes, shape.student_layers, 1).to(device, dtype).train()
-        self.layers = shape.teacher_layers - 1, shape.student_layers - 1
+        teacher = _classifier(sizes, encoders.teacher_layers, 0).to(device, dtype)
+        student = _classifier(sizes, encoders.student_layers, 1).to(device, dtype).train()
+        self.layers = encoders.teacher_layers - 1, encoders.student_layers - 1
         uses_memory = method == "released" or METHODS[method][2]
         self.memory = StudentMemory(sizes.centroids, sizes.rows, sizes.width).to(device, dtype)
         with torch.no_grad():
@@ -103,22 +105,12 @@ class TrainingStep:
         self.student = student
         self.ours: tuple[Teacher, DistillationModel] | None = None
         if method != "released":
-            loss = FeatureStructureLoss(
-                method,
-                alpha=_ALPHA,
-                temperature=_TEMPERATURE,
-                beta=1.0,
-                gamma_i=baselines.GAMMA_I,
-                gamma_l=baselines.GAMMA_L,
-                gamma_g=baselines.GAMMA_G,
-                gamma_m=baselines.GAMMA_M,
-                backend=backend,
-            )
+            loss = structures_loss(method, backend, alpha=_ALPHA, temperature=_TEMPERATURE)
             objective = FeatureStructureObjective(loss, [self.layers], self.layers)
             model = DistillationModel(student, objective, self.memory if uses_memory else None)  # type: ignore[arg-type]
             self.ours = Teacher(teacher, "teacher"), model  # type: ignore[arg-type]
         self.parameters = [*student.parameters(), *([self.memory.centroids] if uses_memory else [])]
-        # Fused as in transformers' Trainer.
+        # Fused, as in transformers' Trainer.
         self.optimizer = torch.optim.AdamW(self.parameters, lr=_LEARNING_RATE, fused=True)
 
     def _our_loss(self, teacher: Teacher, model: DistillationModel) -> Tensor:
@@ -130,18 +122,18 @@ class TrainingStep:
 
     def _released_loss(self) -> Tensor:
         with torch.set_grad_enabled(self.teacher_gradients):
-            given = self.teacher(input_ids=self.ids, output_hidden_states=True)
-        own = self.student(input_ids=self.ids, output_hidden_states=True)
-        hard = functional.cross_entropy(own.logits, self.labels)
+            teacher = self.teacher(input_ids=self.ids, output_hidden_states=True)
+        student = self.student(input_ids=self.ids, output_hidden_states=True)
+        hard = functional.cross_entropy(student.logits, self.labels)
         soft = functional.kl_div(
-            functional.log_softmax(own.logits / _TEMPERATURE, dim=1),
-            functional.softmax(given.logits / _TEMPERATURE, dim=1),
+            functional.log_softmax(student.logits / _TEMPERATURE, dim=1),
+            functional.softmax(teacher.logits / _TEMPERATURE, dim=1),
             reduction="batchmean",
         )
         structures = baselines.fsd_ilg(baselines.released_cka)(
             {
-                "student": own.hidden_states[self.layers[1]],
-                "teacher": given.hidden_states[self.layers[0]],
+                "student": student.hidden_states[self.layers[1]],
+                "teacher": teacher.hidden_states[self.layers[0]],
                 "student_memory": self.memory.centroids,
                 "teacher_memory": self.teacher_memory,
             }
@@ -160,25 +152,72 @@ class TrainingStep:
         self.optimizer.step()
 
     def outcome(self) -> Outcome:
-        """Return the loss and the gradients of all trained parameters, without taking a step."""
+        """Return the loss and the gradients of all trained parameters; no step is taken."""
         value = self._backward()
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
-        flat = [torch.cat([g.flatten() for g in gradients[: len(list(self.student.parameters()))]])]
-        return Outcome(value, (*flat, *gradients[len(list(self.student.parameters())) :]))
+        of_model = len(list(self.student.parameters()))
+        flat = torch.cat([gradient.flatten() for gradient in gradients[:of_model]])
+        return Outcome(value, (flat, *gradients[of_model:]))
 
     def timed(self, mode: str) -> Timed:
-        """Return what to time: a whole step."""
+        """Return a whole step as the call to time."""
         return Timed(lambda: None, self._step)
 
 
 def inputs(sizes: Sizes, seed: int, outliers: bool = False) -> Inputs:
-    """``input_ids``, ``labels`` and the two memories; ``outliers`` are those of the memories."""
+    """``input_ids``, ``labels`` and two memories; ``outliers`` gives the memories outlier dimensions."""
     generator = torch.Generator().manual_seed(seed)
     memories = with_memories(sizes._replace(batch=1), seed, outliers)
-    vocabulary = SHAPES[sizes.width].vocabulary
+    vocabulary = ENCODERS[sizes.width].vocabulary
     return {
         "input_ids": torch.randint(vocabulary, (sizes.batch, sizes.rows), generator=generator),
         "labels": torch.randint(2, (sizes.batch,), generator=generator),
         "student_memory": memories["student_memory"],
         "teacher_memory": memories["teacher_memory"],
     }
+
+
+def _step(method: str, backend: str, teacher_gradients: bool = False) -> Build:
+    return lambda tensors, sizes: TrainingStep(tensors, sizes, method, teacher_gradients, backend)
+
+
+def _gate_sizes(sizes: Sizes) -> Sizes:
+    return Sizes(4, 8, 32, min(5, sizes.centroids))
+
+
+def step_op() -> Op:
+    """The op "step"."""
+    names = {
+        "fsd_ilg": "ours",
+        "vkd": "vkd-only",
+        "fsd_i": "ours-fsd_i",
+        "fsd_l": "ours-fsd_l",
+        "fsd_g": "ours-fsd_g",
+    }
+    providers = {
+        name: Provider(_step(method, "auto"), truth=method, note=f"method {method}", memory=False)
+        for method, name in names.items()
+    }
+    released = {
+        "released": (False, "teacher without gradients"),
+        "released-teacher-grad": (True, "teacher with gradients, as released"),
+    }
+    for name, (teacher_gradients, note) in released.items():
+        build = _step("released", "auto", teacher_gradients)
+        providers[name] = Provider(build, truth="fsd_ilg", note=note, memory=False)
+    return Op(
+        "step",
+        "a whole training step: teacher, student, losses, optimiser",
+        ("batch", "rows", "width", "centroids"),
+        inputs,
+        {method: _step(method, "reference") for method in names},
+        providers,
+        {
+            "paper": [Sizes(32, 128, 768, 100), Sizes(32, 128, 384, 100)],
+            "small": [Sizes(4, 8, 32, 5)],
+            "growth": [],
+        },
+        None,
+        modes=("full",),
+        gate_sizes=_gate_sizes,
+    )

@@ -22,7 +22,7 @@ def _judge(op: str, sizes: Sizes) -> Judge:
 
 
 def test_speed(benchmark: BenchmarkFixture, benchmark_case: tuple[str, Sizes, str, str]) -> None:
-    """Judge the provider, then time it; what is wrong fails and is not timed."""
+    """Judge the provider, then time it; a wrong provider fails and is not timed."""
     name, sizes, provider_name, mode = benchmark_case
     op = OPS[name]
     provider = op.providers[provider_name]
@@ -33,5 +33,5 @@ def test_speed(benchmark: BenchmarkFixture, benchmark_case: tuple[str, Sizes, st
         pytest.skip(str(error))
     assert verdict.passed, verdict.reason
     timed = contender.timed(mode)
-    benchmark.group = f"{name} {sizes.label(op.letters)} {mode}"
+    benchmark.group = f"{name} {sizes.label(op.size_names)} {mode}"
     benchmark.pedantic(timed.call, setup=lambda: ((timed.setup(),), {}), rounds=10, warmup_rounds=1)

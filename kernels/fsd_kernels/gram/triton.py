@@ -8,7 +8,7 @@ Rows of a tile are rows of Z: memory, features and both means are put together o
 then rounded for the dot; the inputs are never concatenated. With N <= 192 rows a program of ``_gram_fwd_kernel`` holds
 all of them for its part of F and reads each input once. Above, ``_gram_mean_kernel`` computes the means first, and a
 program of ``_gram_tile_kernel`` one tile of the triangle: the inputs are read twice from memory and more often from the
-cache, which takes a third of the time of holding six tiles and their sums on chip (docs/KERNELS.md). Parts of F are
+cache, which takes a third of the time of holding six tiles and their sums on chip (docs/gpu.md). Parts of F are
 summed by ``_gram_sum_kernel`` in a fixed order, in float64, which also mirrors the triangle.
 Backward: ``_gram_rows_kernel`` forms T^T (dGamma + dGamma^T) once, then ``_gram_bwd_kernel``, or the means and
 ``_gram_bwd_tile_kernel``, multiply it with Z slice by slice, straight into the gradients.

@@ -12,8 +12,12 @@ import triton
 import triton.language as tl
 
 from benchmarks.compiled import kernels_report
+from benchmarks.compiled.cases import Case, cases
 from benchmarks.compiled.json_cache import JsonCache
-from benchmarks.compiled.kernels_report import Case, Launch, Row
+from benchmarks.compiled.kernels_report import CompiledKernel
+from benchmarks.compiled.launches import Launch, record
+from benchmarks.compiled.machine_code import compile_launch
+from benchmarks.paths import ROOT
 from fsd_kernels._triton import TARGETS
 
 
@@ -35,21 +39,22 @@ def _holds_too_much(x_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     tl.store(x_ptr + rows[:, None] * BLOCK + rows[None, :], tl.dot(x, x, input_precision="tf32"))
 
 
-def compiled(kernel: Any, target: str, **keywords: Any) -> Row:
-    """The report's row of one launch."""
+def compiled(kernel: Any, target: str, **keywords: Any) -> CompiledKernel:
+    """The report's description of one launch."""
     launch = Launch(kernel, (torch.empty(1 << 18),), {"num_warps": 4, **keywords})
     case = Case("case", "tf32", "high", lambda: None)
-    return kernels_report._row(launch, case, target, kernels_report.compile_launch(launch, target), None)
+    return kernels_report.describe(launch, case, target, compile_launch(launch, target))
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_a_subset_compiles_to_what_it_should_be(target: str, tmp_path: Path) -> None:
     chosen = [
         case
-        for case in kernels_report.cases(rows=(32,), centroids=(50,))
+        for case in cases(rows=(32,), centroids=(50,))
         if case.dtype == "bf16" and case.name in ("S=32", "K=50")
     ]
-    rows = kernels_report.report([target], chosen, JsonCache(tmp_path / "cache.json"))
+    cache = JsonCache(tmp_path / "cache.json")
+    rows = kernels_report.compile_cases([target], chosen, cache)
     kernels = {row.kernel: row for row in rows}
     assert {"_gram_fwd_kernel", "_gram_sum_kernel", "_gram_rows_kernel", "_gram_bwd_kernel"} < set(kernels)
     assert [problem for row in rows for problem in row.problems()] == []
@@ -58,14 +63,17 @@ def test_a_subset_compiles_to_what_it_should_be(target: str, tmp_path: Path) -> 
         assert kernels[name].registers > 0
         assert kernels[name].resident > 0
     assert kernels["_gram_sum_kernel"].matrix == 0
-    # The second report reads what the first one wrote.
-    again = kernels_report.report([target], chosen, JsonCache(tmp_path / "cache.json"))
-    assert again == rows
+    # The second report reads the counts that the first one wrote.
+    marked = {key: {**counts, "stores": 77} for key, counts in cache.read().items()}
+    for key, counts in marked.items():
+        cache.keep(key, counts)
+    again = kernels_report.compile_cases([target], chosen, cache)
+    assert again == [row._replace(stores=77) for row in rows]
 
 
 def test_the_extremes_in_the_docs_are_those_of_the_whole_table() -> None:
-    docs = Path(kernels_report.__file__).parents[2] / "docs"
-    lines = (docs / "results" / "kernels_report.md").read_text().splitlines()
+    folder = ROOT / "docs" / "results"
+    lines = (folder / "kernels_report.md").read_text(encoding="utf-8").splitlines()
     table = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
     rows = []
     for cells in table[1:]:
@@ -75,7 +83,8 @@ def test_the_extremes_in_the_docs_are_those_of_the_whole_table() -> None:
         }
         numbers = {name: int(read[name]) for name in ("registers", "spills", "shared", "resident")}
         rows.append(SimpleNamespace(**{**read, **numbers}))
-    assert kernels_report.summary(rows) in (docs / "KERNELS.md").read_text()  # type: ignore[arg-type]
+    text = (folder / "kernels_summary.md").read_text(encoding="utf-8")
+    assert kernels_report.summary(rows) in text  # type: ignore[arg-type]
 
 
 def test_an_empty_kernel_is_refused() -> None:
@@ -94,7 +103,7 @@ def test_spilled_registers_are_refused() -> None:
     )
 
 
-GOOD = Row(
+GOOD = CompiledKernel(
     kernel="k", cases="c", dtype="tf32", target="sm_80", tile="64x64", warps=4, stages=3, registers=64, spills=0,
     shared=1024, stores=1, matrix=8, kind="HMMA", atomics=0, needs_matrix=True, resident=8,
 )  # fmt: skip
@@ -127,4 +136,31 @@ def test_the_summary_has_the_extremes() -> None:
     assert lines[2:] == [
         "| k | sm_80 | 2 | 80 | 0 | 1024 | HMMA IMMA | 4 |",
         "| k | gfx942 | 1 | 64 | 3 | 1024 | - | 8 |",
+    ]
+
+
+@pytest.mark.parametrize("target", list(TARGETS))
+def test_every_case_launches_kernels(target: str) -> None:
+    for case in cases(rows=(32, 256), centroids=(0, 50)):
+        # Whole points of all tasks take gigabytes.
+        if "N=4096" in case.name or "N=400000" in case.name:
+            continue
+        launches = record(TARGETS[target], case.run)
+        assert launches, case
+        assert all(launch.kernel.__name__.endswith("_kernel") for launch in launches)
+
+
+def test_the_table_has_a_line_for_each_kernel_and_the_cases_that_share_it() -> None:
+    launch = Launch(_stores_nothing, (), {"num_warps": 4, "BLOCK": 64})
+    read = {
+        "registers": 64, "spills": 0, "shared": 0, "stores": 1, "matrix": 0, "kind": "", "atomics": 0,
+        "needs_matrix": False,
+    }  # fmt: skip
+    first = kernels_report.describe(launch, Case("S=32", "fp32", "highest", lambda: None), "sm_90", read)
+    second = Case("S=64", "fp32", "highest", lambda: None)
+    both = kernels_report.describe(launch, second, "sm_90", read, first)
+    assert kernels_report.describe(launch, second, "sm_90", read, both) == both
+    lines = kernels_report.kernels_table([both]).splitlines()
+    assert lines[2:] == [
+        "| _stores_nothing | S=32, S=64 | fp32 | sm_90 | 64 | 4 | 64 | 0 | 0 | 1 | 0 | - | 32 |"
     ]
