@@ -123,7 +123,9 @@ def prepare(
     data_arguments: DataArguments, arguments: DistillationArguments, run: DistillRunArguments
 ) -> Work:
     """Check the input; return the work that trains a student next to its frozen teacher."""
-    resume = find_checkpoint(str(run.output_dir), run.resume_from_checkpoint)
+    resume = find_checkpoint(
+        str(run.output_dir), run.resume_from_checkpoint, allow_partial=run.allow_partial_resume
+    )
     task = get_task(data_arguments.task_name)
     choose_best_metric(run, task)
     _check_device(arguments, run)

@@ -117,6 +117,10 @@ class RunArguments(TrainingArguments):
             "and what is logged, saved and evaluated may always differ; what a checkpoint holds never."
         },
     )
+    allow_partial_resume: bool = flag(
+        "Resume from a checkpoint that lacks the optimizer's, the schedule's or the random numbers' state.",
+        False,
+    )
     overwrite_output_dir: bool = flag("Start anew in a folder that holds a run already.", False)
 
     def __post_init__(self) -> None:

@@ -42,7 +42,9 @@ ARGUMENTS = (DataArguments, TeacherArguments, RunArguments)
 
 def prepare(data_arguments: DataArguments, arguments: TeacherArguments, run: RunArguments) -> Work:
     """Fine-tune a classifier on the hard labels."""
-    resume = find_checkpoint(str(run.output_dir), run.resume_from_checkpoint)
+    resume = find_checkpoint(
+        str(run.output_dir), run.resume_from_checkpoint, allow_partial=run.allow_partial_resume
+    )
     task = get_task(data_arguments.task_name)
     choose_best_metric(run, task)
     if run.label_smoothing_factor and task.is_regression:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
-
+from fsd_fast.distributed import Collectives
 from fsd_fast.files import is_scratch
+from fsd_fast.training.manifest import checkpoint_faults, checkpoint_folders
 from fsd_fast.training.record import RECORD_FILE
+
+logger = logging.getLogger(__name__)
 
 
 def check_writable(name: str, folder: str) -> None:
@@ -69,24 +72,70 @@ def check_output_dir(
         )
 
 
-def find_checkpoint(output_dir: str, resume: str | None) -> str | None:
+def find_checkpoint(output_dir: str, resume: str | None, *, allow_partial: bool = False) -> str | None:
     """Find the checkpoint that ``--resume_from_checkpoint`` names; None where the run starts anew.
+
+    The first process looks at the files, and all processes get what it found.
 
     Args:
         output_dir: The run's folder.
-        resume: A folder; "last" or "true" for the newest checkpoint in ``output_dir``; "auto" for the newest one, or
-            None where there is none yet.
+        resume: A checkpoint's folder; "last" or "true" for the newest whole one in ``output_dir``, "auto" for the same,
+            or None where there is none yet. Damaged ones are named in a warning and passed over.
+        allow_partial: Take a checkpoint that lacks the state of the optimizer, the schedule or the random numbers.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
+        ValueError: The checkpoint named is damaged; every fault is listed.
     """
     if resume is None:
         return None
-    if resume.lower() in ("last", "true", "auto"):
-        last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-        if last is None and resume.lower() != "auto":
-            raise FileNotFoundError(f"resume_from_checkpoint: {output_dir} holds no checkpoint-N folder")
-        return last
-    if not Path(resume).is_dir():
-        raise FileNotFoundError(f"resume_from_checkpoint: {resume} is no folder")
-    return resume
+    collectives = Collectives()
+    found: list[str] = []
+
+    def look() -> None:
+        if collectives.rank == 0:
+            path = _find(output_dir, resume, allow_partial)
+            found.extend([] if path is None else [str(path)])
+
+    collectives.run_on_all_ranks(look)
+    listed = collectives.broadcast_json(found)
+    return listed[0] if listed else None
+
+
+def _find(output_dir: str, resume: str, allow_partial: bool) -> Path | None:
+    if resume.lower() not in ("last", "true", "auto"):
+        folder = Path(resume)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"resume_from_checkpoint: {resume} is no folder")
+        reason = _refusal(folder, allow_partial)
+        if reason is not None:
+            raise ValueError(f"resume_from_checkpoint: {folder} is damaged: {reason}")
+        return folder
+    damaged = []
+    for folder in reversed(checkpoint_folders(output_dir)):
+        reason = _refusal(folder, allow_partial)
+        if reason is None:
+            return folder
+        damaged.append(f"{folder}: {reason}")
+        logger.warning("passed over, a damaged checkpoint: %s", damaged[-1])
+    if resume.lower() == "auto":
+        return None
+    if damaged:
+        raise FileNotFoundError(
+            f"resume_from_checkpoint: {output_dir} holds no whole checkpoint: {'; '.join(damaged)}"
+        )
+    raise FileNotFoundError(f"resume_from_checkpoint: {output_dir} holds no checkpoint-N folder")
+
+
+def _refusal(folder: Path, allow_partial: bool) -> str | None:
+    """Say why a checkpoint cannot be resumed from; None if it can."""
+    faults = checkpoint_faults(folder)
+    if faults is None:
+        return None
+    listed = ", ".join(faults.reasons)
+    if not faults.missing_state:
+        return listed
+    if allow_partial:
+        logger.warning("%s: %s; the run goes on without, on another trajectory", folder, listed)
+        return None
+    return f"{listed}; --allow_partial_resume true goes on without, on another trajectory"

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+
+from fsd_fast.training.manifest import MANIFEST_FILE, checkpoint_folders
 
 # Values on a GPU are read this many at a time at the latest: reading one waits for the GPU.
 _MAXIMUM_PENDING = 200
@@ -97,10 +98,8 @@ class FiniteCheck(TrainerCallback):
             samples = entry.samples.tolist()
             more = f" and {len(samples) - _NAMED_SAMPLES} more" if len(samples) > _NAMED_SAMPLES else ""
             text += f"; training samples {', '.join(map(str, samples[:_NAMED_SAMPLES]))}{more}"
-        checkpoint = get_last_checkpoint(self._output_dir)
-        text += (
-            f"; {'no checkpoint was saved' if checkpoint is None else f'the last checkpoint is {checkpoint}'}"
-        )
+        whole = [path for path in checkpoint_folders(self._output_dir) if (path / MANIFEST_FILE).is_file()]
+        text += f"; the last checkpoint is {whole[-1]}" if whole else "; no checkpoint was saved"
         return (
             f"{text}. Try a lower --learning_rate, a smaller --beta, or --bf16 true in place of --fp16 true"
         )

@@ -26,7 +26,9 @@ from fsd_fast.versions import installed_versions
 RECORD_FILE = "fsd_arguments.json"
 
 # They say how a run starts and not what it computes, so repeating it must not take them over.
-_START = frozenset({"allow_changes", "overwrite_output_dir", "resume_from_checkpoint"})
+_START = frozenset(
+    {"allow_changes", "allow_partial_resume", "overwrite_output_dir", "resume_from_checkpoint"}
+)
 # What shapes the optimisation is recorded even where it has its default, which another release may change.
 _ALWAYS = frozenset(
     {

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,12 @@ import torch
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from fsd_fast.data import Task
-from fsd_fast.files import write_json
+from fsd_fast.distributed import Collectives
+from fsd_fast.files import exclusive_folder, write_json
 from fsd_fast.metrics import MAIN_METRIC, main_metric_first
 from fsd_fast.models.labels import id2label_of
 from fsd_fast.training.export import export_student, model_card
+from fsd_fast.training.manifest import checkpoint_folders, remove_checkpoint
 from fsd_fast.training.record import RECORD_FILE, Record, write_record
 
 
@@ -36,42 +37,57 @@ def finish_run(
     written before the first step, so that a run that is cut off can be told from other files, and repeated.
 
     Raises:
+        BlockingIOError: Another run is writing the folder.
         InterruptedError: Training stopped before its last step, as it does after SIGTERM with
             ``--enable_jit_checkpoint``. Nothing is exported.
     """
     folder = Path(str(trainer.args.output_dir))
-    if trainer.is_world_process_zero():
-        if resume is None:
-            # A run that starts anew must not be continued from the checkpoints of the one before.
-            for old in folder.glob("checkpoint-*"):
-                if re.fullmatch(r"checkpoint-\d+", old.name):
-                    shutil.rmtree(old)
-        write_record(folder / RECORD_FILE, record)
-    result = trainer.train(resume_from_checkpoint=resume)
-    if trainer.state.global_step < trainer.state.max_steps:
-        raise InterruptedError(
-            f"training stopped at step {trainer.state.global_step} of {trainer.state.max_steps} and nothing was "
-            "exported; where a checkpoint was saved, --resume_from_checkpoint last continues from it"
-        )
-    metrics = _final_metrics(trainer)
-    train_metrics = {**result.metrics, "train_samples": train_samples}
-    # Trainer counts operations by the model's own formula, which a distillation has none of.
-    if not train_metrics.get("total_flos"):
-        train_metrics.pop("total_flos", None)
-    weights = state()
-    scores = {name: value for name, value in metrics.items() if _is_score(name)}
-    if trainer.is_world_process_zero():
-        assert weights is not None
-        card = model_card(title, task_name, record.settings, scores, id2label_of(student.config))
-        export_student(student, weights, tokenizer, folder, card)
-    # Not combined by Trainer, which would read what an earlier run may have left half-written.
-    trainer.save_metrics("train", train_metrics, combined=False)
-    trainer.save_metrics("eval", metrics, combined=False)
-    if trainer.is_world_process_zero():
-        write_json(folder / "all_results.json", {**train_metrics, **metrics})
-    trainer.save_state()
-    trainer.accelerator.wait_for_everyone()
+    with _locked(folder, trainer):
+        if trainer.is_world_process_zero():
+            if resume is None:
+                # A run that starts anew must not be continued from the checkpoints of the one before.
+                for old in checkpoint_folders(folder):
+                    remove_checkpoint(old)
+            write_record(folder / RECORD_FILE, record)
+        result = trainer.train(resume_from_checkpoint=resume)
+        if trainer.state.global_step < trainer.state.max_steps:
+            raise InterruptedError(
+                f"training stopped at step {trainer.state.global_step} of {trainer.state.max_steps} and nothing was "
+                "exported; where a checkpoint was saved, --resume_from_checkpoint last continues from it"
+            )
+        metrics = _final_metrics(trainer)
+        train_metrics = {**result.metrics, "train_samples": train_samples}
+        # Trainer counts operations by the model's own formula, which a distillation has none of.
+        if not train_metrics.get("total_flos"):
+            train_metrics.pop("total_flos", None)
+        weights = state()
+        if trainer.is_world_process_zero():
+            assert weights is not None
+            scores = {name: value for name, value in metrics.items() if _is_score(name)}
+            card = model_card(title, task_name, record.settings, scores, id2label_of(student.config))
+            export_student(student, weights, tokenizer, folder, card)
+        # Not combined by Trainer, which would read what an earlier run may have left half-written.
+        trainer.save_metrics("train", train_metrics, combined=False)
+        trainer.save_metrics("eval", metrics, combined=False)
+        if trainer.is_world_process_zero():
+            write_json(folder / "all_results.json", {**train_metrics, **metrics})
+        trainer.save_state()
+        trainer.accelerator.wait_for_everyone()
     return {**train_metrics, **metrics}
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, trainer: Trainer) -> Iterator[None]:
+    """Keep other runs out of a folder while this one writes it; all processes raise if the first cannot."""
+    locks = contextlib.ExitStack()
+
+    def lock() -> None:
+        if trainer.is_world_process_zero():
+            locks.enter_context(exclusive_folder(folder, "output_dir"))
+
+    Collectives().run_on_all_ranks(lock)
+    with locks:
+        yield
 
 
 def _final_metrics(trainer: Trainer) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from fsd_fast.losses import Signals
 from fsd_fast.models.teacher import Teacher
 from fsd_fast.training.distillation import DistillationModel
 from fsd_fast.training.finite import FiniteCheck
+from fsd_fast.training.manifest import break_seal, checkpoint_folders, remove_checkpoint, seal_checkpoint
 
 
 class ClassifierTrainer(Trainer):
@@ -26,6 +28,7 @@ class ClassifierTrainer(Trainer):
     - The evaluation loss is computed by ``compute_metrics`` from the logits and labels of all samples, so it does not
       depend on how they are spread over batches and processes.
     - ``dataloader_drop_last`` drops samples of the training set alone; Trainer would drop them from the evaluation too.
+    - A checkpoint counts once its manifest is written; only then are older ones removed, see ``manifest``.
     - Training stops at the first loss or gradient norm that is not finite, see ``FiniteCheck``.
     """
 
@@ -55,6 +58,34 @@ class ClassifierTrainer(Trainer):
         if norm is not None and not self.args.fp16:
             self.finite.add(self.state.global_step + 1, "the gradient's norm", torch.as_tensor(norm))
         return norm
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint, then its manifest, then remove those beyond ``save_total_limit``.
+
+        Trainer would remove old ones, by the age of any folder checkpoint-*, as soon as the new files are written.
+        """
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        first = self.is_world_process_zero()
+        if first:
+            break_seal(folder)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if first:
+            seal_checkpoint(folder, resumable=not self.args.save_only_model)
+            if limit:
+                best = self.state.best_model_checkpoint
+                self._remove_old_checkpoints(folder, folder if best is None else Path(best), limit)
+        self.accelerator.wait_for_everyone()
+
+    def _remove_old_checkpoints(self, newest: Path, best: Path, limit: int) -> None:
+        kept = {newest.name, best.name}
+        old = [path for path in checkpoint_folders(newest.parent) if path.name not in kept]
+        for path in old[: max(0, len(old) + len(kept) - max(limit, len(kept)))]:
+            remove_checkpoint(path)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Read all samples of an evaluation split."""
