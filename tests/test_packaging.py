@@ -16,12 +16,12 @@ from tests.tiny import ROOT
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel, built from a copy of the tree so that no build folder is left in it."""
+    """The wheel, built from the source archive of a copy of the tree, so that no build folder is left in it."""
     folder = tmp_path_factory.mktemp("wheel")
     unwanted = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs")
     shutil.copytree(ROOT, folder / "tree", ignore=unwanted)
     done = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), "."],
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), "."],
         cwd=folder / "tree",
         capture_output=True,
         text=True,
