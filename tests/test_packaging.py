@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import os
 import re
 import shutil
 import subprocess
@@ -16,12 +17,12 @@ from tests.tiny import ROOT
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel, built from a copy of the tree so that no build folder is left in it."""
+    """The wheel, built from the source archive of a copy of the tree, so that no build folder is left in it."""
     folder = tmp_path_factory.mktemp("wheel")
     unwanted = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs")
     shutil.copytree(ROOT, folder / "tree", ignore=unwanted)
     done = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), "."],
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), "."],
         cwd=folder / "tree",
         capture_output=True,
         text=True,
@@ -116,3 +117,22 @@ def test_every_requirement_is_pinned(metadata):
     pins = {line.partition("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
     for extra in (None, *metadata.get_all("Provides-Extra")):
         assert required(metadata, extra) <= pins, extra
+
+
+def test_setting_up_installs_into_a_virtual_environment_alone(tmp_path):
+    # It stands for a Python that is no virtual environment, and can install nothing.
+    python, calls = tmp_path / "bin" / "python", tmp_path / "calls"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 1\necho "$@" >> {calls}\n', encoding="utf-8")
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "tools/setup_env.sh"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable, "VENV": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert f"setup: {tmp_path} is no virtual environment" in done.stderr
+    assert not calls.exists()

@@ -27,6 +27,9 @@ install() {
 
 echo "setup: creating $VENV and installing the packages of constraints.txt (some minutes the first time)"
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+# A link to another environment's bin, or a folder without pyvenv.cfg, is the Python that it was made from.
+"$VENV/bin/python" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)' ||
+  fail "$VENV is no virtual environment: packages would go into the Python behind it; remove it and run make again"
 # torch first, at the tested version: a range would let pip choose another build.
 install torch==2.13.0
 install -e '.[all,dev,bench]'

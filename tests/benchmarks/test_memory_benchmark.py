@@ -53,7 +53,7 @@ def test_points_are_the_teachers_features_in_order_of_length(features: TaskFeatu
     for batch in features.batches("exclude"):
         flat = flatten_features(batch, features.identity("exclude"))
         width = min(flat.shape[1], points.shape[1])
-        torch.testing.assert_close(points[batch.index, :width], flat[:, :width])
+        torch.testing.assert_close(points[batch.sample_index, :width], flat[:, :width])
         widths.append(flat.shape[1])
     assert widths == sorted(widths)
 
