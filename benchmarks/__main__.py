@@ -12,6 +12,7 @@ COMMANDS = {
     "report": "benchmarks.speed.commands.report",
     "compare": "benchmarks.speed.commands.compare",
     "kernel-times": "benchmarks.speed.commands.kernel_times",
+    "enqueue": "benchmarks.speed.commands.enqueue",
     "memory": "benchmarks.memory.command",
     "kernels-report": "benchmarks.compiled.kernels_report",
     "traffic": "benchmarks.compiled.traffic",

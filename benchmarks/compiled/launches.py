@@ -1,13 +1,14 @@
-"""Records the launches that the launchers make for a GPU that is not here.
+"""Replaces the kernels under their launchers, and records the launches for a GPU that is not here.
 
-A recorder stands in for every kernel and a named target for the GPU. The launchers run on CPU tensors, so that the
-recorded configurations are exactly those that the heuristics choose for the target.
+A recorder stands in for every kernel and a named target for the GPU. The launchers run on CPU tensors; the recorded
+configurations are exactly those that the heuristics choose for the target.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -55,24 +56,31 @@ class _Recorder:
         return launch
 
 
-def record(target: Target, run: Callable[[], None]) -> list[Launch]:
-    """Return the launches that ``run`` makes on ``target``; no kernel runs."""
-    launches: list[Launch] = []
+@contextmanager
+def replaced_kernels(target: Target, replacement: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace every kernel by ``replacement(kernel)``, and let the launchers see ``target`` as the GPU."""
     replaced = []
     for op in OPS:
         module = importlib.import_module(f"fsd_kernels.{op}.triton")
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction) and name.endswith("_kernel"):
                 replaced.append((module, name, value))
-                setattr(module, name, _Recorder(value, launches))
+                setattr(module, name, replacement(value))
         if hasattr(module, "target_of"):
             replaced.append((module, "target_of", module.target_of))
             module.target_of = lambda device: target  # type: ignore[attr-defined]
     try:
-        run()
+        yield
     finally:
         for module, name, value in replaced:
             setattr(module, name, value)
+
+
+def record(target: Target, run: Callable[[], None]) -> list[Launch]:
+    """Return the launches that ``run`` makes on ``target``; no kernel runs."""
+    launches: list[Launch] = []
+    with replaced_kernels(target, lambda kernel: _Recorder(kernel, launches)):
+        run()
     return launches
 
 
