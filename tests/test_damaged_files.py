@@ -479,6 +479,16 @@ def test_a_changed_value_in_a_state_is_refused(tmp_path: Path, path: tuple[str, 
     assert "start anew with --overwrite_output_dir true" in text
 
 
+def test_a_huge_chunk_is_not_read(tmp_path: Path) -> None:
+    expected = left_state(tmp_path)
+    path = next(tmp_path.glob("rank0-pass_2-*.safetensors"))
+    with path.open("r+b") as file:
+        file.truncate(1 << 36)
+    with pytest.warns(RuntimeWarning, match="damaged or missing: stage pass_2 is begun again"):
+        found = within_a_second(lambda: continued(tmp_path))
+    assert torch.equal(found, expected)
+
+
 def test_every_field_of_a_state_is_checked_even_under_a_valid_seal(tmp_path: Path) -> None:
     left_state(tmp_path)
     whole = {path: path.read_bytes() for path in tmp_path.iterdir()}
