@@ -22,7 +22,7 @@ from benchmarks.paths import ROOT
 NEEDED = 0.95
 
 
-LOSSES, KMEANS = "tests/test_triton_kernels.py", "tests/test_triton_kmeans.py"
+LOSSES, KMEANS = "tests/kernels/test_triton_kernels.py", "tests/kernels/test_triton_kmeans.py"
 TESTS = {
     "intra_cka": (LOSSES, "intra_cka"),
     "gram": (LOSSES, "gram and not programs"),

@@ -30,7 +30,7 @@ from fsd_fast.models.teacher import Teacher
 from fsd_fast.untrusted import seal
 from tests.tiny import memory_flags, memory_identity, tiny
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 S, D, K, N, BATCH = 6, 16, 5, 70, 8
 __all__ = ["tiny"]
 

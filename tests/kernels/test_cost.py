@@ -19,7 +19,7 @@ from fsd_kernels import cost
 from fsd_kernels.gram import eager as gram
 from fsd_kernels.intra_cka import eager as intra
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAPER = cost.Shape(batch=32, rows=128, width=768, centroids=100)
 
 

@@ -28,7 +28,7 @@ from fsd_fast.clustering.sketch import CountSketch
 from fsd_fast.clustering.two_pass import cluster_stream
 from fsd_fast.distributed import Collectives
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def text_like(rows: int, features: int, seed: int = 0) -> Tensor:

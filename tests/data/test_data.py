@@ -23,7 +23,7 @@ from fsd_fast.data import (
 )
 from fsd_fast.data.reviews import is_validation
 
-GLUE = Path(__file__).resolve().parents[2] / "shared" / "glue"
+GLUE = Path(__file__).resolve().parents[3] / "shared" / "glue"
 
 # The official formats, rows of our own. Per task: the text of train.tsv, the text of every evaluation file,
 # and the rows expected from train as (first text, second text or None, label).

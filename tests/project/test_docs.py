@@ -20,7 +20,7 @@ from fsd_fast.commands.parsing import command_flags
 from fsd_fast.losses import METHODS
 from tools import flags_page, readme_tables
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted(
