@@ -118,6 +118,11 @@ def test_memory_table_is_that_of_its_file() -> None:
         assert f"| {name} | " + " | ".join(map(str, cells)) + " |" in text
 
 
+def test_every_benchmark_command_is_described() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert [name for name in COMMANDS_OF_BENCHMARKS if f"| `python -m benchmarks {name}" not in text] == []
+
+
 def test_citation_is_that_of_its_file() -> None:
     paper = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["preferred-citation"]
     (entry,) = [code for language, code in _FENCE.findall(README) if language == "bibtex"]
@@ -244,25 +249,3 @@ def test_texts_stay_within_the_project() -> None:
         text = path.read_text(encoding="utf-8")
         for word in ("/work/", "/root/", "pypi.org", "pythonhosted"):
             assert word not in text, f"{path} holds {word}"
-
-
-# The documents of the benchmarks and of the kernels, which link to each other and to stored results.
-@pytest.mark.parametrize(
-    "name",
-    [
-        "benchmarks.md",
-        "gpu.md",
-        "kernels.md",
-        "results/kernels_summary.md",
-        "results/tuning_log.md",
-    ],
-)
-def test_links_lead_to_files(name: str) -> None:
-    path = ROOT / "docs" / name
-    links = re.findall(r"\]\(([^)#:\s]+)\)", path.read_text(encoding="utf-8"))
-    assert [link for link in links if not (path.parent / link).exists()] == []
-
-
-def test_every_benchmark_command_is_described() -> None:
-    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    assert [name for name in COMMANDS_OF_BENCHMARKS if f"| `python -m benchmarks {name}" not in text] == []
