@@ -58,10 +58,12 @@ class DataArguments:
         "exclude",
     )
     max_train_samples: int | None = flag(
-        "Use only the first so many training samples.", None, numbers=Range(minimum=1)
+        "Use only the first so many training samples; not for evaluate.", None, numbers=Range(minimum=1)
     )
     max_eval_samples: int | None = flag(
-        "Use only the first so many samples of each evaluation split.", None, numbers=Range(minimum=1)
+        "Use only the first so many samples of each evaluation split; not for memory.",
+        None,
+        numbers=Range(minimum=1),
     )
 
 

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from fsd_fast.commands import load_command
 from fsd_fast.commands.launcher import check_deepspeed
 from fsd_fast.commands.training_checks import check_optimisation, check_training
-from fsd_fast.commands.training_flags import CHOICES, RANGES, Refusal, refusal_of
+from fsd_fast.commands.training_flags import CHOICES, RANGES, REFUSED_BY, Refusal, refusal_of
 from fsd_fast.commands.values import FlagType, shown
 from fsd_fast.training.checkpoints import check_output_dir, check_writable
 from fsd_fast.training.record import Record
@@ -67,7 +67,8 @@ def command_flags(command: str) -> dict[str, Flag]:
                     field.metadata.get("numbers") or RANGES.get(name),
                     tuple(choices) if choices else CHOICES.get(name) if name in inherited else None,
                 )
-                refusal = refusal_of(name, command) if name in inherited else None
+                refused = REFUSED_BY.get(command, {}).get(name)
+                refusal = refusal_of(name, command) if name in inherited else refused
                 flags[name] = Flag(field, flag_type, group, refusal)
     return flags
 

@@ -111,5 +111,5 @@ def get_task(name: str) -> Task:
     """
     task = _BY_KEY.get(_key(name))
     if task is None:
-        raise ValueError(f"unknown task {name!r}; expected one of: {', '.join(TASKS)}")
+        raise ValueError(f"task_name: unknown task {name!r}; expected one of: {', '.join(TASKS)}")
     return task

@@ -31,7 +31,7 @@ _FIXED = frozenset(
         "gradient_accumulation_steps", "learning_rate", "lr_scheduler_kwargs", "lr_scheduler_type",
         "max_seq_length", "max_train_samples", "method", "num_centroid", "num_layers", "optim", "optim_args",
         "per_device_train_batch_size", "seed", "student_layers", "task_name", "train_sampling_strategy",
-        "warmup_ratio", "warmup_steps", "weight_decay", "world_size",
+        "warmup_steps", "weight_decay", "world_size",
     }
 )  # fmt: skip
 # Facts that a checkpoint depends on, beside the flags.

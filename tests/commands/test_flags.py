@@ -301,8 +301,8 @@ def test_every_flag_of_trainer_is_honoured_or_refused():
     assert fields.keys() == HONOURED.keys() | REFUSED.keys()
     assert not HONOURED.keys() & REFUSED.keys()
     assert all(HONOURED.values())
-    for refusals in REFUSED_BY.values():
-        assert refusals.keys() <= HONOURED.keys()
+    for command, refusals in REFUSED_BY.items():
+        assert refusals.keys() <= HONOURED.keys() | command_flags(command).keys()
     assert RANGES.keys() | CHOICES.keys() <= fields.keys()
     assert "does not know" in refusal_of("a_flag_of_the_future", "teacher").reason
     # What is accepted of a refused flag says what happens without it.
@@ -430,3 +430,15 @@ def test_any_flags_end_well(commands, tmp_path, capsys, command):
             own,
         )
     assert min(ended.values()) > 5, ended
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "reason"),
+    [
+        ("memory", "max_eval_samples", "a memory is made of the training set alone"),
+        ("evaluate", "max_train_samples", "the evaluation splits alone are scored"),
+    ],
+)
+def test_samples_that_a_command_does_not_read_are_refused(refused, command, flag, reason):
+    arguments = [word for name, value in NEEDED[command].items() for word in (f"--{name}", str(value))]
+    assert f"--{flag}: {reason}; got 8" in refused(command, [*arguments, f"--{flag}", "8"])
