@@ -96,21 +96,21 @@ def _judged(op: Op, sizes: Sizes, providers: Mapping[str, Provider], settings: S
     judges = [Judge(op, sizes, settings, outliers, truths) for outliers in (False, True)]
     fields: dict[str, Fields] = {}
     for name, provider in providers.items():
-        own = fields[name] = {"note": provider.note}
+        values = fields[name] = {"note": provider.note}
         try:
             ordinary, outlying = (judge.verdict(provider) for judge in judges)
         except Unavailable as error:
-            own |= {"status": UNAVAILABLE, "reason": str(error)}
+            values |= {"status": UNAVAILABLE, "reason": str(error)}
             continue
-        own["value_error"], own["gradient_error"] = map(_finite, ordinary.errors)
-        own["outlier_value_error"], own["outlier_gradient_error"] = map(_finite, outlying.errors)
+        values["value_error"], values["gradient_error"] = map(_finite, ordinary.errors)
+        values["outlier_value_error"], values["outlier_gradient_error"] = map(_finite, outlying.errors)
         reason = ordinary.reason
         if not reason and provider.ours and outlying.reason:
             reason = f"with outlier dimensions: {outlying.reason}"
-        own |= {"status": WRONG if reason else OK, "reason": reason}
+        values |= {"status": WRONG if reason else OK, "reason": reason}
         if not reason and judges[0].sizes != sizes:
             judged_at = f"judged at {judges[0].sizes.label(op.size_names)}"
-            own["note"] = f"{provider.note}; {judged_at}".lstrip("; ")
+            values["note"] = f"{provider.note}; {judged_at}".lstrip("; ")
     return fields
 
 
@@ -135,11 +135,11 @@ def measure_case(
     for mode in modes:
         times = _times(op, sizes, timed, mode, settings, machine)
         for name, of_gate in fields.items():
-            own = {**of_gate, **times.get(name, {})}
+            values = {**of_gate, **times.get(name, {})}
             if settings.memory and mode == "full" and name in contenders and chosen[name].memory:
-                own |= _memory(contenders[name][0], settings.device)
+                values |= _memory(contenders[name][0], settings.device)
             label = sizes.label(op.size_names)
-            rows.append(Row(op.name, label, sizes._asdict(), name, mode, **own))
+            rows.append(Row(op.name, label, sizes._asdict(), name, mode, **values))
     return rows
 
 
@@ -160,17 +160,17 @@ def _times(
     minimum = op.minimum(sizes, mode, settings.dtype)
     fields: dict[str, Fields] = {}
     for name, samples in measured.samples.items():
-        own = fields[name] = {
+        values = fields[name] = {
             "samples": samples,
             "noisy": canary.noisy,
             "canary_spread": canary.spread,
             "canary_share": canary.share,
         }
         if name in measured.host:
-            own["host_seconds"] = harness.spread(measured.host[name]).median
+            values["host_seconds"] = harness.spread(measured.host[name]).median
         if minimum is not None:
             copied = minimum.bytes / harness.spread(samples).median
-            own |= {
+            values |= {
                 "matmul_percent": canary.percent(minimum.flops, samples),
                 "copy_percent": 100 * copied / machine.ceilings.copy,
                 "minimal_flops": minimum.flops,
