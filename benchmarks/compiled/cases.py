@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fsd_kernels._numerics import norm_rounding
 from fsd_kernels.gram import triton as gram
 from fsd_kernels.intra_cka import triton as intra
 from fsd_kernels.kmeans import triton as kmeans
@@ -63,7 +64,7 @@ def _gram(num_centroid: int, dtype: torch.dtype, masked: bool, frozen: bool) -> 
 
 def _structure() -> None:
     gamma = torch.empty(134, 134)
-    _, gradients = structure.forward(gamma, gamma, 100, structure.NORM_ROUNDING.value)
+    _, gradients = structure.forward(gamma, gamma, 100, norm_rounding(torch.float32))
     structure.backward(gradients, torch.empty(4))
 
 

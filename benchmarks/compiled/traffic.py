@@ -46,6 +46,7 @@ from benchmarks.compiled.json_cache import JsonCache
 from benchmarks.paths import CACHE as CACHE_FOLDER
 from benchmarks.speed import baselines
 from fsd_kernels import _triton, cost
+from fsd_kernels._numerics import norm_rounding
 from fsd_kernels.gram import triton as gram
 from fsd_kernels.intra_cka import triton as intra
 from fsd_kernels.kmeans import triton as kmeans
@@ -207,7 +208,7 @@ def inter_traffic(dtype: torch.dtype, num_centroid: int) -> dict[str, Traffic]:
     with counting() as totals:
         student = gram.forward(x, memories[0], None, None)
         teacher = gram.forward(y, memories[1], frozen, None)
-        rounding = structure.NORM_ROUNDING.value
+        rounding = norm_rounding(torch.float32)
         _, gradients = structure.forward(student, teacher, num_centroid, rounding)
         d_gamma = structure.backward(gradients, torch.ones(4))
         gram.backward(x, memories[0], None, d_gamma, (True, True))

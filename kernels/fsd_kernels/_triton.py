@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fsd_kernels import _numerics
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter. Fixed when triton is first imported."""
 
@@ -41,6 +43,12 @@ TARGETS = {
     "sm_100": Target("cuda", 100, 32, 232_448, 148),
     "gfx942": Target("hip", "gfx942", 64, 65_536, 304),
 }
+
+# The numbers of ``_numerics`` as kernels see them. All arithmetic is float32.
+CKA_FLOOR = tl.constexpr(_numerics.CKA_FLOOR)
+ROUNDING = tl.constexpr(_numerics.rounding_energy(torch.float32))
+NORM_ROUNDING = tl.constexpr(_numerics.norm_rounding(torch.float32))
+LONGEST = tl.constexpr(_numerics.LONGEST / _numerics.norm_rounding(torch.float32))
 
 # What a kernel launched here is compiled with, whatever the defaults of the Triton version are.
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}

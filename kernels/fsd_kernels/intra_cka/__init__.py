@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from fsd_kernels._backend import implementation, resolve_backend, without_autocast
 from fsd_kernels._checks import check_features, check_mask, check_same_device
 from fsd_kernels._direct import may_call_directly
-from fsd_kernels._numerics import compute_dtype
+from fsd_kernels._numerics import CKA_FLOOR, compute_dtype
 from fsd_kernels._saved import save, saved
 
 
@@ -90,8 +91,8 @@ def _autograd(
     return run(students, mask, gradient, coefficient, ctx.backend), [None] * ctx.teachers, None, None
 
 
-# -log(1e-8), less the rounding of a float32 logarithm.
-_FLOORED = 18.42068
+# -log CKA on its floor: rounded down, since a float32 logarithm may end just below.
+_FLOORED = math.floor(-math.log(CKA_FLOOR) * 1e5) / 1e5
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 

@@ -26,8 +26,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fsd_kernels._triton import (
+    CKA_FLOOR,
     LAUNCH_OPTIONS,
     MIN_TILE,
+    ROUNDING,
     Target,
     cdiv,
     dot_precision,
@@ -40,11 +42,6 @@ from fsd_kernels._triton import (
     target_of,
     triton_type,
 )
-
-CKA_FLOOR = tl.constexpr(1e-8)
-
-# (8 eps)^2 of float32: rows that differ by less than this, against their mean, are equal up to rounding.
-ROUNDING = tl.constexpr((8 * 2.0**-23) ** 2)
 
 # Rows of the largest Gram that one program holds.
 _WHOLE = 128

@@ -20,18 +20,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fsd_kernels._triton import LAUNCH_OPTIONS, cdiv, launch_guard, triton_type
-
-CKA_FLOOR = tl.constexpr(1e-8)
-
-# (8 eps)^2 of float32: rows that differ by less than this, against their mean, are equal up to rounding.
-ROUNDING = tl.constexpr((8 * 2.0**-23) ** 2)
-
-# 64 eps of float32: a squared norm or distance is 0 up to this part of the sum of its absolute terms.
-NORM_ROUNDING = tl.constexpr(64 * 2.0**-23)
-
-# A cosine of vectors whose lengths differ by more than this is 0: read off squared distances, it would be rounding.
-LONGEST = tl.constexpr(2.0**-7 / (64 * 2.0**-23))
+from fsd_kernels._triton import (
+    CKA_FLOOR,
+    LAUNCH_OPTIONS,
+    LONGEST,
+    NORM_ROUNDING,
+    ROUNDING,
+    cdiv,
+    launch_guard,
+    triton_type,
+)
 
 _BLOCK = 32
 # Rows of a tile of a Gram whose CKA one program computes.
