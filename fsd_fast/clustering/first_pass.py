@@ -154,8 +154,7 @@ class _Record:
         self.columns["sketches"].append(self._sketch(points).cpu())
         self.columns["sample_index"].append(index[:, None])
         self.columns["norms"].append(batch.norms[:, None])
-        dtype = torch.promote_types(points.dtype, torch.float32)
-        self.total[: points.shape[1]] += points.sum(dim=0, dtype=dtype)
+        self.total[: points.shape[1]] += points.sum(dim=0, dtype=torch.float32)
 
     def unsaved(self) -> dict[str, Tensor]:
         """The rows since the last saving, and the sum so far."""

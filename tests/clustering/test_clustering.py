@@ -396,10 +396,11 @@ def test_arrays_give_arrays_and_tensors_give_tensors(points: Tensor) -> None:
         np.testing.assert_array_equal(getattr(partial[1], name), getattr(partial[0], name).numpy())
     assert isinstance(partial[1].cluster_centers_, np.ndarray)
     # What was handed out is never written to again.
-    before = partial[1].cluster_centers_
-    copied = before.copy()
+    before = [getattr(partial[1], name) for name in names]
+    copied = [array.copy() for array in before]
     partial[1].partial_fit(points[:100].numpy())
-    np.testing.assert_array_equal(before, copied)
+    for array, copy in zip(before, copied, strict=True):
+        np.testing.assert_array_equal(array, copy)
 
 
 def test_lists_of_numbers_are_points_and_lists_of_tensors_are_batches(points: Tensor) -> None:
@@ -481,6 +482,18 @@ def test_two_passes_reach_sklearns_inertia(points: Tensor, sklearn_inertia: floa
     assert np.mean([run.inertia for run in runs]) <= 1.01 * sklearn_inertia
     refined = [cluster_stream(points, 20, seed=seed, sketch_width=1024, refine=2) for seed in range(3)]
     assert np.mean([run.inertia for run in refined]) < np.mean([run.inertia for run in runs])
+
+
+def test_the_restart_with_the_lowest_inertia_is_kept(points: Tensor) -> None:
+    narrow = points[:200, :40]  # the sketch is the points, whatever its seed
+    runs = [cluster_stream(narrow, 20, seed=seed, restarts=1) for seed in range(4)]
+    assert len({run.sketch_inertia for run in runs}) == 4
+    best = min(runs, key=lambda run: run.sketch_inertia)
+    found = cluster_stream(narrow, 20, seed=0, restarts=4)
+    assert found.sketch_inertia == best.sketch_inertia
+    assert torch.equal(found.labels, best.labels)
+    assert found.iterations == [run.iterations[0] for run in runs]
+    assert [epoch.inertia for epoch in found.sketch_stats] == [epoch.inertia for epoch in best.sketch_stats]
 
 
 @pytest.mark.parametrize("refine", [0, 1])
