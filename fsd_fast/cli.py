@@ -59,11 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except Exception as error:
         return fail(command, error, working)
-    from fsd_fast.distributed import leave_processes
+    from fsd_fast.distributed import end_process, leave_processes
 
-    leave_processes()
+    several = leave_processes()
     if rank() == 0 and figures:
         from fsd_fast.commands.figures import figures_table
 
         print(figures_table(figures))
+    if several:
+        end_process()
     return 0

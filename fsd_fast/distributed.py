@@ -6,9 +6,12 @@ fails: an error in one process becomes an error in all, instead of a collective 
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -104,11 +107,22 @@ class Collectives:
         return result  # type: ignore[return-value]
 
 
-def leave_processes() -> None:
-    """Leave the process group, if this process is in one, at the end of its work.
+def leave_processes() -> bool:
+    """Leave the process group, if this process is in one, at the end of its work; tell whether it had others in it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    several = dist.get_world_size() > 1
+    dist.destroy_process_group()
+    return several
 
-    Its threads would otherwise still run while the interpreter ends, which now and then aborts a process whose work is
-    done, and the launcher would report a failed run.
+
+def end_process() -> NoReturn:
+    """End a process of several, whose work is done, with status 0: its exit handlers run, and nothing after them.
+
+    Threads of communication libraries may still run while an interpreter ends, also once the group is left. Now and
+    then that aborts a process whose work is done, and the launcher would report a failed run.
     """
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

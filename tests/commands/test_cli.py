@@ -549,3 +549,13 @@ def test_data_of_the_training_set_alone_is_cut(tiny, tmp_path, refused):
     write_rte(tmp_path / "RTE")
     flags = [*tiny.distillation(tmp_path / "run", "vkd"), "--max_train_samples", "0"]
     assert "--max_train_samples: expected at least 1, got 0" in refused("distill", flags)
+
+
+def test_a_process_of_several_ends_after_its_exit_handlers(capfd):
+    program = (
+        "import atexit\nfrom fsd_fast.distributed import end_process\n"
+        "class Late:\n    def __del__(self): print('late', flush=True)\n"
+        "late = Late()\natexit.register(print, 'handled')\nprint('done')\nend_process()\nprint('never')"
+    )
+    # Objects that live until the interpreter ends are not torn down: among them are the threads that abort it.
+    assert in_subprocess(["-c", program]).split() == ["done", "handled"]
