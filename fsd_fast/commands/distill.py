@@ -174,6 +174,7 @@ def prepare(
         teacher=models.teacher,
         teacher_memory=teacher_memory,
         start_memory=start_memory,
+        profile_steps=run.profile,
         memory_learning_rate=arguments.memory_learning_rate,
     )
     record = make_record(
