@@ -110,35 +110,58 @@ class ClassifierTrainer(Trainer):
 
 
 class FSDTrainer(ClassifierTrainer):
-    """Trains a ``DistillationModel`` next to a frozen teacher, whose signals are added to every training batch.
+    """Trains a ``DistillationModel``, with the signals of a frozen teacher added to every training batch.
 
     Evaluation runs the student alone.
 
     Args:
         *arguments: As for Trainer.
-        teacher: The frozen teacher.
+        teacher: The frozen teacher; None where the method requires none.
         teacher_memory: Centroids [K, S * D_t]; None where the method uses none.
         **keywords: As for Trainer; ``model`` is a ``DistillationModel``.
+
+    Raises:
+        ValueError: The method requires a teacher and there is none, or the other way round; or the teacher has no
+            queries, keys and values as the method requires them.
     """
 
     def __init__(
-        self, *arguments: Any, teacher: Teacher, teacher_memory: Tensor | None = None, **keywords: Any
+        self, *arguments: Any, teacher: Teacher | None, teacher_memory: Tensor | None = None, **keywords: Any
     ) -> None:
         super().__init__(*arguments, **keywords)
         self.distillation: DistillationModel = self.accelerator.unwrap_model(self.model)
-        half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-        self.teacher = teacher.to(self.args.device, half)
-        if self.args.torch_compile:
-            self.teacher.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
+        requires = self.distillation.objective.requires
+        if requires.teacher != (teacher is not None):
+            raise ValueError(
+                f"teacher: the method requires {'one' if requires.teacher else 'none'}, got {teacher}"
+            )
+        self.teacher = teacher
+        if teacher is not None:
+            if requires.relation_heads:
+                teacher.record_projections(requires.relation_heads)
+            teacher.to(
+                self.args.device,
+                torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None,
+            )
+            if self.args.torch_compile:
+                teacher.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
         self.teacher_memory = None if teacher_memory is None else teacher_memory.to(self.args.device)
         self._sums: dict[str, Tensor] = {}
         self._steps = 0.0
 
     def signals(self, inputs: dict[str, Tensor]) -> Signals:
         """Run the teacher on a batch and keep what the objective requires."""
+        if self.teacher is None:
+            return Signals(torch.empty(len(inputs["input_ids"]), 0, device=self.args.device), {})
         logits, hidden_states = self.teacher.hidden_states(inputs)
         layers = self.distillation.objective.requires.teacher_layers
-        return Signals(logits, {layer: hidden_states[layer] for layer in layers}, self.teacher_memory)
+        recorder = self.teacher.projections
+        return Signals(
+            logits,
+            {layer: hidden_states[layer] for layer in layers},
+            self.teacher_memory,
+            None if recorder is None else recorder.take(),
+        )
 
     def compute_loss(
         self,
