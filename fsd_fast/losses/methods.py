@@ -57,7 +57,15 @@ class Method(NamedTuple):
 
 
 _LOGITS = frozenset({"alpha", "temperature"})
-_MEMORY = frozenset({"memory_path", "student_memory_init"})
+_MEMORY = frozenset(
+    {
+        "memory_path",
+        "student_memory_init",
+        "student_memory_update",
+        "student_memory_decay",
+        "memory_learning_rate",
+    }
+)
 
 
 def _logits(settings: LossSettings) -> LogitDistillationLoss:

@@ -209,6 +209,7 @@ SETTINGS = [
     ("fsd_l", "intra_reduction", "log_mean", "fsd_i, fsd_il, fsd_ilg"),
     ("fsd_il", "memory_path", "runs/memory", "fsd_g, fsd_ilg"),
     ("fsd_il", "student_memory_init", "teacher", "fsd_g, fsd_ilg"),
+    ("vkd", "student_memory_update", "ema", "fsd_g, fsd_ilg"),
     ("rkd", "beta", "1", "fsd_i, fsd_l"),
     ("pkd", "backend", "eager", "rkd"),
     ("minilm", "pkd_weight", "1", "pkd"),
