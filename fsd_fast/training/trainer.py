@@ -184,13 +184,13 @@ class ClassifierTrainer(Trainer):
 
 
 class FSDTrainer(ClassifierTrainer):
-    """Trains a ``DistillationModel`` next to a frozen teacher, whose signals are added to every training batch.
+    """Trains a ``DistillationModel``, with the signals of a frozen teacher added to every training batch.
 
     Evaluation runs the student alone.
 
     Args:
         *arguments: As for Trainer.
-        teacher: The frozen teacher.
+        teacher: The frozen teacher; None where the method requires none.
         teacher_memory: The memory that the teacher's features are compared with; None where the method uses none.
         start_memory: Called before the first step of a run that is not resumed, to set where the student memory starts.
         memory_learning_rate: Initial learning rate of the student memory; None: the student's.
@@ -199,12 +199,16 @@ class FSDTrainer(ClassifierTrainer):
     The student memory has a parameter group of its own, without weight decay and outside of ``max_grad_norm``: its
     entries are features, and their gradient is of another scale than the weights'. DeepSpeed clips all parameters
     together.
+
+    Raises:
+        ValueError: The method requires a teacher and there is none, or the other way round; or the teacher has no
+            queries, keys and values as the method requires them.
     """
 
     def __init__(
         self,
         *arguments: Any,
-        teacher: Teacher,
+        teacher: Teacher | None,
         teacher_memory: TeacherMemory | None = None,
         start_memory: Callable[[], None] | None = None,
         memory_learning_rate: float | None = None,
@@ -212,10 +216,21 @@ class FSDTrainer(ClassifierTrainer):
     ) -> None:
         super().__init__(*arguments, **keywords)
         self.distillation: DistillationModel = self.accelerator.unwrap_model(self.model)
-        half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-        self.teacher = teacher.to(self.args.device, half)
-        if self.args.torch_compile:
-            self.teacher.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
+        requires = self.distillation.objective.requires
+        if requires.teacher != (teacher is not None):
+            raise ValueError(
+                f"teacher: the method requires {'one' if requires.teacher else 'none'}, got {teacher}"
+            )
+        self.teacher = teacher
+        if teacher is not None:
+            if requires.relation_heads:
+                teacher.record_projections(requires.relation_heads)
+            teacher.to(
+                self.args.device,
+                torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None,
+            )
+            if self.args.torch_compile:
+                teacher.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
         self._start_memory, self._memory_learning_rate = start_memory, memory_learning_rate
         self.teacher_memory: Tensor | None = None
         self._clusters: Tensor | None = None
@@ -249,9 +264,17 @@ class FSDTrainer(ClassifierTrainer):
 
     def signals(self, inputs: dict[str, Tensor]) -> Signals:
         """Run the teacher on a batch and keep what the objective requires."""
+        if self.teacher is None:
+            return Signals(torch.empty(len(inputs["input_ids"]), 0, device=self.args.device), {})
         logits, hidden_states = self.teacher.hidden_states(inputs)
         layers = self.distillation.objective.requires.teacher_layers
-        return Signals(logits, {layer: hidden_states[layer] for layer in layers}, self.teacher_memory)
+        recorder = self.teacher.projections
+        return Signals(
+            logits,
+            {layer: hidden_states[layer] for layer in layers},
+            self.teacher_memory,
+            None if recorder is None else recorder.take(),
+        )
 
     def compute_loss(
         self,
