@@ -18,10 +18,11 @@ from fsd_fast.commands._common import (
     evaluation_sets,
     load_data,
     metrics_of,
+    read_task,
 )
 from fsd_fast.commands.flags import LEARNING_RATES, DataArguments, RunArguments, flag
 from fsd_fast.commands.values import Range
-from fsd_fast.data import Task, get_task, resolve_model
+from fsd_fast.data import Task, resolve_model
 from fsd_fast.losses import DEFAULTS, METHODS, FeatureStructureLoss, FeatureStructureObjective, Objective
 from fsd_fast.memory.features import memory_identity
 from fsd_fast.memory.student_memory import StudentMemory
@@ -126,7 +127,7 @@ def prepare(
     resume = find_checkpoint(
         str(run.output_dir), run.resume_from_checkpoint, allow_partial=run.allow_partial_resume
     )
-    task = get_task(data_arguments.task_name)
+    task, splits = read_task(data_arguments)
     choose_best_metric(run, task)
     _check_device(arguments, run)
     set_seed(run.seed)
@@ -139,8 +140,8 @@ def prepare(
     objective = FeatureStructureObjective(_loss(data_arguments, arguments), layer_pairs, penultimate)
     _check_batches(objective, arguments, run)
     models = _load_models(data_arguments, task, teacher_path, source, student_layers)
-    teacher_memory, student_memory = _memories(data_arguments, arguments, objective, models, run.seed)
-    data = load_data(data_arguments, models.tokenizer)
+    teacher_memory, student_memory = _memories(data_arguments, task, arguments, objective, models, run.seed)
+    data = load_data(data_arguments, task, splits, models.tokenizer)
     trainer = FSDTrainer(
         model=DistillationModel(models.student, objective, student_memory),
         args=run,
@@ -282,6 +283,7 @@ def _load_models(
 
 def _memories(
     data_arguments: DataArguments,
+    task: Task,
     arguments: DistillationArguments,
     objective: Objective,
     models: _Models,
@@ -293,7 +295,7 @@ def _memories(
     memory = TeacherMemory.from_pretrained(arguments.memory_path)
     expected = memory_identity(
         models.teacher,
-        get_task(data_arguments.task_name),
+        task,
         data_arguments.max_seq_length,
         data_arguments.pad_features,
         memory.identity.num_centroid,

@@ -60,6 +60,17 @@ class DataArguments:
     max_train_samples: int | None = flag(
         "Use only the first so many training samples; not for evaluate.", None, numbers=Range(minimum=1)
     )
+    subset_seed: int | None = flag(
+        "Order in which training samples are chosen by --max_train_samples and --heldout_samples. Default: the file's.",
+        None,
+        numbers=Range(minimum=0, maximum=2**32 - 1),
+    )
+    heldout_samples: int = flag(
+        "Training samples that are not trained on: the last ones of that order become the evaluation split 'heldout', "
+        "by which checkpoints are then chosen.",
+        0,
+        numbers=Range(minimum=0),
+    )
     max_eval_samples: int | None = flag(
         "Use only the first so many samples of each evaluation split; not for memory.",
         None,
