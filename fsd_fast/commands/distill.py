@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from fsd_fast.commands._common import (
+    TaskData,
     Work,
     check_model,
     check_outputs,
@@ -38,6 +39,7 @@ from fsd_fast.training.export import check_export
 from fsd_fast.training.record import RECORD_FILE, make_record, read_record
 from fsd_fast.training.resume import check_resumed
 from fsd_fast.training.run import choose_best_metric, finish_run
+from fsd_fast.training.teacher_logits import TeacherLogits, score_splits
 from fsd_fast.training.trainer import FSDTrainer
 from fsd_kernels import resolve_backend
 
@@ -93,6 +95,15 @@ class DistillationArguments:
     student_memory_init: Literal["normal", "teacher"] = flag(
         "Start of the student memory: random normal (the paper) or the teacher's centroids (same width only).",
         "normal",
+    )
+    fidelity: bool = flag(
+        "Compare the student's predictions with the teacher's on the evaluation splits when training ends.",
+        True,
+    )
+    teacher_logits_dir: str | None = flag(
+        "Folder for the teacher's logits on those splits: written once, read by other runs with the same teacher.",
+        None,
+        writes=True,
     )
     backend: Literal["auto", "triton", "eager", "reference"] = flag(
         "Kernels of the structure losses.", "auto"
@@ -177,6 +188,24 @@ def prepare(
         models.tokenizer,
         f"{student_layers}-layer student for {task.name}, distilled by {arguments.method}",
         record,
+        functools.partial(
+            score_splits, trainer, data.evaluation, task, _teacher_logits(arguments, trainer, data)
+        ),
+    )
+
+
+def _teacher_logits(
+    arguments: DistillationArguments, trainer: FSDTrainer, data: TaskData
+) -> TeacherLogits | None:
+    """The teacher's logits that the student's are compared with when training ends."""
+    if not arguments.fidelity:
+        return None
+    return TeacherLogits(
+        trainer.teacher,
+        data.collator,
+        batch_size=trainer.args.per_device_eval_batch_size,
+        device=trainer.args.device,
+        folder=arguments.teacher_logits_dir,
     )
 
 

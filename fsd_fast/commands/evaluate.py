@@ -5,9 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from fsd_fast.commands._common import (
@@ -23,10 +21,9 @@ from fsd_fast.commands.flags import DataArguments, flag
 from fsd_fast.commands.values import Range
 from fsd_fast.data import Task, resolve_model
 from fsd_fast.files import write_json
-from fsd_fast.metrics import fidelity
 from fsd_fast.models.loading import load_tokenizer
 from fsd_fast.models.teacher import Teacher
-from fsd_fast.training.stored_logits import StoredLogits
+from fsd_fast.training.teacher_logits import TeacherLogits, score_splits
 from fsd_fast.training.trainer import ClassifierTrainer
 
 
@@ -74,17 +71,18 @@ def prepare(data_arguments: DataArguments, arguments: EvaluationArguments) -> Wo
     data = load_data(data_arguments, task, splits, tokenizer)
     trainer = _trainer(saved, data, tokenizer, arguments)
 
+    teacher_logits = None
+    if teacher is not None:
+        teacher_logits = TeacherLogits(
+            teacher,
+            data.collator,
+            batch_size=arguments.per_device_eval_batch_size,
+            device=trainer.args.device,
+            folder=arguments.teacher_logits_dir,
+        )
+
     def work() -> dict[str, float]:
-        several = len(data.evaluation) > 1
-        metrics: dict[str, float] = {}
-        for name, rows in data.evaluation.items():
-            prefix = f"eval_{name}" if several else "eval"
-            output = trainer.predict(rows, metric_key_prefix=prefix)
-            metrics |= output.metrics or {}
-            if teacher is not None:
-                logits = _teacher_logits(teacher, rows, data, tokenizer, arguments)
-                compared = fidelity(task, output.predictions, logits)
-                metrics |= {f"{prefix}_{key}": value for key, value in compared.items()}
+        metrics = score_splits(trainer, data.evaluation, task, teacher_logits)
         if arguments.output_dir is not None and trainer.is_world_process_zero():
             write_json(Path(arguments.output_dir) / "evaluate_results.json", metrics)
         return metrics
@@ -118,20 +116,3 @@ def _trainer(
         processing_class=tokenizer,
         compute_metrics=metrics_of(data.task),
     )
-
-
-def _teacher_logits(
-    teacher: Teacher,
-    rows: Dataset,
-    data: TaskData,
-    tokenizer: PreTrainedTokenizerBase,
-    arguments: EvaluationArguments,
-) -> Any:
-    """The teacher's logits [N, C] of a split, from the folder that keeps them where it has them."""
-
-    def run() -> Any:
-        return _trainer(teacher, data, tokenizer, arguments).predict(rows).predictions
-
-    if arguments.teacher_logits_dir is None:
-        return run()
-    return StoredLogits(Path(arguments.teacher_logits_dir)).get(teacher, rows, data.task.num_labels, run)

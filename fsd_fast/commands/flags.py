@@ -20,6 +20,7 @@ def flag(
     choices: tuple[str, ...] | None = None,
     numbers: Range | None = None,
     writes: bool = False,
+    positional: bool = False,
 ) -> Any:
     """A dataclass field that is a flag.
 
@@ -29,12 +30,14 @@ def flag(
         choices: The texts it takes, where its annotation does not list them.
         numbers: The numbers it takes.
         writes: Whether it names a folder that the command writes to.
+        positional: Whether its value may also stand first, without the flag's name; one flag of a command.
     """
     metadata = {
         "help": text,
         "choices": choices,
         "writes": writes,
         "numbers": numbers,
+        "positional": positional,
     }
     return field(default=default, metadata=metadata)
 
