@@ -16,7 +16,6 @@ The request is the op's ``backend`` argument or, where that is None or "auto", t
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import warnings
@@ -85,10 +84,3 @@ def resolve_backend(backend: str | None, device: torch.device, op: str) -> str:
 def implementation(op: str, backend: str) -> ModuleType:
     """Return the module ``fsd_kernels.<op>.<backend>``, imported on first use."""
     return importlib.import_module(f"fsd_kernels.{op}.{backend}")
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Keep autocast out of an op's arithmetic; where it is off, its context would only cost time."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()

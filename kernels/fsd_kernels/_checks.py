@@ -57,3 +57,18 @@ def check_same_device(tensors: Sequence[tuple[str, Tensor]]) -> torch.device:
         if tensor.device != first.device:
             raise ValueError(f"{name}: on {tensor.device}, but {first_name} is on {first.device}")
     return first.device
+
+
+def flatten_features(name: str, features: Tensor) -> Tensor:
+    """Check features ``[B, S, D]`` or ``[B, F]`` and return them as ``[B, F]``, F = S * D."""
+    ndim = 2 if isinstance(features, Tensor) and features.ndim == 2 else 3
+    check_features(name, features, ndim, "[B, S, D] or [B, F]")
+    return features.flatten(1)
+
+
+def check_flat_mask(mask: Tensor | None, name: str, features: Tensor) -> Tensor | None:
+    """As ``check_mask``, for checked features ``[B, S, D]``; features ``[B, F]`` take no mask."""
+    if mask is not None and features.ndim == 2:
+        raise ValueError(f"mask: needs {name} [B, S, D], got [B, F]: where tokens begin is not known")
+    batch, rows = features.shape[:2]
+    return check_mask(mask, batch, rows, features.device)
