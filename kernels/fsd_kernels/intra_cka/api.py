@@ -19,7 +19,7 @@ from fsd_kernels._op import op, run_reference
 
 
 class IntraCKA(NamedTuple):
-    """What ``intra_cka`` returns, [P, B] each: P layer pairs, B samples."""
+    """The values of ``intra_cka``, [P, B] each: P layer pairs, B samples."""
 
     distance: Tensor
     """1 - CKA, in [0, 1]."""
@@ -97,11 +97,10 @@ def intra_cka(
 ) -> IntraCKA:
     """Linear CKA between the tokens of student and teacher, for every layer pair and sample.
 
-    CKA = <K_c, L_c> / (|K_c| |L_c|) with K_c, L_c the centred S x S Gram matrices of the teacher's and the
-    student's token features [paper, eq. 4-6]. A sample without structure on either side (fewer than two
-    kept rows, or rows that are equal up to rounding) has distance 0, -log CKA 0 and gradient 0. A kept feature that is
-    NaN or infinite, or so large that squares overflow (about 1e19 in float32), makes the sample's values and its
-    gradient NaN, never 0.
+    CKA = <K_c, L_c> / (|K_c| |L_c|) with K_c and L_c the centred S x S Gram matrices of the teacher's and the student's
+    token features [paper, eq. 4-6]. A sample without structure on either side (fewer than two kept rows, or rows equal
+    up to rounding) has distance 0, -log CKA 0 and gradient 0. A kept feature that is NaN or infinite, or so large that
+    squares overflow (about 1e19 in float32), makes the sample's values and gradient NaN, never 0.
 
     Args:
         student: [B, S, D_s], or P such tensors (layers), all with the same B, S, dtype and device. Differentiable.
@@ -114,7 +113,9 @@ def intra_cka(
 
     Raises:
         TypeError: An argument is not a floating tensor, or the mask is neither boolean nor integer.
-        ValueError: Shapes, the number of layers, dtypes within one side, or devices do not fit.
+            A layer's dtype differs from the others of its side.
+        ValueError: Shapes, devices or the numbers of layers do not fit.
+        RuntimeError: ``backend="triton"`` where it cannot run.
     """
     students, teachers = _as_layers("student", student), _as_layers("teacher", teacher)
     if len(students) != len(teachers):

@@ -1,12 +1,12 @@
-"""k-means over wide points: ``assign`` each to its nearest centroid, ``update`` the clusters' sums.
+"""k-means over wide points: ``assign`` gives each its nearest centroid, ``update`` sums the points of each cluster.
 
-``nearest`` assigns without the distances.
+``nearest`` is ``assign`` without the distances.
 
     l_i = argmin_k ||x_i - c_k||^2,    s_k = sum of x_i over l_i = k,    n_k = number of i with l_i = k
 
-Shapes: points x ``[N, F]``, centroids c ``[K, F]``, labels l ``[N]``, sums s ``[K, F]``, counts n ``[K]``. Points
-may be narrower than the centroids: their missing columns are zero and are never materialised, which is what a
-batch padded only to its own longest sample needs. No gradients: clustering is not trained through.
+Shapes: points x ``[N, F]``, centroids c ``[K, F]``, labels l ``[N]``, sums s ``[K, F]``, counts n ``[K]``. Points may
+be narrower than the centroids, as in a batch padded only to its own longest sample: the missing columns count as zero
+and are never materialised. No op has gradients, since nothing is trained through clustering.
 """
 
 from __future__ import annotations
@@ -56,17 +56,16 @@ def assign(points: Tensor, centroids: Tensor, *, backend: str | None = None) -> 
         backend: See ``fsd_kernels._backend``.
 
     Returns:
-        ``labels`` int64 ``[N]``, the lowest index on ties, and ``squared_distance`` ``[N]``, float64 if
-        either input is and float32 otherwise. Two centroids whose squared distances differ by less than the
-        rounding of ||x - o||^2 may change places, o a point amid the centroids that shifts away whatever
-        offset they share; a point that is very far from all of them costs only itself digits.
-        "triton" rounds x - m and c - m before it multiplies them: to bfloat16 or float16 where points and
-        centroids both are of that dtype, to tf32 where ``torch.get_float32_matmul_precision()`` allows it.
-        A point that holds NaN has distance NaN.
+        ``labels`` int64 ``[N]``, the lowest index on ties, and ``squared_distance`` ``[N]``, float64 if either input is
+        and float32 otherwise. Points and centroids are shifted by a point o amid the centroids, which removes an offset
+        that all share. Two centroids may be confused if their squared distances differ by less than the rounding of
+        ||x - o||^2; a point far away loses digits of its own distance alone. "triton" rounds x - o and c - o before it
+        multiplies them: to bfloat16 or float16 if points and centroids both have that dtype, to tf32 if
+        ``torch.get_float32_matmul_precision()`` allows it. A point that holds NaN has distance NaN.
 
     Raises:
-        TypeError: Not tensors of a floating dtype, or float64 with "triton".
-        ValueError: Shapes that do not fit, no centroid, or two devices.
+        TypeError: An argument is not a floating tensor, or is float64 with "triton".
+        ValueError: Shapes or devices do not fit, or there is no centroid.
         RuntimeError: ``backend="triton"`` where it cannot run.
     """
     _check_assignment(points, centroids)
@@ -76,7 +75,7 @@ def assign(points: Tensor, centroids: Tensor, *, backend: str | None = None) -> 
 
 
 def nearest(points: Tensor, centroids: Tensor, *, backend: str | None = None) -> Tensor:
-    """The labels of ``assign`` without the distances, which on a CPU take another read of the points.
+    """The labels of ``assign`` alone, which on a CPU saves another read of the points.
 
     Args:
         points: x ``[N, F_p]``, F_p <= F, as in ``assign``.
@@ -115,7 +114,7 @@ def update(
 
         s_k = sum of x_i over l_i = k,    n_k = number of i with l_i = k
 
-    The same bits on every call: each output has one owner, which adds its points in a fixed order.
+    Every call gives the same bits, because each sum adds its points in a fixed order.
 
     Args:
         points: x ``[N, F]``; float16, bfloat16, float32 or float64.
@@ -127,8 +126,8 @@ def update(
         ``sums`` ``[K, F]``, float64 for float64 points and float32 otherwise, and ``counts`` int64 ``[K]``.
 
     Raises:
-        TypeError: Dtypes that do not fit, or float64 points with "triton".
-        ValueError: Shapes that do not fit, a label out of range, or two devices.
+        TypeError: Dtypes do not fit, or float64 points with "triton".
+        ValueError: Shapes or devices do not fit, or a label is out of range.
         RuntimeError: ``backend="triton"`` where it cannot run.
     """
     _check_labels(points, labels)
@@ -155,8 +154,8 @@ def update_(
         backend: See ``fsd_kernels._backend``.
 
     Raises:
-        TypeError: Dtypes that do not fit, or float64 points with "triton".
-        ValueError: Shapes that do not fit, a label out of range, or two devices.
+        TypeError: Dtypes do not fit, or float64 points with "triton".
+        ValueError: Shapes or devices do not fit, or a label is out of range.
         RuntimeError: ``backend="triton"`` where it cannot run.
     """
     _check_labels(points, labels)
