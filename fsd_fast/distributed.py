@@ -107,6 +107,40 @@ class Collectives:
         return result  # type: ignore[return-value]
 
 
+class LateAny:
+    """Tells whether a flag is set in any process, one call late, so that nobody waits for the others or for a GPU.
+
+    All processes get the same answer to the same call. The flags travel through the CPU, whatever else the processes
+    communicate through.
+    """
+
+    def __init__(self) -> None:
+        self._joined = Collectives().world_size > 1
+        self._group = dist.new_group(backend="gloo") if self._joined else None
+        self._flag = torch.zeros((), dtype=torch.int32)
+        self._work: Any = None
+
+    def exchange(self, flag: bool) -> bool:
+        """Give this process's flag; return whether any process gave a set one in the call before this.
+
+        With one process the answer is its own flag, at once.
+        """
+        if not self._joined:
+            return flag
+        found = self.finish()
+        self._flag.fill_(int(flag))
+        self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return found
+
+    def finish(self) -> bool:
+        """Wait for the exchange that is under way, and return its answer."""
+        if self._work is None:
+            return False
+        self._work.wait()
+        self._work = None
+        return bool(self._flag)
+
+
 def leave_processes() -> bool:
     """Leave the process group, if this process is in one, at the end of its work; tell whether it had others in it."""
     if not (dist.is_available() and dist.is_initialized()):

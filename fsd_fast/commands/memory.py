@@ -35,6 +35,7 @@ from fsd_fast.memory.plot import PLOT_FILE, plot_memory, plotted_samples
 from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.models.loading import load_tokenizer
 from fsd_fast.models.teacher import Teacher
+from fsd_fast.shutdown import Stopped, stoppable
 from fsd_fast.training.checkpoints import check_output_dir
 from fsd_kernels import resolve_backend
 
@@ -91,7 +92,7 @@ def prepare(data_arguments: DataArguments, arguments: MemoryArguments) -> Work:
     teacher.to(state.device)
     builder = _Builder(arguments, teacher, data, identity, state)
     builder.lock()
-    return builder.build
+    return builder.run
 
 
 def _check_free(arguments: MemoryArguments) -> None:
@@ -183,27 +184,38 @@ class _Builder:
             "device": self._process.device.type,
         }
 
-    def build(self) -> dict[str, float]:
-        """Build the memory, save it, and draw it if that was asked for; return its figures."""
-        with self._locks:
-            state_folder = self._folder / STATE_FOLDER
-            if self._arguments.overwrite_output_dir:
-                discard_state(state_folder)
-            if self._cache is not None:
-                create = self._cache.create if self._process.is_main_process else lambda: None
-                Collectives().run_on_all_ranks(create)
-            memory = TeacherMemory.build(
-                functools.partial(self._features, self._sample_index),
-                self._identity,
-                seed=self._arguments.seed,
-                refine=self._arguments.memory_refine,
-                num_samples=len(self._sample_index),
-                state_dir=state_folder,
-                layout=self._layout(),
-            )
-            if self._process.is_main_process:
-                self._save(memory)
+    def run(self) -> dict[str, float]:
+        """Build the memory, save it, and draw it if that was asked for; return its figures.
+
+        Raises:
+            Stopped: By a signal; the same command continues the build.
+        """
+        with self._locks, stoppable():
+            try:
+                return self._build()
+            except Stopped as stopped:
+                advice = "the same command continues the build, without --overwrite_output_dir"
+                raise Stopped(stopped.number, f"{stopped.place}; {advice}") from None
+
+    def _build(self) -> dict[str, float]:
+        state_folder = self._folder / STATE_FOLDER
+        if self._arguments.overwrite_output_dir:
             discard_state(state_folder)
+        if self._cache is not None:
+            create = self._cache.create if self._process.is_main_process else lambda: None
+            Collectives().run_on_all_ranks(create)
+        memory = TeacherMemory.build(
+            functools.partial(self._features, self._sample_index),
+            self._identity,
+            seed=self._arguments.seed,
+            refine=self._arguments.memory_refine,
+            num_samples=len(self._sample_index),
+            state_dir=state_folder,
+            layout=self._layout(),
+        )
+        if self._process.is_main_process:
+            self._save(memory)
+        discard_state(state_folder)
         return {
             "memory_inertia": memory.inertia,
             "memory_samples": float(len(self._data.train)),

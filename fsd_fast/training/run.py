@@ -15,6 +15,7 @@ from fsd_fast.distributed import Collectives
 from fsd_fast.files import exclusive_folder, write_json
 from fsd_fast.metrics import MAIN_METRIC, main_metric_first
 from fsd_fast.models.labels import id2label_of
+from fsd_fast.shutdown import stoppable
 from fsd_fast.training.export import export_student, model_card
 from fsd_fast.training.manifest import checkpoint_folders, remove_checkpoint
 from fsd_fast.training.record import RECORD_FILE, Record, write_record
@@ -38,11 +39,10 @@ def finish_run(
 
     Raises:
         BlockingIOError: Another run is writing the folder.
-        InterruptedError: Training stopped before its last step, as it does after SIGTERM with
-            ``--enable_jit_checkpoint``. Nothing is exported.
+        Stopped: By a signal, with a checkpoint. Nothing is exported. After the last step signals come too late.
     """
     folder = Path(str(trainer.args.output_dir))
-    with _locked(folder, trainer):
+    with _locked(folder, trainer), stoppable():
         if trainer.is_world_process_zero():
             if resume is None:
                 # A run that starts anew must not be continued from the checkpoints of the one before.
@@ -50,11 +50,6 @@ def finish_run(
                     remove_checkpoint(old)
             write_record(folder / RECORD_FILE, record)
         result = trainer.train(resume_from_checkpoint=resume)
-        if trainer.state.global_step < trainer.state.max_steps:
-            raise InterruptedError(
-                f"training stopped at step {trainer.state.global_step} of {trainer.state.max_steps} and nothing was "
-                "exported; where a checkpoint was saved, --resume_from_checkpoint last continues from it"
-            )
         metrics = _final_metrics(trainer)
         train_metrics = {**result.metrics, "train_samples": train_samples}
         # Trainer counts operations by the model's own formula, which a distillation has none of.

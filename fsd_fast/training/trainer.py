@@ -15,6 +15,7 @@ from fsd_fast.models.teacher import Teacher
 from fsd_fast.training.distillation import DistillationModel
 from fsd_fast.training.finite import FiniteCheck
 from fsd_fast.training.manifest import break_seal, checkpoint_folders, remove_checkpoint, seal_checkpoint
+from fsd_fast.training.stopping import StopAtSignal
 
 
 class ClassifierTrainer(Trainer):
@@ -30,6 +31,7 @@ class ClassifierTrainer(Trainer):
     - ``dataloader_drop_last`` drops samples of the training set alone; Trainer would drop them from the evaluation too.
     - A checkpoint counts once its manifest is written; only then are older ones removed, see ``manifest``.
     - Training stops at the first loss or gradient norm that is not finite, see ``FiniteCheck``.
+    - A signal stops it at the end of a step, with a checkpoint, see ``StopAtSignal``.
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -37,6 +39,7 @@ class ClassifierTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.finite = FiniteCheck(str(self.args.output_dir))
         self.add_callback(self.finite)
+        self.add_callback(StopAtSignal())
         self._components: dict[str, Tensor] = {}
 
     def training_step(
