@@ -31,12 +31,13 @@ demo: data
 
 # What starts the launcher runs alone afterwards: those tests share ports, cores and a C++ build.
 test: data
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not launcher and not faults" tests
-	@$(BIN)/python -m pytest -m "launcher and not faults" tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not launcher and not slow" tests
+	@$(BIN)/python -m pytest -m "launcher and not slow" tests
 
 # Kills, full disks, damaged files and all else that docs/faults.md lists; under 20 minutes on 2 cores.
 test-faults: data
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m faults tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "faults and not launcher" tests
+	@$(BIN)/python -m pytest -m "faults and launcher" tests
 
 # The interpreter tests of the Triton kernels under another release of triton, in an environment of its own.
 TRITON ?= 3.7.1

@@ -21,9 +21,9 @@ from fsd_fast.commands._common import (
 )
 from fsd_fast.commands.flags import LEARNING_RATES, DataArguments, RunArguments, flag
 from fsd_fast.commands.values import Range
-from fsd_fast.data import Task, get_task, resolve_model
+from fsd_fast.data import Task, get_task, resolve_model, samples_digest
 from fsd_fast.losses import DEFAULTS, METHODS, FeatureStructureLoss, FeatureStructureObjective, Objective
-from fsd_fast.memory.features import memory_identity
+from fsd_fast.memory.features import memory_identity, model_fingerprint
 from fsd_fast.memory.student_memory import StudentMemory
 from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.models.layers import parse_layer_pairs, penultimate_pair
@@ -162,6 +162,8 @@ def prepare(
         num_centroid=None if student_memory is None else len(student_memory.centroids),
         parameters=parameter_count(models.student),
         teacher_parameters=parameter_count(models.teacher.model),
+        teacher_fingerprint=model_fingerprint(models.teacher.model)[:16],
+        train_data=samples_digest(data.train),
     )
     if resume is not None:
         record = check_resumed(record, resume, run.allow_changes)

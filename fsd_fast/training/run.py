@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from fsd_fast.data import Task
 from fsd_fast.distributed import Collectives
-from fsd_fast.files import exclusive_folder, write_json
+from fsd_fast.files import exclusive_folder, named_write_errors, write_json
 from fsd_fast.metrics import MAIN_METRIC, main_metric_first
 from fsd_fast.models.labels import id2label_of
 from fsd_fast.shutdown import stoppable
@@ -39,6 +39,7 @@ def finish_run(
 
     Raises:
         BlockingIOError: Another run is writing the folder.
+        RuntimeError: There was no batch to train on. Nothing is exported.
         Stopped: By a signal, with a checkpoint. Nothing is exported. After the last step signals come too late.
     """
     folder = Path(str(trainer.args.output_dir))
@@ -50,6 +51,10 @@ def finish_run(
                     remove_checkpoint(old)
             write_record(folder / RECORD_FILE, record)
         result = trainer.train(resume_from_checkpoint=resume)
+        if trainer.state.global_step == 0:
+            raise RuntimeError(
+                f"no step was made, so nothing is exported: the {train_samples} training samples are less than a batch"
+            )
         metrics = _final_metrics(trainer)
         train_metrics = {**result.metrics, "train_samples": train_samples}
         # Trainer counts operations by the model's own formula, which a distillation has none of.
@@ -60,7 +65,8 @@ def finish_run(
             assert weights is not None
             scores = {name: value for name, value in metrics.items() if _is_score(name)}
             card = model_card(title, task_name, record.settings, scores, id2label_of(student.config))
-            export_student(student, weights, tokenizer, folder, card)
+            with named_write_errors(folder):
+                export_student(student, weights, tokenizer, folder, card)
         # Not combined by Trainer, which would read what an earlier run may have left half-written.
         trainer.save_metrics("train", train_metrics, combined=False)
         trainer.save_metrics("eval", metrics, combined=False)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from fsd_fast.data import SAMPLE_COLUMN
+from fsd_fast.files import named_write_errors
 from fsd_fast.losses import Signals
 from fsd_fast.models.teacher import Teacher
 from fsd_fast.training.distillation import DistillationModel
@@ -73,7 +74,8 @@ class ClassifierTrainer(Trainer):
             break_seal(folder)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            with named_write_errors(folder):
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()

@@ -1,46 +1,27 @@
 """A signal to one process, or to the launcher: all processes stop at the same step, and the run can go on."""
 
-import os
 import re
 import shutil
 import signal
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from fsd_fast.training.checkpoints import find_checkpoint
-from tests.launch import finish, remove_build_locks, run_torchrun, start_deepspeed, start_torchrun
+from tests.faults.processes import signal_while_training
+from tests.faults.registry import fault
+from tests.launch import remove_build_locks, run_torchrun, start_deepspeed, start_torchrun
 from tests.tiny import losses, tiny
 
 __all__ = ["tiny"]
 
-pytestmark = [pytest.mark.faults, pytest.mark.launcher]
+pytestmark = pytest.mark.launcher
 STEPS = 100
 
 
 def distillation(tiny, folder, *more):
     return ["distill", *tiny.distillation(folder, "fsd_ilg", steps=STEPS, batch=4), *more]
-
-
-def worker(launcher, rank):
-    """The process of a rank."""
-    for process in psutil.Process(launcher.pid).children(recursive=True):
-        words = process.cmdline()
-        is_worker = "train_ds.py" in words and "torch.distributed.run" not in words
-        if is_worker and process.environ().get("RANK") == str(rank):
-            return process.pid
-    raise AssertionError(f"no process of rank {rank}")
-
-
-def signal_while_training(launcher, number, rank=None):
-    """Send a signal to the launcher, or to the process of a rank, once a few steps are done; return what came of it."""
-    for line in launcher.stdout:
-        if "loss_vkd" in line:
-            break
-    os.kill(launcher.pid if rank is None else worker(launcher, rank), number)
-    return finish(launcher, 60)
 
 
 def stopped_at(done):
@@ -56,6 +37,11 @@ def whole(tiny, tmp_path_factory):
     return folder
 
 
+@fault(
+    "SIGTERM to one of two processes, or to torchrun",
+    "both save the same step and stop; continued, the run ends with the same bits",
+    slow=True,
+)
 @pytest.mark.parametrize("rank", [0, 1, None], ids=["the first process", "the second process", "torchrun"])
 def test_all_processes_stop_at_the_same_step_and_go_on_to_the_same_bits(tiny, whole, tmp_path, rank):
     folder = tmp_path / "run"
@@ -71,6 +57,11 @@ def test_all_processes_stop_at_the_same_step_and_go_on_to_the_same_bits(tiny, wh
     assert losses(folder) == losses(whole)
 
 
+@fault(
+    "SIGTERM to one of two processes of the deepspeed launcher, with ZeRO 2 and 3",
+    "both save the same step and stop",
+    slow=True,
+)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed builds its CPU communication with g++")
 @pytest.mark.parametrize("config", ["ds_config.json", "ds_config_zero3.json"])
 def test_the_deepspeed_launcher_passes_the_signal_on(tiny, tmp_path, config):

@@ -18,6 +18,7 @@ from fsd_fast.commands import run
 from fsd_fast.shutdown import Stopped, stop_requested, stoppable
 from fsd_fast.training.checkpoints import find_checkpoint
 from fsd_fast.training.trainer import ClassifierTrainer
+from tests.faults.registry import fault
 from tests.tiny import ROOT, TRAINING, history, losses, memory_flags, tiny
 
 __all__ = ["tiny"]
@@ -65,6 +66,10 @@ def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@fault(
+    "SIGTERM in any step, with and without checkpoints of each epoch, with the best one",
+    "the step is saved and the run ends with 143; continued, it has the same bits, log and evaluations",
+)
 @pytest.mark.parametrize("step", range(1, STEPS))
 @pytest.mark.parametrize(("kind", "more"), [("no", []), ("epoch", EPOCHS), ("best", BEST)])
 def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(
@@ -90,6 +95,10 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(
     assert evaluations[0] == evaluations[1]
 
 
+@fault(
+    "SIGTERM, SIGINT, SIGHUP",
+    "143, 130, 129, and one line that says how to go on",
+)
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
 )
@@ -113,6 +122,10 @@ def test_a_teacher_stops_too_and_saves_all_of_its_state(tiny, tmp_path, signal_a
     assert json.loads((folder / "checkpoint-1" / "manifest.json").read_text())["resumable"]
 
 
+@fault(
+    "SIGTERM in the last step",
+    "the run finishes and exports",
+)
 def test_a_signal_in_the_last_step_lets_the_run_finish(tiny, whole, tmp_path, signal_at):
     signal_at(STEPS, signal.SIGTERM)
     run("distill", flags(tiny, tmp_path / "run"))
@@ -178,6 +191,10 @@ def test_a_forked_worker_dies_of_the_signal():
         assert stop_requested() is None
 
 
+@fault(
+    "SIGTERM while a memory is built",
+    "it stops at the batch; continued, it has the same bits and reads no batch twice",
+)
 @pytest.mark.parametrize("batch", [1, 3, 5, 9])
 def test_a_memory_stops_at_a_batch_and_goes_on_to_the_same_bits(tiny, tmp_path, monkeypatch, batch):
     # Five batches in each of the two passes, and a state that is otherwise saved every 200 batches.
