@@ -185,37 +185,40 @@ class _Builder:
         }
 
     def run(self) -> dict[str, float]:
-        """Build the memory, save it, and draw it if that was asked for; return its figures.
+        """``build``, which a signal stops at a batch, with its state kept.
 
         Raises:
             Stopped: By a signal; the same command continues the build.
         """
-        with self._locks, stoppable():
+        with stoppable():
             try:
-                return self._build()
+                return self.build()
             except Stopped as stopped:
                 advice = "the same command continues the build, without --overwrite_output_dir"
                 raise Stopped(stopped.number, f"{stopped.place}; {advice}") from None
 
-    def _build(self) -> dict[str, float]:
-        state_folder = self._folder / STATE_FOLDER
-        if self._arguments.overwrite_output_dir:
+    def build(self) -> dict[str, float]:
+        """Build the memory, save it, and draw it if that was asked for; return its figures."""
+        with self._locks:
+            state_folder = self._folder / STATE_FOLDER
+            if self._arguments.overwrite_output_dir:
+                discard_state(state_folder)
+            if self._cache is not None:
+                create = self._cache.create if self._process.is_main_process else lambda: None
+                Collectives().run_on_all_ranks(create)
+            memory = TeacherMemory.build(
+                functools.partial(self._features, self._sample_index),
+                self._identity,
+                seed=self._arguments.seed,
+                refine=self._arguments.memory_refine,
+                num_samples=len(self._sample_index),
+                tokens=self._tokens,
+                state_dir=state_folder,
+                layout=self._layout(),
+            )
+            if self._process.is_main_process:
+                self._save(memory)
             discard_state(state_folder)
-        if self._cache is not None:
-            create = self._cache.create if self._process.is_main_process else lambda: None
-            Collectives().run_on_all_ranks(create)
-        memory = TeacherMemory.build(
-            functools.partial(self._features, self._sample_index),
-            self._identity,
-            seed=self._arguments.seed,
-            refine=self._arguments.memory_refine,
-            num_samples=len(self._sample_index),
-            state_dir=state_folder,
-            layout=self._layout(),
-        )
-        if self._process.is_main_process:
-            self._save(memory)
-        discard_state(state_folder)
         return {
             "memory_inertia": memory.inertia,
             "memory_samples": float(len(self._data.train)),
