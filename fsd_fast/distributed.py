@@ -107,6 +107,31 @@ class Collectives:
         return result  # type: ignore[return-value]
 
 
+def exchange_integers(*values: int) -> list[tuple[int, ...]]:
+    """Give every process all processes' integers, in the order of their ranks, without waiting for a GPU."""
+    group = _cpu_group()
+    if group is None:
+        return [values]
+    own = torch.tensor(values, dtype=torch.int64)
+    found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, own, group=group)
+    return [tuple(each.tolist()) for each in found]
+
+
+_cpu_groups: dict[Any, Any] = {}
+
+
+def _cpu_group() -> Any:
+    """All processes, communicating through the CPU; None where there is one alone. All call it together at first."""
+    if Collectives().world_size == 1:
+        return None
+    world = dist.group.WORLD
+    if world not in _cpu_groups:
+        _cpu_groups.clear()  # what belonged to a process group that was left
+        _cpu_groups[world] = dist.new_group(backend="gloo")
+    return _cpu_groups[world]
+
+
 class LateAny:
     """Tells whether a flag is set in any process, one call late, so that nobody waits for the others or for a GPU.
 
@@ -115,8 +140,7 @@ class LateAny:
     """
 
     def __init__(self) -> None:
-        self._joined = Collectives().world_size > 1
-        self._group = dist.new_group(backend="gloo") if self._joined else None
+        self._group = _cpu_group()
         self._flag = torch.zeros((), dtype=torch.int32)
         self._work: Any = None
 
@@ -125,7 +149,7 @@ class LateAny:
 
         With one process the answer is its own flag, at once.
         """
-        if not self._joined:
+        if self._group is None:
             return flag
         found = self.finish()
         self._flag.fill_(int(flag))

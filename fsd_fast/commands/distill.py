@@ -25,6 +25,7 @@ from fsd_fast.commands.flags import LEARNING_RATES, DataArguments, RunArguments,
 from fsd_fast.commands.values import Range
 from fsd_fast.data import Task, get_task, resolve_model, samples_digest
 from fsd_fast.losses import DEFAULTS, METHODS, FeatureStructureLoss, FeatureStructureObjective, Objective
+from fsd_fast.losses.gather import gather_features
 from fsd_fast.memory.features import memory_identity, model_fingerprint
 from fsd_fast.memory.start import check_training_set, start_from_clusters
 from fsd_fast.memory.student_memory import StudentMemory
@@ -112,6 +113,11 @@ class DistillationArguments:
         None,
         numbers=LEARNING_RATES,
     )
+    gather_features: bool = flag(
+        "Compare the samples of all processes: the structures are then those of one process with the joined batch. "
+        "Without it each of n processes compares its own samples, and L_L is the mean over n batches.",
+        False,
+    )
     backend: Literal["auto", "triton", "eager", "reference"] = flag(
         "Kernels of the structure losses.", "auto"
     )
@@ -156,6 +162,8 @@ def prepare(
     layer_pairs = parse_layer_pairs(arguments.layer_pairs, teacher_layers, student_layers)
     penultimate = penultimate_pair(teacher_layers, student_layers)
     objective = FeatureStructureObjective(_loss(data_arguments, arguments), layer_pairs, penultimate)
+    if arguments.gather_features:
+        _gather(objective, arguments.method)
     _check_batches(objective, arguments, run)
     models = _load_models(data_arguments, task, teacher_path, source, student_layers)
     teacher_memory, student_memory = _memories(data_arguments, arguments, objective, models, run.seed)
@@ -203,6 +211,12 @@ def prepare(
         f"{student_layers}-layer student for {task.name}, distilled by {arguments.method}",
         record,
     )
+
+
+def _gather(objective: Objective, method: str) -> None:
+    """Let the losses of an objective go over the batches of all processes."""
+    if not objective.requires.student_layers or not gather_features(objective):
+        raise ValueError(f"gather_features: method {method!r} has no loss that compares samples, got true")
 
 
 def _check_device(arguments: DistillationArguments, run: RunArguments) -> None:
