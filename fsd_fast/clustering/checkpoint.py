@@ -1,12 +1,13 @@
 """What a clustering has worked out so far, on disk, so that a killed run continues where it was.
 
-    <folder>/rank<r>.json                        the key, the tally, and how far each stage has come
+    <folder>/rank<r>.json                        the keys, the tally, and how far each stage has come
     <folder>/rank<r>-<stage>-<n>.safetensors     a chunk: tensors of a stage, saved together
 
 Each process saves the work that it does alone: its passes over the points and, on the first process, k-means of the
-sketches. Collective steps are replayed, so processes may have stopped at different points. The key is everything the
-numbers depend on; equal keys give equal bits. The JSON holds the sha256 of the chunks and of itself and is written
-after them, each file under its name only when it is complete: a half-written file is never read.
+sketches. Collective steps are replayed, so processes may have stopped at different points. Two keys, one known at the
+start and one after the first pass, hold everything that the numbers depend on; equal keys give equal bits. The JSON
+holds the sha256 of the chunks and of itself and is written after them, each file under its name only when it is
+complete: a half-written file is never read.
 
 A pass over the points reads
 
@@ -42,6 +43,7 @@ from fsd_fast.untrusted import (
     FLAG,
     OBJECT,
     SHA256,
+    TEXT,
     check_seal,
     integer,
     list_of,
@@ -54,7 +56,8 @@ from fsd_fast.untrusted import (
 )
 
 Tensors = Callable[[], Mapping[str, Tensor]]
-_FORMAT = 3
+_FORMAT = 4
+_ANEW = "start anew (memory: --overwrite_output_dir true; in Python: discard_state) or choose another folder"
 _CHUNK = object_of({"number": integer(0), "bytes": integer(0), "sha256": SHA256})
 _STAGE = object_of(
     {
@@ -67,7 +70,13 @@ _STAGE = object_of(
     }
 )
 _MANIFEST = object_of(
-    {"key": OBJECT, "tally": map_of(integer(0)), "stages": map_of(_STAGE), CHECKSUM: SHA256}
+    {
+        "key": OBJECT,
+        "later_key": map_of(TEXT),
+        "tally": map_of(integer(0)),
+        "stages": map_of(_STAGE),
+        CHECKSUM: SHA256,
+    }
 )
 
 
@@ -218,10 +227,13 @@ class ClusteringState:
         self._rank = rank
         # As it comes back from the file: tuples become lists.
         self._key: dict[str, Any] = json.loads(json.dumps({"format": _FORMAT, **(key or {})}))
+        self._later_key: dict[str, str] = {}
         self._stages: dict[str, dict[str, Any]] = {}
         self.tally: Counter[str] = Counter()
         if folder is not None and self.manifest(folder).is_file():
-            self._stages, self.tally = self._read(self.manifest(folder))
+            content = self._read(self.manifest(folder))
+            self._later_key, self._stages = content["later_key"], content["stages"]
+            self.tally = Counter(content["tally"])
         self._earlier = {name: record["seconds"] for name, record in self._stages.items()}
 
     def manifest(self, folder: Path) -> Path:
@@ -231,8 +243,7 @@ class ClusteringState:
     def _chunk_path(self, folder: Path, stage: str, number: int) -> Path:
         return folder / f"rank{self._rank}-{stage}-{number}.safetensors"
 
-    def _read(self, path: Path) -> tuple[dict[str, dict[str, Any]], Counter[str]]:
-        anew = "start anew with --overwrite_output_dir true, or choose another folder"
+    def _read(self, path: Path) -> dict[str, Any]:
         try:
             content = read_json_object(path)
             found = content.get("key")
@@ -242,14 +253,27 @@ class ClusteringState:
             elif not isinstance(found, dict):
                 raise ValueError(f"{path}: key: expected an object")
         except ValueError as error:
-            raise ValueError(f"{error}. It is not the state of an interrupted clustering: {anew}") from None
-        different = differences(found, self._key)
+            raise ValueError(f"{error}. It is not the state of an interrupted clustering: {_ANEW}") from None
+        self._check_same(found, self._key)
+        return content
+
+    def _check_same(self, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+        different = differences(found, expected)
         if different:
             raise ValueError(
-                f"{path.parent} is what another, interrupted run left: {different}. Continue it with "
-                f"its own settings, {anew}"
+                f"{self.folder} is what another, interrupted run left: {different}. Continue it with "
+                f"its own settings, {_ANEW}"
             )
-        return content["stages"], Counter(content["tally"])
+
+    def set_later_key(self, key: Mapping[str, str]) -> None:
+        """Give what the numbers depend on from here on, known only now; it is saved with the next stage.
+
+        Raises:
+            ValueError: The state found had another one (the fields that differ are listed).
+        """
+        if self._later_key:
+            self._check_same(self._later_key, key)
+        self._later_key = dict(key)
 
     def earlier_seconds(self, stage: str) -> float:
         """Seconds that runs before this one spent in a stage and its sub-stages, up to their last saving."""
@@ -293,8 +317,13 @@ class ClusteringState:
         write_atomically(self._chunk_path(self.folder, name, number), content)
         chunk = {"number": number, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         self._stages[name] = {**record, "chunks": [*old, chunk] if append else [chunk]}
-        manifest = seal({"key": self._key, "tally": dict(self.tally), "stages": self._stages})
-        write_atomically(self.manifest(self.folder), json.dumps(manifest, indent=1).encode())
+        manifest = {
+            "key": self._key,
+            "later_key": self._later_key,
+            "tally": dict(self.tally),
+            "stages": self._stages,
+        }
+        write_atomically(self.manifest(self.folder), json.dumps(seal(manifest), indent=1).encode())
         if not append:
             for replaced in old:
                 self._chunk_path(self.folder, name, replaced["number"]).unlink(missing_ok=True)

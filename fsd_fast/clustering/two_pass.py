@@ -30,6 +30,7 @@ from fsd_fast.clustering.sketch_kmeans import cluster_sketches
 from fsd_fast.clustering.stream import PointBatch, PointSource, PointStream
 from fsd_fast.clustering.streaming import kmeans_of_stream, lloyd
 from fsd_fast.distributed import Collectives
+from fsd_kernels import resolve_backend
 from fsd_kernels.kmeans import assign, update_
 
 # The norms of a sample in the two passes may differ by the rounding of a feature cache, not by more.
@@ -198,6 +199,7 @@ class _Clustering:
                 self._collectives,
                 self._state,
             )
+        self._collectives.run_on_all_ranks(lambda: self._check_kernels(first.mean.device))
         with self._timed("sketch_clustering"):
             labels, best = cluster_sketches(
                 first,
@@ -226,6 +228,11 @@ class _Clustering:
             )
         self._sample_index = first.sample_index
         return result
+
+    def _check_kernels(self, device: torch.device) -> None:
+        """Refuse to continue a saved clustering with kernels other than those it has used so far."""
+        backend = resolve_backend(self._settings.backend, device, "kmeans")
+        self._state.set_later_key({"backend": backend, "device": device.type})
 
     def refine_(self, result: StreamClustering, epochs: int) -> None:
         """Go on from a result with epochs of exact Lloyd."""

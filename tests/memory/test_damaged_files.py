@@ -476,7 +476,7 @@ def test_a_changed_value_in_a_state_is_refused(tmp_path: Path, path: tuple[str, 
     (tmp_path / "rank0.json").write_text(json.dumps(changed))
     _, text = attempt(lambda: continued(tmp_path), tmp_path / "rank0.json")
     assert "its checksum is not that of its fields" in text
-    assert "start anew with --overwrite_output_dir true" in text
+    assert "start anew (memory: --overwrite_output_dir true; in Python: discard_state)" in text
 
 
 def test_a_huge_chunk_is_not_read(tmp_path: Path) -> None:

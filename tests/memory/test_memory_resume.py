@@ -232,6 +232,7 @@ def left(tmp_path: Path) -> Path:
         ({"refine": 0}, "refine is 1, expected 0"),
         ({"sketch_width": 5}, "sketch_width is 2, expected 5"),
         ({"layout": {"batch_size": 9}}, "batch_size is 8, expected 9"),
+        ({"backend": "reference"}, "backend is 'eager', expected 'reference'"),
         ({"identity": identity(teacher_fingerprint="cd" * 32)}, "teacher_fingerprint is 'abab"),
     ],
 )
@@ -240,6 +241,16 @@ def test_the_state_of_another_build_is_refused(left: Path, changes: dict[str, An
     with pytest.raises(ValueError, match=f"another, interrupted run left: {message}"):
         build(Batches(torch.arange(N)), left, **changes)
     assert sorted(path.name for path in left.iterdir()) == before
+
+
+def test_the_backend_that_runs_is_held_and_not_its_name(left: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("FSD_BACKEND", "reference")
+        with pytest.raises(ValueError, match="backend is 'eager', expected 'reference'"):
+            build(Batches(torch.arange(N)), left)
+    batches = Batches(torch.arange(N))
+    build(batches, left, backend="eager")  # what "auto" was on the CPU
+    assert batches.made == 5 + 9 + 9
 
 
 def test_a_state_goes_on_where_it_was(left: Path) -> None:
