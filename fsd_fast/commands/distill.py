@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from fsd_fast.commands._common import (
+    TaskData,
     Work,
     check_model,
     check_outputs,
@@ -24,6 +26,7 @@ from fsd_fast.commands.values import Range
 from fsd_fast.data import Task, get_task, resolve_model
 from fsd_fast.losses import DEFAULTS, METHODS, FeatureStructureLoss, FeatureStructureObjective, Objective
 from fsd_fast.memory.features import memory_identity
+from fsd_fast.memory.start import check_training_set, start_from_clusters
 from fsd_fast.memory.student_memory import StudentMemory
 from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.models.layers import parse_layer_pairs, penultimate_pair
@@ -89,9 +92,25 @@ class DistillationArguments:
         DEFAULTS.reduction,
     )
     memory_path: str | None = flag("Folder that 'memory' wrote; needed by fsd_g and fsd_ilg.", None)
-    student_memory_init: Literal["normal", "teacher"] = flag(
-        "Start of the student memory: random normal (the paper) or the teacher's centroids (same width only).",
-        "normal",
+    student_memory_init: Literal["clusters", "normal", "teacher"] = flag(
+        "Start of the student memory. clusters: the means of the student's own features over the teacher's clusters. "
+        "normal: random numbers (the paper). teacher: the teacher's centroids (same width only).",
+        "clusters",
+    )
+    student_memory_update: Literal["gradient", "ema"] = flag(
+        "How the student memory is trained. gradient: by L_G (the paper). ema: each centroid is the running mean of "
+        "the student's features in its cluster.",
+        "gradient",
+    )
+    student_memory_decay: float = flag(
+        "ema: weight that a centroid keeps for each new sample of its cluster.",
+        0.95,
+        numbers=Range(above=0, below=1),
+    )
+    memory_learning_rate: float | None = flag(
+        "gradient: initial learning rate of the student memory; it falls linearly to 0. Default: the student's.",
+        None,
+        numbers=LEARNING_RATES,
     )
     backend: Literal["auto", "triton", "eager", "reference"] = flag(
         "Kernels of the structure losses.", "auto"
@@ -141,6 +160,9 @@ def prepare(
     models = _load_models(data_arguments, task, teacher_path, source, student_layers)
     teacher_memory, student_memory = _memories(data_arguments, arguments, objective, models, run.seed)
     data = load_data(data_arguments, models.tokenizer)
+    start_memory = None
+    if resume is None:
+        start_memory = _memory_start(arguments, run, models.student, data, teacher_memory, student_memory)
     trainer = FSDTrainer(
         model=DistillationModel(models.student, objective, student_memory),
         args=run,
@@ -151,6 +173,8 @@ def prepare(
         compute_metrics=metrics_of(task),
         teacher=models.teacher,
         teacher_memory=teacher_memory,
+        start_memory=start_memory,
+        memory_learning_rate=arguments.memory_learning_rate,
     )
     record = make_record(
         "distill",
@@ -286,7 +310,7 @@ def _memories(
     objective: Objective,
     models: _Models,
     seed: int,
-) -> tuple[torch.Tensor | None, StudentMemory | None]:
+) -> tuple[TeacherMemory | None, StudentMemory | None]:
     """Load the teacher memory and start the student memory, or (None, None) where the objective requires none."""
     if not objective.requires.memories or arguments.memory_path is None:
         return None, None
@@ -303,8 +327,34 @@ def _memories(
         memory.identity.num_centroid,
         data_arguments.max_seq_length,
         int(models.student.config.hidden_size),
-        init=arguments.student_memory_init,
+        init="normal" if arguments.student_memory_init == "clusters" else arguments.student_memory_init,
         teacher_memory=memory,
         generator=torch.Generator().manual_seed(seed),
+        decay=arguments.student_memory_decay if arguments.student_memory_update == "ema" else None,
+        pad_features=data_arguments.pad_features,
     )
-    return memory.centroids, student_memory
+    return memory, student_memory
+
+
+def _memory_start(
+    arguments: DistillationArguments,
+    run: RunArguments,
+    student: PreTrainedModel,
+    data: TaskData,
+    teacher_memory: TeacherMemory | None,
+    student_memory: StudentMemory | None,
+) -> Callable[[], None] | None:
+    """What sets the start of the student memory once training begins, where that needs the student's features."""
+    if arguments.student_memory_init != "clusters" or teacher_memory is None or student_memory is None:
+        return None
+    check_training_set(teacher_memory, data.train, str(arguments.memory_path))
+    return functools.partial(
+        start_from_clusters,
+        student_memory,
+        teacher_memory,
+        student,
+        data.train,
+        data.collator,
+        batch_size=run.per_device_eval_batch_size,
+        device=run.device,
+    )

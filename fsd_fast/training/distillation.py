@@ -55,6 +55,7 @@ class DistillationModel(nn.Module):
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         teacher: Signals | None = None,
+        clusters: Tensor | None = None,
     ) -> dict[str, Any]:
         """Run the student, and the objective where the teacher's signals are given.
 
@@ -64,6 +65,8 @@ class DistillationModel(nn.Module):
             token_type_ids: [B, S].
             labels: [B].
             teacher: What the teacher computed for the same batch; None runs the student alone.
+            clusters: int64 [B]: the samples' clusters in the teacher memory, for a student memory that follows the
+                student's features.
 
         Returns:
             "logits" [B, C]; with a teacher also "loss", and "components", the loss's terms by name.
@@ -84,6 +87,9 @@ class DistillationModel(nn.Module):
         result = self.objective(
             Signals(output.logits, hidden_states, memory), teacher, labels, attention_mask
         )
+        if self.student_memory is not None and clusters is not None and self.training:
+            penultimate = output.hidden_states[self.student.config.num_hidden_layers - 1]
+            self.student_memory.follow(penultimate, clusters, attention_mask)
         return {"loss": result.loss, "logits": output.logits, "components": result.components}
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer
 
 from fsd_fast.data import SAMPLE_COLUMN
 from fsd_fast.losses import Signals
+from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.models.teacher import Teacher
 from fsd_fast.training.distillation import DistillationModel
 from fsd_fast.training.finite import FiniteCheck
@@ -38,6 +41,7 @@ class ClassifierTrainer(Trainer):
         self.finite = FiniteCheck(str(self.args.output_dir))
         self.add_callback(self.finite)
         self._components: dict[str, Tensor] = {}
+        self._sample_index: Tensor | None = None
 
     def training_step(
         self,
@@ -46,9 +50,9 @@ class ClassifierTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Run forward and backward on a micro-batch and return its loss, checked to be finite."""
-        samples = inputs.pop(SAMPLE_COLUMN, None)
+        self._sample_index = inputs.pop(SAMPLE_COLUMN, None)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.finite.add(self.state.global_step + 1, "the loss", loss, samples, self._components)
+        self.finite.add(self.state.global_step + 1, "the loss", loss, self._sample_index, self._components)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -117,12 +121,24 @@ class FSDTrainer(ClassifierTrainer):
     Args:
         *arguments: As for Trainer.
         teacher: The frozen teacher.
-        teacher_memory: Centroids [K, S * D_t]; None where the method uses none.
+        teacher_memory: The memory that the teacher's features are compared with; None where the method uses none.
+        start_memory: Called before the first step of a run that is not resumed, to set where the student memory starts.
+        memory_learning_rate: Initial learning rate of the student memory; None: the student's.
         **keywords: As for Trainer; ``model`` is a ``DistillationModel``.
+
+    The student memory has a parameter group of its own, without weight decay and outside of ``max_grad_norm``: its
+    entries are features, and their gradient is of another scale than the weights'. DeepSpeed clips all parameters
+    together.
     """
 
     def __init__(
-        self, *arguments: Any, teacher: Teacher, teacher_memory: Tensor | None = None, **keywords: Any
+        self,
+        *arguments: Any,
+        teacher: Teacher,
+        teacher_memory: TeacherMemory | None = None,
+        start_memory: Callable[[], None] | None = None,
+        memory_learning_rate: float | None = None,
+        **keywords: Any,
     ) -> None:
         super().__init__(*arguments, **keywords)
         self.distillation: DistillationModel = self.accelerator.unwrap_model(self.model)
@@ -130,9 +146,36 @@ class FSDTrainer(ClassifierTrainer):
         self.teacher = teacher.to(self.args.device, half)
         if self.args.torch_compile:
             self.teacher.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
-        self.teacher_memory = None if teacher_memory is None else teacher_memory.to(self.args.device)
+        self._start_memory, self._memory_learning_rate = start_memory, memory_learning_rate
+        self.teacher_memory: Tensor | None = None
+        self._clusters: Tensor | None = None
+        if teacher_memory is not None:
+            self.teacher_memory = teacher_memory.centroids.to(self.args.device)
+            self._clusters = self._cluster_table(teacher_memory)
         self._sums: dict[str, Tensor] = {}
         self._steps = 0.0
+
+    def _cluster_table(self, memory: TeacherMemory) -> Tensor | None:
+        """The cluster of every training sample on the device, for a student memory that follows the features."""
+        student_memory = self.distillation.student_memory
+        if student_memory is None or student_memory.decay is None:
+            return None
+        assert isinstance(self.train_dataset, Dataset)
+        places = torch.tensor(self.train_dataset[SAMPLE_COLUMN])
+        table = torch.full((int(places.max()) + 1,), -1)
+        table[places] = memory.labels_of(places)
+        return table.to(self.args.device)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Start the student memory, unless a checkpoint holds it, and train."""
+        if self._start_memory is not None and not resume_from_checkpoint:
+            self._start_memory()
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def signals(self, inputs: dict[str, Tensor]) -> Signals:
         """Run the teacher on a batch and keep what the objective requires."""
@@ -148,7 +191,10 @@ class FSDTrainer(ClassifierTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the integrated loss of a micro-batch."""
-        outputs = model(**inputs, teacher=self.signals(inputs))
+        signals = self.signals(inputs)
+        if self._clusters is not None and self._sample_index is not None:
+            inputs = {**inputs, "clusters": self._clusters[self._sample_index]}
+        outputs = model(**inputs, teacher=signals)
         self._components = outputs["components"]
         # Added up on the device: nothing waits for it before the next log entry. A micro-batch counts as Trainer
         # counts its loss, as one of those that share an optimizer step; the last group of an epoch may be smaller.
@@ -167,12 +213,32 @@ class FSDTrainer(ClassifierTrainer):
             self._sums, self._steps = {}, 0.0
         super().log(logs, start_time)
 
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Leave the student memory out of weight decay: its entries are features, not weights."""
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create Trainer's optimizer, with the student memory in a parameter group of its own."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
         memory = self.distillation.student_memory
-        centroids = [] if memory is None else [id(parameter) for parameter in memory.parameters()]
-        names = {name for name, parameter in model.named_parameters() if id(parameter) in centroids}
-        return [name for name in super().get_decay_parameter_names(model) if name not in names]
+        centroids = [] if memory is None else list(memory.parameters())
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if all(p is not centroid for centroid in centroids)]
+        if centroids:
+            rate = self._memory_learning_rate
+            rate = self.args.learning_rate if rate is None else rate
+            optimizer.add_param_group({"params": centroids, "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip the student's gradient; Trainer calls this unless DeepSpeed clips. Returns its norm before."""
+        memory = self.distillation.student_memory
+        if memory is not None:
+            for centroids in memory.parameters():
+                if centroids.grad is not None:
+                    norm = torch.linalg.vector_norm(centroids.grad)
+                    self.finite.add(self.state.global_step + 1, "the gradient of the student memory", norm)
+        return self.accelerator.clip_grad_norm_(
+            self.distillation.student.parameters(), self.args.max_grad_norm
+        )
 
     def gathered_state(self) -> dict[str, Tensor] | None:
         """Gather the ``DistillationModel`` state; call it on all processes. ZeRO-3 gives it to the first alone."""

@@ -540,7 +540,7 @@ def test_defaults_are_the_papers(tmp_path):
         ["--teacher_model_name_or_path", "t", "--output_dir", str(tmp_path / "run"), "--use_cpu", "true"],
     )
     assert (own.alpha, own.temperature, own.beta, own.gamma_i, own.gamma_l) == (0.5, 10.0, 4.0, 1.0, 1.0)
-    assert (own.method, own.layer_pairs, own.student_memory_init) == ("fsd_ilg", "penultimate", "normal")
+    assert (own.method, own.layer_pairs, own.student_memory_init) == ("fsd_ilg", "penultimate", "clusters")
     assert (data.max_seq_length, training.per_device_train_batch_size) == (128, 32)
     assert not (tmp_path / "run").exists()
 
