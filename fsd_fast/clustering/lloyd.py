@@ -4,7 +4,7 @@
     update   c_k = (sum of x_i over l_i = k) / n_k,  at the end of the epoch
 
 Sums are kept in float64. An empty cluster moves to the point that is farthest from its own centroid.
-``fsd_fast.clustering.streaming`` runs the same epochs over a stream and over any number of processes.
+``fsd_fast.clustering.lloyd_of_stream`` runs the same epochs over a stream and over any number of processes.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from fsd_fast.clustering.lloyd import IterationStats, LloydSettings, kmeans_in_memory
+from fsd_fast.clustering.lloyd_of_stream import kmeans_of_stream
 from fsd_fast.clustering.seeding import new_generator
 from fsd_fast.clustering.stream import PointSource, PointStream, Resumable
-from fsd_fast.clustering.streaming import kmeans_of_stream
 from fsd_fast.distributed import Collectives
 from fsd_kernels.kmeans import nearest
 

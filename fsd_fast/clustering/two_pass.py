@@ -24,11 +24,11 @@ from torch import Tensor
 from fsd_fast.clustering.checkpoint import NOT_SAVED, ClusteringState
 from fsd_fast.clustering.first_pass import FirstPass, first_pass
 from fsd_fast.clustering.lloyd import IterationStats, LloydSettings
+from fsd_fast.clustering.lloyd_of_stream import kmeans_of_stream, lloyd
 from fsd_fast.clustering.seeding import new_generator
 from fsd_fast.clustering.sketch import CountSketch
-from fsd_fast.clustering.sketch_kmeans import cluster_sketches
+from fsd_fast.clustering.sketch_clustering import cluster_sketches
 from fsd_fast.clustering.stream import PointBatch, PointSource, PointStream
-from fsd_fast.clustering.streaming import kmeans_of_stream, lloyd
 from fsd_fast.distributed import Collectives
 from fsd_kernels import resolve_backend
 from fsd_kernels.kmeans import assign, update_

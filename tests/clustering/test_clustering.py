@@ -22,9 +22,10 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import Tensor
 
-from fsd_fast.clustering.kmeans import MiniBatchKMeans, StreamKMeans
+from fsd_fast.clustering.mini_batch_kmeans import MiniBatchKMeans
 from fsd_fast.clustering.seeding import k_means_plus_plus
 from fsd_fast.clustering.sketch import CountSketch
+from fsd_fast.clustering.stream_kmeans import StreamKMeans
 from fsd_fast.clustering.two_pass import cluster_stream
 from fsd_fast.distributed import Collectives
 

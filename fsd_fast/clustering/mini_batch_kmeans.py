@@ -21,8 +21,6 @@ from fsd_fast.clustering.stream import PointStream
 from fsd_fast.clustering.stream_kmeans import StreamKMeans
 from fsd_kernels.kmeans import assign, update
 
-__all__ = ["MiniBatchKMeans", "StreamKMeans"]
-
 
 class MiniBatchKMeans(StreamKMeans):
     """``StreamKMeans`` that also learns from one batch at a time with ``partial_fit``.
