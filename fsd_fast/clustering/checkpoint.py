@@ -1,4 +1,4 @@
-"""What a clustering has worked out so far, on disk, so that a killed run continues where it was.
+"""The checkpoint of a clustering: what it has computed so far, on disk, so that a killed one continues where it was.
 
     <folder>/rank<r>.json                        the keys, the tally, and how far each stage has come
     <folder>/rank<r>-<stage>-<n>.safetensors     a chunk: tensors of a stage, saved together
@@ -11,7 +11,7 @@ complete: a half-written file is never read.
 
 A pass over the points reads
 
-    stage = state.stage("pass_2")
+    stage = checkpoint.stage("pass_2")
     sums = stage.restore("sums", zeros)
     for batch in stage.unread(stream):
         ...
@@ -55,9 +55,14 @@ from fsd_fast.untrusted import (
     seal,
 )
 
-Tensors = Callable[[], Mapping[str, Tensor]]
+Snapshot = Callable[[], Mapping[str, Tensor]]
+"""Gives the tensors of a stage that are to be saved, when they are to be saved."""
+SAVE_EVERY = 200
+"""Batches between two savings of a pass, by default."""
 _FORMAT = 4
-_ANEW = "start anew (memory: --overwrite_output_dir true; in Python: discard_state) or choose another folder"
+_ANEW = (
+    "start anew (memory: --overwrite_output_dir true; in Python: discard_checkpoint) or choose another folder"
+)
 _CHUNK = object_of({"number": integer(0), "bytes": integer(0), "sha256": SHA256})
 _STAGE = object_of(
     {
@@ -123,9 +128,14 @@ class Stage:
     """
 
     def __init__(
-        self, state: ClusteringState, name: str, record: Mapping[str, Any], chunks: list[Chunk], append: bool
+        self,
+        checkpoint: ClusteringCheckpoint,
+        name: str,
+        record: Mapping[str, Any],
+        chunks: list[Chunk],
+        append: bool,
     ) -> None:
-        self._state, self._name, self._append = state, name, append
+        self._checkpoint, self._name, self._append = checkpoint, name, append
         self._earlier = float(record.get("seconds", 0.0))
         self._started = time.perf_counter()
         self.batches: int = record.get("batches", 0)
@@ -137,8 +147,8 @@ class Stage:
     @property
     def where(self) -> str:
         """The file that says how far this stage has come, for errors."""
-        folder = self._state.folder
-        return f"{'' if folder is None else self._state.manifest(folder)}: stage {self._name}"
+        folder = self._checkpoint.folder
+        return f"{'' if folder is None else self._checkpoint.manifest(folder)}: stage {self._name}"
 
     def restore(self, name: str, otherwise: Tensor) -> Tensor:
         """The tensor saved last under a name, on the device of ``otherwise``, which stands in for it.
@@ -166,25 +176,25 @@ class Stage:
         if not self.complete:
             yield from stream.read(self.batches, self.rows)
 
-    def batch_done(self, batch: PointBatch, tensors: Tensors) -> None:
-        """Count a batch that has been worked in; save ``tensors()`` now and then."""
+    def batch_done(self, batch: PointBatch, snapshot: Snapshot) -> None:
+        """Count a batch that has been worked in; save ``snapshot()`` now and then."""
         self.batches, self.rows = batch.batch_number + 1, batch.end
-        if self.batches % self._state.save_every == 0:
-            self.save(tensors)
+        if self.batches % self._checkpoint.save_every == 0:
+            self.save(snapshot)
 
-    def finish(self, tensors: Tensors) -> None:
-        """Save ``tensors()`` as the whole of this stage, unless it was complete when it was found."""
+    def finish(self, snapshot: Snapshot) -> None:
+        """Save ``snapshot()`` as the whole of this stage, unless it was complete when it was found."""
         if not self.complete:
             self.complete = True
-            self.save(tensors)
+            self.save(snapshot)
 
-    def save(self, tensors: Tensors) -> None:
+    def save(self, snapshot: Snapshot) -> None:
         """Save how far this stage has come: in place of its chunks so far, or as one more.
 
         Raises:
             OSError: The folder cannot be written; what was saved before stays.
         """
-        if self._state.folder is not None:
+        if self._checkpoint.folder is not None:
             record = {
                 "batches": self.batches,
                 "rows": self.rows,
@@ -192,15 +202,15 @@ class Stage:
                 "metadata": self.metadata,
                 "seconds": self._earlier + time.perf_counter() - self._started,
             }
-            self._state.write(self._name, record, tensors(), self._append)
+            self._checkpoint.write(self._name, record, snapshot(), self._append)
 
 
-class ClusteringState:
-    """The state of one clustering and one process.
+class ClusteringCheckpoint:
+    """The checkpoint of one clustering and one process.
 
     Args:
         folder: Where it is kept; None: nowhere, and every stage starts from its beginning.
-        key: What the numbers depend on (JSON values). Must be that of the state found, if there is one.
+        key: What the numbers depend on (JSON values). Must be that of the checkpoint found, if there is one.
         save_every: Batches between two savings of a pass.
         rank: Of this process.
 
@@ -208,8 +218,8 @@ class ClusteringState:
         tally: Counts of whatever its user counts, saved along with every stage.
 
     Raises:
-        ValueError: The folder holds the state of another clustering (the fields that differ are listed), or a damaged
-            one.
+        ValueError: The folder holds the checkpoint of another clustering (the fields that differ are listed), or a
+            damaged one.
     """
 
     def __init__(
@@ -217,7 +227,7 @@ class ClusteringState:
         folder: Path | None,
         key: Mapping[str, Any] | None = None,
         *,
-        save_every: int = 200,
+        save_every: int = SAVE_EVERY,
         rank: int = 0,
     ) -> None:
         if save_every < 1:
@@ -253,7 +263,9 @@ class ClusteringState:
             elif not isinstance(found, dict):
                 raise ValueError(f"{path}: key: expected an object")
         except ValueError as error:
-            raise ValueError(f"{error}. It is not the state of an interrupted clustering: {_ANEW}") from None
+            raise ValueError(
+                f"{error}. It is not the checkpoint of an interrupted clustering: {_ANEW}"
+            ) from None
         self._check_same(found, self._key)
         return content
 
@@ -269,7 +281,7 @@ class ClusteringState:
         """Give what the numbers depend on from here on, known only now; it is saved with the next stage.
 
         Raises:
-            ValueError: The state found had another one (the fields that differ are listed).
+            ValueError: The checkpoint found had another one (the fields that differ are listed).
         """
         if self._later_key:
             self._check_same(self._later_key, key)
@@ -329,7 +341,7 @@ class ClusteringState:
                 self._chunk_path(self.folder, name, replaced["number"]).unlink(missing_ok=True)
 
 
-NOT_SAVED = ClusteringState(None)
+NOT_SAVED = ClusteringCheckpoint(None)
 """Keeps nothing."""
 
 
@@ -341,8 +353,8 @@ def _read_chunk(path: Path, listed: Mapping[str, Any]) -> bytes | None:
     return content if hashlib.sha256(content).hexdigest() == listed["sha256"] else None
 
 
-def discard_state(folder: Path) -> None:
-    """Remove a state, on all processes together; a folder that is not there is no error."""
+def discard_checkpoint(folder: Path) -> None:
+    """Remove the checkpoints of all processes, which call this together; a folder that is not there is no error."""
     collectives = Collectives()
 
     def remove() -> None:
