@@ -1,4 +1,8 @@
-"""The defaults of the losses: one place for the modules and for the flags of ``distill``."""
+"""The defaults of the losses: one place for the modules and for the flags of ``distill``.
+
+``pad_features`` alone differs by intent: the modules follow the paper ("include"), ``distill`` leaves padding out
+("exclude").
+"""
 
 from __future__ import annotations
 

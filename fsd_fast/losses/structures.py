@@ -1,7 +1,7 @@
 """The structure losses, as modules named as in the paper.
 
     L_I = mean_i -log CKA(X_i, Y_i)              tokens of one sample against each other             [eq. 6]
-    L_L = -log CKA(h_T, h_S)                     samples of the batch against each other             [eq. 7]
+    L_L = -log CKA(h_S, h_T)                     samples of the batch against each other             [eq. 7]
     L_G = gamma_m F^E + (1 - gamma_m) F^C + F_MM samples and centroids of two memories               [eq. 8-10]
 
 Features are hidden states ``[B, S, D]``: B samples, S tokens, D hidden; h is a sample flattened to S * D.
@@ -126,7 +126,7 @@ class IntraFeatureLoss(_StructureLoss):
 
 
 class LocalInterFeatureLoss(_StructureLoss):
-    """L_L = -log CKA(h_T, h_S): how the samples of a batch relate to each other [eq. 7].
+    """L_L = -log CKA(h_S, h_T): how the samples of a batch relate to each other [eq. 7].
 
     Args:
         pad_features: "include": all S positions count. "exclude": positions with attention mask 0 count as zeros.
