@@ -50,7 +50,10 @@ class MemoryArguments:
     )
     per_device_batch_size: int = flag("Samples of one teacher pass.", 32, numbers=Range(minimum=1))
     memory_refine: int = flag(
-        "Exact Lloyd epochs after the two passes; each is one more pass.", 0, numbers=Range(minimum=0)
+        "Exact Lloyd epochs after the two passes, at most. Passes in all: 4 for one epoch, 5 for two, and one more for "
+        "each epoch that finds an empty cluster.",
+        0,
+        numbers=Range(minimum=0),
     )
     feature_cache_dir: str | None = flag(
         "Folder for the teacher's features: written as the teacher runs, read instead of running it again, now and "
@@ -63,7 +66,7 @@ class MemoryArguments:
         "Seed of the sketch and of the first centroids.", 42, numbers=Range(minimum=0, maximum=2**32 - 1)
     )
     use_cpu: bool = flag("Use the CPU even where there is a GPU.", False)
-    overwrite_output_dir: bool = flag("Replace a memory that is already there.", False)
+    overwrite_output_dir: bool = flag("Start anew: replace a memory and discard an unfinished build.", False)
 
 
 ARGUMENTS = (DataArguments, MemoryArguments)

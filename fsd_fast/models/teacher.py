@@ -48,7 +48,7 @@ class Teacher:
 
         Raises:
             OSError: There is no such model, or none in safetensors files.
-            ValueError: A weight is missing, the head's too, or its family is none the engine takes.
+            ValueError: A weight is missing, the head's too, or its family is none that fsd_fast takes.
         """
         model, _ = load_weights(name_or_path, read_config(name_or_path), fresh_head=False)
         return cls(model, name_or_path)
