@@ -1,17 +1,23 @@
-"""What a model takes as input: how many positions, which token ids, which token types."""
+"""What a model takes as input: which columns of a batch, how many positions, which token ids and token types."""
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fsd_fast.data import SAMPLE_COLUMN
 from fsd_fast.models.loading import read_config, skeleton
 
 _NO_PADDING = -1
 _POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
+
+
+def input_arguments(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Pick what a model's forward takes from a batch: everything but the labels and the samples' places."""
+    return {name: value for name, value in inputs.items() if name not in ("labels", SAMPLE_COLUMN)}
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fsd_fast.data import SAMPLE_COLUMN
 from fsd_fast.models.families import STOPS_EARLY, layer_stack
+from fsd_fast.models.inputs import input_arguments
 from fsd_fast.models.labels import id2label_of, label_order, name_outputs, order_outputs
 from fsd_fast.models.loading import load_weights, read_config
-
-
-def input_arguments(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Pick what a model's forward takes from a batch: everything but the labels and the samples' places."""
-    return {name: value for name, value in inputs.items() if name not in ("labels", SAMPLE_COLUMN)}
 
 
 class _Reached(Exception):
