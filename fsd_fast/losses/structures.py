@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fsd_fast.losses._checks import check_choice, check_unit_interval
-from fsd_fast.losses.defaults import DEFAULTS, Reduction
+from fsd_fast.losses.defaults import BACKEND, DEFAULTS, Reduction
 from fsd_kernels import GramBasis, InterStructure, frozen_gram, inter_structure, intra_cka
 
 PadFeatures = Literal["include", "exclude"]
@@ -38,7 +38,7 @@ def _as_layers(name: str, features: Features) -> list[Tensor]:
     return layers
 
 
-def layer_pairs(student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:
+def pair_layers(student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:
     """Pair the student's layers with the teacher's, checked: [B, S, D_s] and [B, S, D_t] each."""
     students, teachers = _as_layers("student", student), _as_layers("teacher", teacher)
     if len(students) != len(teachers):
@@ -88,7 +88,7 @@ class IntraFeatureLoss(_StructureLoss):
         self,
         reduction: Reduction = DEFAULTS.intra_reduction,
         pad_features: PadFeatures = "include",
-        backend: str = "auto",
+        backend: str = BACKEND,
     ) -> None:
         super().__init__(pad_features, backend)
         check_choice("reduction", reduction, get_args(Reduction))
@@ -108,7 +108,7 @@ class IntraFeatureLoss(_StructureLoss):
             TypeError: Features are not floating tensors.
             ValueError: Shapes, devices or the numbers of layers do not fit.
         """
-        pairs = layer_pairs(student, teacher)
+        pairs = pair_layers(student, teacher)
         if pairs[0][0].shape[0] == 0:
             return sum(
                 (layer.float().sum() for layer, _ in pairs), start=torch.zeros((), device=pairs[0][0].device)
@@ -136,7 +136,7 @@ class LocalInterFeatureLoss(_StructureLoss):
         ValueError: ``pad_features`` is none of the named values.
     """
 
-    def __init__(self, pad_features: PadFeatures = "include", backend: str = "auto") -> None:
+    def __init__(self, pad_features: PadFeatures = "include", backend: str = BACKEND) -> None:
         super().__init__(pad_features, backend)
 
     def forward(self, student: Features, teacher: Features, attention_mask: Tensor | None = None) -> Tensor:
@@ -152,7 +152,7 @@ class LocalInterFeatureLoss(_StructureLoss):
             ValueError: The batch has one sample (nothing to compare it with), or shapes, devices or the
                 numbers of layers do not fit.
         """
-        pairs = layer_pairs(student, teacher)
+        pairs = pair_layers(student, teacher)
         if pairs[0][0].shape[0] == 1:
             raise ValueError(
                 "student: L_L compares the samples of a batch and needs at least 2, got a batch of 1"
@@ -190,7 +190,7 @@ class GlobalInterFeatureLoss(_StructureLoss):
     """
 
     def __init__(
-        self, gamma_m: float = DEFAULTS.gamma_m, pad_features: PadFeatures = "include", backend: str = "auto"
+        self, gamma_m: float = DEFAULTS.gamma_m, pad_features: PadFeatures = "include", backend: str = BACKEND
     ) -> None:
         super().__init__(pad_features, backend)
         check_unit_interval("gamma_m", gamma_m)
@@ -219,7 +219,7 @@ class GlobalInterFeatureLoss(_StructureLoss):
         attention_mask: Tensor | None = None,
     ) -> InterStructure:
         """Return F_MM, F^E, F^C and, from the same pass over the features, L_L. Arguments as in ``forward``."""
-        ((student, teacher),) = layer_pairs(student, teacher)
+        ((student, teacher),) = pair_layers(student, teacher)
         for name, memory, features in (
             ("student_memory", student_memory, student),
             ("teacher_memory", teacher_memory, teacher),
