@@ -69,7 +69,8 @@ def test_the_walk_sees_every_way_to_import(tmp_path, monkeypatch):
 def test_every_op_has_its_rooms():
     for op in OPS:
         folder = KERNELS / "fsd_kernels" / op
-        assert {"__init__.py", "reference.py", "eager.py"} <= {path.name for path in folder.iterdir()}
+        rooms = {"__init__.py", "api.py", "reference.py", "eager.py", "triton.py"}
+        assert rooms <= {path.name for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("path", ENGINE_FILES, ids=_name)
