@@ -178,6 +178,9 @@ class GlobalInterFeatureOutput(NamedTuple):
 class GlobalInterFeatureLoss(_StructureLoss):
     """L_G = gamma_m F^E + (1 - gamma_m) F^C + F_MM: samples against the memory of the training set [eq. 8-10].
 
+    Unless ``backend`` is "reference", the cosine of a sample and a centroid counts as 0 if one is more than 1024 times
+    (in float32) as long as the other.
+
     Args:
         gamma_m: Weight of the Euclidean term against the cosine term, in [0, 1].
         pad_features: "include": all S positions count and features are as wide as the memories. "exclude":
