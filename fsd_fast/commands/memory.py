@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fsd_fast.cache.feature_cache import FeatureCache
 from fsd_fast.clustering.checkpoint import discard_checkpoint
-from fsd_fast.commands._common import TaskData, Work, check_model, check_outputs, load_data
+from fsd_fast.commands._common import TaskData, Work, check_model, check_outputs, load_data, read_task
 from fsd_fast.commands.flags import DataArguments, flag
 from fsd_fast.commands.values import Range
-from fsd_fast.data import get_task, resolve_model
+from fsd_fast.data import resolve_model
 from fsd_fast.distributed import Collectives
 from fsd_fast.files import exclusive_folder
 from fsd_fast.memory.build import CHECKPOINT_FOLDER
@@ -75,13 +75,13 @@ ARGUMENTS = (DataArguments, MemoryArguments)
 def prepare(data_arguments: DataArguments, arguments: MemoryArguments) -> Work:
     """Check the input; return the work that builds the teacher memory."""
     _check_free(arguments)
-    task = get_task(data_arguments.task_name)
+    task, splits = read_task(data_arguments)
     path = resolve_model(arguments.teacher_model_name_or_path)
     tokenizer = load_tokenizer(path)
     check_model(path, tokenizer, task, data_arguments.max_seq_length)
     teacher = Teacher.from_pretrained(path)
     check_outputs(teacher, task)
-    data = load_data(data_arguments, tokenizer)
+    data = load_data(data_arguments, task, splits, tokenizer)
     identity = memory_identity(
         teacher, task, data_arguments.max_seq_length, data_arguments.pad_features, arguments.num_centroid
     )

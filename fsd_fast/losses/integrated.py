@@ -18,6 +18,7 @@ from fsd_fast.losses.structures import (
     PadFeatures,
     pair_layers,
 )
+from fsd_fast.sections import section
 
 STRUCTURES: dict[str, tuple[bool, bool, bool]] = {
     "vkd": (False, False, False),
@@ -128,7 +129,8 @@ class FeatureStructureLoss(nn.Module):
             TypeError: An argument is not of the expected kind.
             ValueError: Something that the method needs is missing, or shapes do not fit.
         """
-        loss, hard, soft = self.logits.components(student_logits, teacher_logits, labels)
+        with section("loss_vkd"):
+            loss, hard, soft = self.logits.components(student_logits, teacher_logits, labels)
         components = {"loss_vkd": loss, "loss_hard": hard, "loss_soft": soft}
         structures = torch.zeros_like(loss)
         pairs = pair_layers(student_features, teacher_features) if self.uses_intra or self.uses_local else []
@@ -140,8 +142,9 @@ class FeatureStructureLoss(nn.Module):
                     f"method {self.method!r} uses L_G: expected student_penultimate, student_memory, "
                     "teacher_penultimate and teacher_memory"
                 )
-            read = self.global_.structures(*needed, attention_mask)  # type: ignore[arg-type]
-            output, shared = self.global_.combine(read), read.local
+            with section("loss_global"):
+                read = self.global_.structures(*needed, attention_mask)  # type: ignore[arg-type]
+                output, shared = self.global_.combine(read), read.local
             structures = structures + self.gamma_g * output.loss
             components |= {
                 "loss_global": output.loss,
@@ -150,7 +153,8 @@ class FeatureStructureLoss(nn.Module):
                 "global_cosine": output.cosine,
             }
         if self.uses_intra:
-            intra = self.intra(*zip(*pairs, strict=True), attention_mask)
+            with section("loss_intra"):
+                intra = self.intra(*zip(*pairs, strict=True), attention_mask)
             structures = structures + self.gamma_i * intra
             components["loss_intra"] = intra
         if self.uses_local:
@@ -162,7 +166,8 @@ class FeatureStructureLoss(nn.Module):
                 elif student_layer.shape[0] == 1:
                     terms.append(torch.zeros_like(loss))
                 else:
-                    terms.append(self.local(student_layer, teacher_layer, attention_mask))
+                    with section("loss_local"):
+                        terms.append(self.local(student_layer, teacher_layer, attention_mask))
             local = terms[0] if len(terms) == 1 else torch.stack(terms).mean()
             structures = structures + self.gamma_l * local
             components["loss_local"] = local
