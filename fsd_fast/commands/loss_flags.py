@@ -48,6 +48,15 @@ class LossArguments:
         "L_I: mean over samples of -log CKA (the paper), or -log of the mean CKA (the released code).",
         DEFAULTS.intra_reduction,
     )
+    measure: Literal["cka", "gram"] = flag(
+        "How L_I and L_L compare structures. cka: -log CKA (the paper). gram: the squared distance of normalised Gram "
+        "matrices.",
+        DEFAULTS.measure,
+    )
+    estimator: Literal["biased", "unbiased"] = flag(
+        "CKA in L_I and L_L. biased: the paper's. unbiased: 1 - CKA from the unbiased estimator of HSIC.",
+        DEFAULTS.estimator,
+    )
     pkd_weight: float = flag(
         "Weight of pkd's normalised [CLS] states against L_VKD.", DEFAULTS.pkd_weight, numbers=_WEIGHTS
     )

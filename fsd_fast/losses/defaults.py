@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 Reduction = Literal["mean_log", "log_mean"]
+Measure = Literal["cka", "gram"]
+Estimator = Literal["biased", "unbiased"]
 
 
 class LossSettings(NamedTuple):
@@ -30,6 +32,10 @@ class LossSettings(NamedTuple):
     """Of the Euclidean term in L_G against the cosine term."""
     intra_reduction: Reduction = "mean_log"
     """Of L_I over the samples: the paper's."""
+    measure: Measure = "cka"
+    """Of L_I and L_L: the paper's."""
+    estimator: Estimator = "biased"
+    """Of CKA in L_I and L_L: the paper's."""
     pkd_weight: float = 100.0
     """Of PKD's patient term: beta of Sun et al. (2019), who choose it from 10, 100, 500 and 1000."""
     rkd_distance_weight: float = 25.0

@@ -34,7 +34,7 @@ class FeatureStructureObjective(Objective):
             student_layers=tuple(sorted({student for _, student in read})),
             teacher_layers=tuple(sorted({teacher for teacher, _ in read})),
             memories=loss.uses_global,
-            minimum_batch=2 if loss.uses_local else 1,
+            minimum_batch=loss.local.minimum_batch if loss.uses_local else 1,
         )
 
     def forward(

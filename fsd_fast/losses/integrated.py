@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fsd_fast.losses._checks import check_choice, check_weights
-from fsd_fast.losses.defaults import DEFAULTS, Reduction
+from fsd_fast.losses.defaults import DEFAULTS, Estimator, Measure, Reduction
 from fsd_fast.losses.logits import LogitDistillationLoss
 from fsd_fast.losses.structures import (
     Features,
@@ -55,6 +55,8 @@ class FeatureStructureLoss(nn.Module):
         pad_features: "include" (the paper's, the default of the modules) or "exclude" (the default of ``distill``),
             for all structures.
         backend: "auto", "triton", "eager" or "reference".
+        measure: "cka" or "gram", for L_I and L_L.
+        estimator: "biased" or "unbiased", for L_I and L_L.
 
     Raises:
         ValueError: A name is unknown (the known ones are listed) or a weight is out of range.
@@ -74,6 +76,8 @@ class FeatureStructureLoss(nn.Module):
         reduction: Reduction = DEFAULTS.intra_reduction,
         pad_features: PadFeatures = "include",
         backend: str = "auto",
+        measure: Measure = DEFAULTS.measure,
+        estimator: Estimator = DEFAULTS.estimator,
     ) -> None:
         super().__init__()
         check_choice("method", method, list(STRUCTURES))
@@ -82,8 +86,8 @@ class FeatureStructureLoss(nn.Module):
         self.uses_intra, self.uses_local, self.uses_global = STRUCTURES[method]
         self.beta, self.gamma_i, self.gamma_l, self.gamma_g = beta, gamma_i, gamma_l, gamma_g
         self.logits = LogitDistillationLoss(alpha, temperature)
-        self.intra = IntraFeatureLoss(reduction, pad_features, backend)
-        self.local = LocalInterFeatureLoss(pad_features, backend)
+        self.intra = IntraFeatureLoss(reduction, pad_features, backend, measure=measure, estimator=estimator)
+        self.local = LocalInterFeatureLoss(pad_features, backend, measure=measure, estimator=estimator)
         self.global_ = GlobalInterFeatureLoss(gamma_m, pad_features, backend)
 
     def extra_repr(self) -> str:
@@ -157,7 +161,7 @@ class FeatureStructureLoss(nn.Module):
             terms = []
             for student_layer, teacher_layer in pairs:
                 is_penultimate = student_layer is student_penultimate and teacher_layer is teacher_penultimate
-                if shared is not None and is_penultimate:
+                if shared is not None and is_penultimate and self.local.is_neg_log_cka:
                     terms.append(shared)
                 elif student_layer.shape[0] == 1:
                     terms.append(torch.zeros_like(loss))

@@ -80,7 +80,7 @@ def _feature_structure(name: str) -> Method:
     if intra or local or global_:
         settings |= {"beta", "backend"}
     if intra or local:
-        settings |= {"layer_pairs"}
+        settings |= {"layer_pairs", "measure", "estimator"}
     if intra:
         settings |= {"gamma_i", "intra_reduction"}
         terms.append("L_I")
@@ -104,6 +104,8 @@ def _feature_structure(name: str) -> Method:
             reduction=given.intra_reduction,
             pad_features=setup.pad_features,
             backend=setup.backend,
+            measure=given.measure,
+            estimator=given.estimator,
         )
         return FeatureStructureObjective(loss, setup.layer_pairs, setup.penultimate)
 
