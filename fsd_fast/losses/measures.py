@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fsd_fast.losses import reference
 from fsd_fast.losses.defaults import Estimator, Measure
-from fsd_kernels import gram
+from fsd_kernels import gram, resolve_backend
 
 # Entries of the Gram matrices of tokens that are in memory at once: more, and the backward computes them again.
 _MOST_ENTRIES = 2**21
@@ -153,7 +153,7 @@ def intra_losses(
         torch.ones(student.shape[:2], dtype=torch.bool, device=student.device) if mask is None else mask != 0
     )
     with torch.autocast(student.device.type, enabled=False):
-        if backend == "reference":
+        if resolve_backend(backend, student.device, "gram") == "reference":
             plain = reference.gram_distance if measure == "gram" else reference.unbiased_cka_loss
             return torch.stack(
                 [plain(x[k], y[k].to(x.dtype)) for x, y, k in zip(student, teacher, kept, strict=True)]
@@ -192,7 +192,7 @@ def local_loss(
     """
     teacher = teacher.detach()
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    if backend == "reference":
+    if resolve_backend(backend, student.device, "gram") == "reference":
         if mask is not None:
             dropped = (mask == 0)[..., None]
             student, teacher = student.masked_fill(dropped, 0.0), teacher.masked_fill(dropped, 0.0)

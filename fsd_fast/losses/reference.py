@@ -92,3 +92,27 @@ def gram_distance(student: Tensor, teacher: Tensor) -> Tensor:
     if not (bool((gram_s != 0).any()) and bool((gram_t != 0).any())):
         return student.sum() * 0
     return (gram_s / gram_s.norm() - gram_t / gram_t.norm()).square().sum()
+
+
+def scaled_distance(
+    student: Tensor,
+    student_memory: Tensor,
+    teacher: Tensor,
+    teacher_memory: Tensor,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """F^E with each side's distances divided by their mean over samples and centroids.
+
+    Features are [B, S, D] and memories [K, F]; positions where mask [B, S] is 0 count as zeros, and features narrower
+    than their memory end in zeros.
+    """
+    if len(student) == 0:
+        return student.sum() * 0
+    sides = []
+    for features, memory in ((student, student_memory), (teacher.detach(), teacher_memory.detach())):
+        if mask is not None:
+            features = features.masked_fill((mask == 0)[..., None], 0.0)
+        rows = functional.pad(features.flatten(1), (0, memory.shape[1] - features[0].numel()))
+        distances = torch.cdist(rows, memory, compute_mode="donot_use_mm_for_euclid_dist")
+        sides.append(distances / distances.mean() if bool(distances.mean() > 0) else distances)
+    return (sides[1] - sides[0]).square().mean()

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fsd_fast.losses._checks import check_choice, check_unit_interval
-from fsd_fast.losses.defaults import DEFAULTS, Estimator, Measure, Reduction
+from fsd_fast.losses.defaults import DEFAULTS, DistanceScale, Estimator, Measure, Reduction
+from fsd_fast.losses.distances import scaled_structures
 from fsd_fast.losses.measures import check_measure, intra_losses, local_loss
 from fsd_kernels import GramBasis, InterStructure, frozen_gram, inter_structure, intra_cka
 
@@ -251,17 +252,26 @@ class GlobalInterFeatureLoss(_StructureLoss):
             positions with attention mask 0 count as zeros, and features padded only to their batch's longest
             sample end in zeros.
         backend: "auto", "triton", "eager" or "reference".
+        distance_scale: "none" (the paper), or "mean": in F^E distances are divided by their mean over samples and
+            centroids, on each side.
 
     Raises:
-        ValueError: ``gamma_m`` or ``pad_features`` is out of range.
+        ValueError: A setting is out of range.
     """
 
     def __init__(
-        self, gamma_m: float = DEFAULTS.gamma_m, pad_features: PadFeatures = "include", backend: str = "auto"
+        self,
+        gamma_m: float = DEFAULTS.gamma_m,
+        pad_features: PadFeatures = "include",
+        backend: str = "auto",
+        *,
+        distance_scale: DistanceScale = DEFAULTS.distance_scale,
     ) -> None:
         super().__init__(pad_features, backend)
         check_unit_interval("gamma_m", gamma_m)
+        check_choice("distance_scale", distance_scale, get_args(DistanceScale))
         self.gamma_m = gamma_m
+        self.distance_scale = distance_scale
         self._cached_basis: tuple[weakref.ref[Tensor], int, GramBasis] | None = None
 
     def _basis(self, memory: Tensor, student: Tensor) -> GramBasis:
@@ -307,14 +317,10 @@ class GlobalInterFeatureLoss(_StructureLoss):
                 f"student_memory: expected {teacher_memory.shape[0]} centroids like teacher_memory, "
                 f"got {student_memory.shape[0]}"
             )
-        return inter_structure(
-            student,
-            teacher,
-            student_memory,
-            self._basis(teacher_memory, student),
-            self._mask(attention_mask),
-            backend=self.backend,
-        )
+        basis, mask = self._basis(teacher_memory, student), self._mask(attention_mask)
+        if self.distance_scale == "none":
+            return inter_structure(student, teacher, student_memory, basis, mask, backend=self.backend)
+        return scaled_structures(student, teacher, student_memory, basis, mask, self.backend)
 
     def combine(self, structures: InterStructure) -> GlobalInterFeatureOutput:
         """Weigh F_MM, F^E and F^C into L_G."""
