@@ -149,6 +149,7 @@ def prepare(
         teacher=models.teacher,
         teacher_memory=teacher_memory,
         start_memory=start_memory,
+        profile_steps=run.profile,
         memory_learning_rate=arguments.memory_learning_rate,
     )
     facts = _facts(setup, student_layers, models, student_memory)

@@ -120,6 +120,16 @@ def test_float32_keeps_its_digits_beside_large_means(kind, settings):
     assert error < tolerance
 
 
+def test_dropped_tokens_do_not_hide_the_structure_of_the_others():
+    """Beside a very large mean, which dropped tokens must not bring back into what counts as rounding."""
+    own, given = random(3, 7, 5, seed=0) + 3000, random(3, 7, 9, seed=1)
+    own = own.float()
+    loss = IntraFeatureLoss(pad_features="exclude", estimator="unbiased")
+    value, truth = loss(own, given.float(), MASK), loss(own.double(), given, MASK)
+    assert truth > 0.1
+    assert abs(value.item() - truth.item()) < 2e-2 * truth.item()
+
+
 def test_independent_features_are_alike_for_biased_cka_alone():
     """With many more features than rows biased CKA is near 1 whatever the features are."""
     samples = random(32, 1, 4096, dtype=torch.float32), random(32, 1, 4096, seed=1, dtype=torch.float32)

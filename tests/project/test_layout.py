@@ -97,7 +97,10 @@ def test_distillation_knows_nothing_of_triton(path):
 
 
 # A room imports from rooms to its right alone.
-ROOMS = "cli commands training memory models losses cache clustering metrics data distributed files untrusted versions"
+ROOMS = (
+    "cli commands training memory models losses cache clustering metrics data distributed files sections untrusted "
+    "versions"
+)
 
 
 def _room(name):
