@@ -61,10 +61,12 @@ class DataArguments:
         "exclude",
     )
     max_train_samples: int | None = flag(
-        "Use only the first so many training samples; not for evaluate.", None, numbers=Range(minimum=1)
+        "Use only the first so many training samples, in the order of --subset_seed; not for evaluate.",
+        None,
+        numbers=Range(minimum=1),
     )
     subset_seed: int | None = flag(
-        "Order in which training samples are chosen by --max_train_samples and --heldout_samples. Default: the file's.",
+        "Seed of the order in which training samples are chosen and held out. Default: the order of the data.",
         None,
         numbers=Range(minimum=0, maximum=2**32 - 1),
     )

@@ -159,16 +159,17 @@ class _Sweep:
 
     def _jobs(self) -> list[Job]:
         """The jobs that are left: the runs without a row, and the unfinished teachers and memories they need."""
-        shared = {job.name: job for job in self._plan.shared if not self._is_done(job)}
+        shared = [*(teacher.job for teacher in self._plan.teachers), *self._plan.memories]
+        unfinished = {job.name: job for job in shared if not self._is_done(job)}
         needed = {need for run in self._runs.values() for need in run.job.needs}
-        planned = [job for job in shared.values() if job.name in needed]
+        planned = [job for job in unfinished.values() if job.name in needed]
         planned += [run.job for run in self._runs.values()]
         return [
             Job(
                 job.name,
                 {"command": job.command, "file": str(self._write(job))},
                 self._folder / "logs" / f"{job.name}.log",
-                tuple(need for need in job.needs if need in shared),
+                tuple(need for need in job.needs if need in unfinished),
             )
             for job in planned
         ]
@@ -187,17 +188,20 @@ class _Sweep:
         """Write down what a job came to; return a line about it."""
         if outcome.result is None:
             return f"failed: {outcome.error}"
-        run = self._runs.get(outcome.job.name)
-        if run is None:
-            job = next(job for job in self._plan.shared if job.name == outcome.job.name)
-            write_json(Path(job.flags["output_dir"]) / DONE_FILE, outcome.result)
-            return f"{outcome.result['seconds']:.0f} s"
+        seconds = f"{outcome.result['seconds']:.0f} s"
+        teachers = {teacher.job.name: teacher for teacher in self._plan.teachers}
+        run = self._runs.get(outcome.job.name) or teachers.get(outcome.job.name)
+        if run is None:  # a memory
+            return seconds
         row = row_of(run, outcome.result["figures"])
-        self._rows.append(row)
+        self._rows = [*(each for each in self._rows if each.run != row.run), row]
         write_results(self._folder / RESULTS_FILE, self._rows)
-        if not self._keep_models:
-            _remove_weights(Path(run.job.flags["output_dir"]))
-        return f"{row.score:.4f}, {outcome.result['seconds']:.0f} s"
+        folder = Path(run.job.flags["output_dir"])
+        if outcome.job.name in teachers:
+            write_json(folder / DONE_FILE, outcome.result)
+        elif not self._keep_models:
+            _remove_weights(folder)
+        return f"{row.score:.4f}, {seconds}"
 
 
 def row_of(run: PlannedRun, figures: Mapping[str, float]) -> Row:
@@ -205,7 +209,7 @@ def row_of(run: PlannedRun, figures: Mapping[str, float]) -> Row:
 
     Args:
         run: What was planned.
-        figures: Those of its ``distill``.
+        figures: Those of its command.
     """
     task = get_task(run.task)
     metric = main_metric_first(task)[0]

@@ -25,6 +25,7 @@ NEEDED = {
     "distill": {"output_dir": "run", "teacher_model_name_or_path": "teacher", "use_cpu": True},
     "evaluate": {"model_name_or_path": "teacher"},
     "sweep": {"config_file": "sweep.yaml", "output_dir": "run"},
+    "table": {"results_file": "results.csv"},
 }
 
 
