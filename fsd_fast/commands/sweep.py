@@ -15,7 +15,7 @@ from fsd_fast.commands._common import Work, read_task
 from fsd_fast.commands.flags import DataArguments, flag
 from fsd_fast.commands.sweep_plan import Plan, PlannedJob, PlannedRun, make_plan
 from fsd_fast.commands.values import Range
-from fsd_fast.data import HELDOUT, get_task
+from fsd_fast.data import HELDOUT, Task
 from fsd_fast.files import FolderLock, exclusive_folder, write_atomically, write_json
 from fsd_fast.memory.teacher_memory import METADATA_FILE
 from fsd_fast.metrics import main_metric_first
@@ -56,8 +56,7 @@ def prepare(arguments: SweepArguments) -> Work:
     # Runs go on in other processes, and by name: their folders must not depend on where this one was started.
     folder = Path(arguments.output_dir).absolute()
     plan = make_plan(sweep, folder, use_cpu=arguments.use_cpu)
-    for flags in plan.data:
-        read_task(DataArguments(**flags))
+    tasks = {name: read_task(DataArguments(**flags))[0] for name, flags in plan.data}
     results = folder / RESULTS_FILE
     rows = read_results(results) if results.exists() else []
     lock = exclusive_folder(folder, "output_dir")
@@ -68,7 +67,7 @@ def prepare(arguments: SweepArguments) -> Work:
     except BaseException:
         lock.release()
         raise
-    return _Sweep(plan, folder, rows, environments, lock, keep_models=arguments.keep_models).work
+    return _Sweep(plan, tasks, folder, rows, environments, lock, keep_models=arguments.keep_models).work
 
 
 def _environments(arguments: SweepArguments) -> list[dict[str, str]]:
@@ -125,6 +124,7 @@ class _Sweep:
     def __init__(
         self,
         plan: Plan,
+        tasks: dict[str, Task],
         folder: Path,
         rows: list[Row],
         environments: list[dict[str, str]],
@@ -132,7 +132,7 @@ class _Sweep:
         *,
         keep_models: bool,
     ) -> None:
-        self._plan, self._folder, self._rows = plan, folder, rows
+        self._plan, self._tasks, self._folder, self._rows = plan, tasks, folder, rows
         self._environments, self._lock, self._keep_models = environments, lock, keep_models
         finished = {row.run for row in rows}
         self._runs = {run.job.name: run for run in plan.runs if run.job.name not in finished}
@@ -193,7 +193,7 @@ class _Sweep:
         run = self._runs.get(outcome.job.name) or teachers.get(outcome.job.name)
         if run is None:  # a memory
             return seconds
-        row = row_of(run, outcome.result["figures"])
+        row = row_of(run, self._tasks[run.task], outcome.result["figures"])
         self._rows = [*(each for each in self._rows if each.run != row.run), row]
         write_results(self._folder / RESULTS_FILE, self._rows)
         folder = Path(run.job.flags["output_dir"])
@@ -204,18 +204,18 @@ class _Sweep:
         return f"{row.score:.4f}, {seconds}"
 
 
-def row_of(run: PlannedRun, figures: Mapping[str, float]) -> Row:
+def row_of(run: PlannedRun, task: Task, figures: Mapping[str, float]) -> Row:
     """Make the row of a finished run.
 
     Args:
         run: What was planned.
+        task: Its task.
         figures: Those of its command.
     """
-    task = get_task(run.task)
     metric = main_metric_first(task)[0]
     heldout = figures.get(f"eval_{HELDOUT}_{metric}")
-    several = heldout is not None or len(task.eval_splits) > 1
-    dev = f"eval_{task.eval_splits[0]}" if several else "eval"
+    splits = [split for split in task.eval_splits if split != HELDOUT]
+    dev = f"eval_{splits[0]}" if heldout is not None or len(splits) > 1 else "eval"
     record = read_record(Path(run.job.flags["output_dir"]) / RECORD_FILE)
     facts = {name: value for name, value in record.facts.items() if name != "versions"}
     return Row(

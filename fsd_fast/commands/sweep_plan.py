@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fsd_fast.commands._common import own_files
 from fsd_fast.commands.flags import DataArguments
 from fsd_fast.commands.parsing import check_values, command_flags
 from fsd_fast.data import get_task
@@ -84,13 +85,13 @@ class Plan:
         teachers: The teachers that the sweep trains.
         memories: The memories; each needs its teacher.
         runs: The students, seed by seed: a sweep that is cut off has compared what it can.
-        data: Different flags of the data, to look at the files before anything runs.
+        data: Different flags of the data, by name of the task, to look at the files before anything runs.
     """
 
     teachers: list[PlannedRun]
     memories: list[PlannedJob]
     runs: list[PlannedRun]
-    data: list[Flags]
+    data: list[tuple[str, Flags]]
 
 
 def make_plan(sweep: SweepFile, folder: Path, *, use_cpu: bool) -> Plan:
@@ -127,7 +128,7 @@ class _Planner:
         self._device: Flags = {"use_cpu": True} if use_cpu else {}
         self.teachers: dict[str, PlannedRun] = {}
         self.memories: dict[str, PlannedJob] = {}
-        self.data: dict[str, Flags] = {}
+        self.data: dict[str, tuple[str, Flags]] = {}
 
     def run(self, entry: TaskEntry, where: str, settings: Flags, seed: int) -> PlannedRun:
         """Plan one student, and the teacher and memory it needs unless they are planned already."""
@@ -136,9 +137,11 @@ class _Planner:
                 f"{self._sweep.path}: runs: seed: expected it to be left out: seeds are listed under seeds"
             )
         checked = _checked("runs", settings, f"{self._sweep.path}: runs")
-        task = get_task(entry.name).name
-        data = {"task_name": task, **self._section("data", entry, where)}
+        data = {"task_name": entry.name, **self._section("data", entry, where)}
         data |= {name: value for name, value in checked.items() if name in _DATA_FLAGS}
+        if not own_files(DataArguments(**data)):
+            data["task_name"] = get_task(entry.name).name
+        task = str(data["task_name"])
         method = str(checked.pop("method", command_flags("distill")["method"].field.default))
         distill = self._section("distill", entry, where)
         distill |= {name: value for name, value in checked.items() if name not in _DATA_FLAGS}
@@ -155,7 +158,7 @@ class _Planner:
         output = str(self._folder / "runs" / name)
         flags |= {"output_dir": output, "resume_from_checkpoint": "auto"}
         flags["teacher_logits_dir"] = str(self._folder / "teacher_logits")
-        self.data[_digest(data)] = data
+        self.data[_digest(data)] = (task, data)
         shown["data"] = {key: value for key, value in data.items() if key != "task_name"}
         return PlannedRun(PlannedJob(name, "distill", flags, tuple(needs)), task, method, seed, shown)
 
