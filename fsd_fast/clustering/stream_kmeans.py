@@ -131,7 +131,7 @@ class StreamKMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMix
                 progress=self.progress,
             )  # fmt: skip
         else:
-            run = kmeans_of_stream(
+            run, _ = kmeans_of_stream(
                 stream, self.n_clusters, collectives, init=init, generator=generator, settings=settings,
                 progress=self.progress,
             )  # fmt: skip

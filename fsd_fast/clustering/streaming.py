@@ -41,7 +41,7 @@ def kmeans_of_stream(
     generator: torch.Generator,
     settings: LloydSettings,
     progress: Callable[[IterationStats], None] | None = None,
-) -> LloydResult:
+) -> tuple[LloydResult, Tensor]:
     """One run of k-means on a stream: a pass to look at the points, one for the start, one per epoch, one for labels.
 
     Args:
@@ -52,6 +52,9 @@ def kmeans_of_stream(
         generator: Draws the start; the first process's decides.
         settings: When to stop.
         progress: Called with the figures of each epoch.
+
+    Returns:
+        The result, and the sample index int64 ``[n]`` of each of this process's labels.
 
     Raises:
         ValueError: Fewer points than clusters, or a sample index that two points share.
@@ -68,7 +71,8 @@ def kmeans_of_stream(
         wanted = _draw_start(first, n_clusters, init, generator, collectives)
         like = torch.empty(0, first.mean.shape[0], device=device)
         centroids = fetch_rows(stream, wanted, first.sample_index, like, collectives)
-    return lloyd(stream, centroids, first.sample_index, collectives, settings, progress=progress)
+    result = lloyd(stream, centroids, first.sample_index, collectives, settings, progress=progress)
+    return result, first.sample_index
 
 
 def _draw_start(

@@ -46,6 +46,7 @@ class StreamClustering:
         centroids: ``[K, F]`` float32: exact means of the points of each cluster.
         counts: int64 ``[K]``.
         labels: int64 ``[n]``: of the points of this process in the order of the stream.
+        sample_index: int64 ``[n]``: of the same points.
         inertia: Sum of squared distances of all points to the centroids of their clusters, exact in F.
         num_samples: N, over all processes.
         sketch_inertia: The same sum in the sketch, of the best restart; 0 without a sketch.
@@ -59,6 +60,7 @@ class StreamClustering:
     centroids: Tensor
     counts: Tensor
     labels: Tensor
+    sample_index: Tensor
     inertia: float
     num_samples: int
     sketch_inertia: float
@@ -149,7 +151,6 @@ class _Clustering:
         self._settings, self._state, self._progress = settings, state, progress
         self._collectives = Collectives()
         self._seconds: dict[str, float] = {}
-        self._sample_index = torch.empty(0, dtype=torch.int64)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -163,7 +164,7 @@ class _Clustering:
     def exactly(self) -> StreamClustering:
         """Lloyd's algorithm among the points themselves."""
         with self._timed("lloyd"):
-            found = kmeans_of_stream(
+            found, sample_index = kmeans_of_stream(
                 self._stream,
                 self._n_clusters,
                 self._collectives,
@@ -174,6 +175,7 @@ class _Clustering:
             found.centroids,
             found.counts,
             found.labels,
+            sample_index,
             found.inertia,
             int(found.counts.sum()),
             sketch_inertia=0.0,
@@ -213,10 +215,11 @@ class _Clustering:
             sums, counts, scatter = self._exact_sums(first, labels)
             centroids = _means(sums, counts)
             inertia = _inertia(scatter, centroids, counts, first.mean)
-            result = StreamClustering(
+            return StreamClustering(
                 centroids.float(),
                 counts,
                 labels,
+                first.sample_index,
                 inertia,
                 first.num_samples,
                 best.inertia,
@@ -224,8 +227,6 @@ class _Clustering:
                 best.stats,
                 seconds=self._seconds,
             )
-        self._sample_index = first.sample_index
-        return result
 
     def refine_(self, result: StreamClustering, epochs: int) -> None:
         """Go on from a result with epochs of exact Lloyd."""
@@ -234,7 +235,7 @@ class _Clustering:
             refined = lloyd(
                 self._stream,
                 result.centroids,
-                self._sample_index,
+                result.sample_index,
                 self._collectives,
                 settings,
                 state=self._state,

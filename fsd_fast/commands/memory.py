@@ -198,6 +198,7 @@ class _Builder:
                 seed=self._arguments.seed,
                 refine=self._arguments.memory_refine,
                 num_samples=len(self._sample_index),
+                tokens=self._tokens,
                 state_dir=state_folder,
                 layout=self._layout(),
             )

@@ -225,7 +225,7 @@ def _checked(section: str, flags: Flags, where: str) -> Flags:
 
 def needs_memory(method: str) -> bool:
     """Whether a method reads a teacher memory."""
-    return METHODS[method][2]
+    return "memory_path" in METHODS[method].settings
 
 
 def _taken(command: str, data: Flags) -> Flags:

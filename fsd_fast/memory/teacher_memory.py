@@ -1,8 +1,9 @@
 """The teacher's memory: K centroids of its flattened features over the training set, M ``[K, S*D]``, built once.
 
-(Paper, section on the global inter-feature structure.) A teacher memory on disk is ``memory.safetensors``
-(the centroids) and ``memory.json`` (whose features they are, and how they were made). The JSON is written
-last and holds the sha256 of the other file and of its own fields, so a half-written or damaged pair is never loaded.
+(Paper, section on the global inter-feature structure.) A teacher memory on disk is ``memory.safetensors`` (the
+centroids, and the cluster of each sample) and ``memory.json`` (whose features they are, and how they were made). The
+JSON is written last and holds the sha256 of the other file and of its own fields, so a half-written or damaged pair is
+never loaded.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from fsd_fast.clustering.lloyd import EPOCH_FIELDS
+from fsd_fast.distributed import Collectives
 from fsd_fast.files import remove_stale_temporaries, write_atomically
 from fsd_fast.memory.build import BuiltCentroids, build_centroids
 from fsd_fast.memory.features import FeatureBatch, MemoryIdentity
@@ -45,9 +47,10 @@ from fsd_fast.untrusted import (
 
 CENTROIDS_FILE = "memory.safetensors"
 METADATA_FILE = "memory.json"
-_FORMAT = 2
-# A safetensors header of one tensor is shorter.
+_FORMAT = 3
+# A safetensors header of three tensors is shorter.
 _HEADER_BYTES = 1 << 20
+_TENSORS = ("centroids", "labels", "sample_index")
 _IDENTITY = {
     "task_name": TEXT,
     "teacher": TEXT,
@@ -65,6 +68,7 @@ _METADATA = object_of(
         "identity": object_of(_IDENTITY),
         "seed": integer(),
         "num_samples": integer(1),
+        "tokens": TEXT,
         "inertia": number(0),
         "cluster_sizes": list_of(integer(0)),
         "empty_clusters": integer(0),
@@ -84,9 +88,12 @@ class TeacherMemory:
 
     Attributes:
         centroids: ``[K, S*D]`` float32.
+        labels: int64 ``[N]``: the cluster of each sample, by rising sample index.
+        sample_index: int64 ``[N]``: the samples' places in the training set, rising.
         identity: Whose features they are the centroids of.
         seed: Of the clustering.
         num_samples: N.
+        tokens: sha256 of the training set's tokens, see ``tokens_digest``; empty where it was not given.
         inertia: Sum of squared distances of the N samples to their centroids.
         cluster_sizes: K numbers that add up to N.
         empty_clusters: How often an epoch found a cluster empty, which was then reseeded.
@@ -100,9 +107,12 @@ class TeacherMemory:
     """
 
     centroids: Tensor
+    labels: Tensor
+    sample_index: Tensor
     identity: MemoryIdentity
     seed: int
     num_samples: int
+    tokens: str
     inertia: float
     cluster_sizes: list[int]
     empty_clusters: int
@@ -126,6 +136,7 @@ class TeacherMemory:
         backend: str | None = None,
         progress: bool = True,
         num_samples: int | None = None,
+        tokens: str = "",
         state_dir: str | os.PathLike[str] | None = None,
         layout: Mapping[str, Any] | None = None,
         save_every: int = 200,
@@ -145,6 +156,7 @@ class TeacherMemory:
             backend: Of the k-means kernels, see ``fsd_kernels``.
             progress: Show progress bars (on the first process).
             num_samples: Samples of this process: the length of the progress bar, and checked if given.
+            tokens: ``tokens_digest`` of the training set, kept with the memory.
             state_dir: Where the build is saved as it goes: one that was killed, started again with the same
                 arguments, continues there and gives the same memory bit for bit. None: nowhere. It is not
                 removed, see ``discard_state``.
@@ -172,18 +184,26 @@ class TeacherMemory:
             layout=layout,
             save_every=save_every,
         )
-        return cls._from_clustering(built, identity, seed)
+        return cls._from_clustering(built, identity, seed, tokens)
 
     @classmethod
-    def _from_clustering(cls, built: BuiltCentroids, identity: MemoryIdentity, seed: int) -> TeacherMemory:
+    def _from_clustering(
+        cls, built: BuiltCentroids, identity: MemoryIdentity, seed: int, tokens: str
+    ) -> TeacherMemory:
         found = built.clustering
+        collectives = Collectives()
+        sample_index, order = collectives.gather_rows(found.sample_index).sort()
+        labels = collectives.gather_rows(found.labels)[order]
         stages = (("sketch", found.sketch_stats), ("refine", found.refine_stats))
         epochs = [{"stage": name, **dataclasses.asdict(epoch)} for name, stats in stages for epoch in stats]
         return cls(
             centroids=found.centroids.cpu(),
+            labels=labels.cpu(),
+            sample_index=sample_index.cpu(),
             identity=identity,
             seed=seed,
             num_samples=found.num_samples,
+            tokens=tokens,
             inertia=found.inertia,
             cluster_sizes=found.counts.tolist(),
             empty_clusters=sum(epoch["empty_clusters"] for epoch in epochs),
@@ -198,6 +218,19 @@ class TeacherMemory:
             },
         )
 
+    def labels_of(self, sample_index: Tensor) -> Tensor:
+        """The clusters int64 ``[b]`` of samples, by their places in the training set, int64 ``[b]``.
+
+        Raises:
+            ValueError: One of them was not there when the memory was built.
+        """
+        rows = torch.searchsorted(self.sample_index, sample_index).clamp(max=self.num_samples - 1)
+        unknown = self.sample_index[rows] != sample_index
+        if bool(unknown.any()):
+            sample = int(sample_index[unknown][0])
+            raise ValueError(f"teacher_memory: training sample {sample} was not among those it was built on")
+        return self.labels[rows]
+
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write ``memory.safetensors``, then ``memory.json``, each under its name only when it is complete.
 
@@ -208,12 +241,12 @@ class TeacherMemory:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         remove_stale_temporaries(folder)
-        values = save_safetensors({"centroids": self.centroids.contiguous()})
+        values = save_safetensors({name: getattr(self, name).contiguous() for name in _TENSORS})
         metadata: dict[str, Any] = {"format": _FORMAT, "sha256": hashlib.sha256(values).hexdigest()}
         metadata |= {
             item.name: getattr(self, item.name)
             for item in dataclasses.fields(self)
-            if item.name != "centroids"
+            if item.name not in _TENSORS
         }
         metadata["identity"] = dataclasses.asdict(self.identity)
         write_atomically(folder / CENTROIDS_FILE, values)
@@ -243,13 +276,13 @@ class TeacherMemory:
         metadata, identity = _read_metadata(folder / METADATA_FILE)
         if expected is not None:
             identity.check(expected, str(folder))
-        centroids = _read_centroids(folder / CENTROIDS_FILE, metadata["sha256"], identity)
+        tensors: dict[str, Any] = {**_read_tensors(folder / CENTROIDS_FILE, metadata, identity)}
         fields = {
             item.name: metadata[item.name]
             for item in dataclasses.fields(cls)
-            if item.name not in ("centroids", "identity")
+            if item.name not in (*_TENSORS, "identity")
         }
-        return cls(centroids=centroids, identity=identity, **fields)
+        return cls(**tensors, identity=identity, **fields)
 
 
 def _read_metadata(path: Path) -> tuple[dict[str, Any], MemoryIdentity]:
@@ -273,23 +306,42 @@ def _read_metadata(path: Path) -> tuple[dict[str, Any], MemoryIdentity]:
     return metadata, identity
 
 
-def _read_centroids(path: Path, sha256: str, identity: MemoryIdentity) -> Tensor:
-    shape = [identity.num_centroid, identity.features]
+def _read_tensors(path: Path, metadata: dict[str, Any], identity: MemoryIdentity) -> dict[str, Tensor]:
+    samples = metadata["num_samples"]
     # Room for float64, so that a wrong dtype is called one.
-    maximum = 8 * identity.num_centroid * identity.features + _HEADER_BYTES
+    maximum = 8 * identity.num_centroid * identity.features + 16 * samples + _HEADER_BYTES
     size = path.stat().st_size
     if size > maximum:
-        raise ValueError(f"{path}: {size:,} bytes are more than centroids {shape} take")
+        raise ValueError(
+            f"{path}: {size:,} bytes are more than {identity.num_centroid} centroids of {identity.features} numbers "
+            f"and {samples} labels take"
+        )
     values = path.read_bytes()
-    if hashlib.sha256(values).hexdigest() != sha256:
+    if hashlib.sha256(values).hexdigest() != metadata["sha256"]:
         raise ValueError(
             f"{path}: its sha256 is not the one in {METADATA_FILE}: the file is damaged, or writing the memory was "
             f"interrupted"
         )
-    centroids = load_tensors(values, path).get("centroids")
-    if centroids is None or list(centroids.shape) != shape or centroids.dtype != torch.float32:
-        found = "nothing" if centroids is None else f"{centroids.dtype} {list(centroids.shape)}"
-        raise ValueError(f"{path}: expected centroids float32 {shape}, got {found}")
-    if not bool(centroids.isfinite().all()):
+    tensors = load_tensors(values, path)
+    for name, dtype, shape in (
+        ("centroids", torch.float32, [identity.num_centroid, identity.features]),
+        ("labels", torch.int64, [samples]),
+        ("sample_index", torch.int64, [samples]),
+    ):
+        tensor = tensors.get(name)
+        if tensor is None or list(tensor.shape) != shape or tensor.dtype != dtype:
+            found = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            wanted = str(dtype).removeprefix("torch.")
+            raise ValueError(f"{path}: expected {name} {wanted} {shape}, got {found}")
+    if not bool(tensors["centroids"].isfinite().all()):
         raise ValueError(f"{path}: centroids hold NaN or infinite numbers")
-    return centroids
+    labels, sample_index = tensors["labels"], tensors["sample_index"]
+    is_cluster = bool(((labels >= 0) & (labels < identity.num_centroid)).all())
+    if (
+        not is_cluster
+        or labels.bincount(minlength=identity.num_centroid).tolist() != metadata["cluster_sizes"]
+    ):
+        raise ValueError(f"{path}: expected labels with the cluster sizes that {METADATA_FILE} lists")
+    if bool((sample_index.diff() <= 0).any()) or int(sample_index[0]) < 0:
+        raise ValueError(f"{path}: expected sample_index to rise from 0 or more")
+    return {name: tensors[name] for name in _TENSORS}

@@ -143,7 +143,10 @@ def memory() -> TeacherMemory:
         centroids=torch.randn(K, S * D, generator=torch.Generator().manual_seed(0)),
         identity=memory_identity(S, D, K),
         seed=3,
+        labels=torch.tensor([0, 1, 2]).repeat_interleave(torch.tensor([10, 20, 10])),
+        sample_index=torch.arange(N),
         num_samples=N,
+        tokens="",
         inertia=12.5,
         cluster_sizes=[10, 20, 10],
         empty_clusters=0,
@@ -161,9 +164,8 @@ def memory() -> TeacherMemory:
 
 
 def equal(found: TeacherMemory, expected: TeacherMemory) -> bool:
-    names = [item.name for item in dataclasses.fields(found) if item.name != "centroids"]
-    same = all(getattr(found, name) == getattr(expected, name) for name in names)
-    return same and torch.equal(found.centroids, expected.centroids)
+    pairs = [(getattr(found, item.name), getattr(expected, item.name)) for item in dataclasses.fields(found)]
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
 def check_memory(folder: Path, memory: TeacherMemory) -> str:
@@ -255,7 +257,10 @@ def test_a_huge_tensor_file_is_not_read(memory: TeacherMemory, tmp_path: Path) -
     memory.save_pretrained(tmp_path)
     with (tmp_path / "memory.safetensors").open("r+b") as file:
         file.truncate(1 << 40)
-    assert "1,099,511,627,776 bytes are more than centroids [3, 32] take" in check_memory(tmp_path, memory)
+    assert (
+        "1,099,511,627,776 bytes are more than 3 centroids of 32 numbers and 40 labels take"
+        in check_memory(tmp_path, memory)
+    )
 
 
 def test_a_memory_of_an_earlier_format_says_so(memory: TeacherMemory, tmp_path: Path) -> None:
@@ -263,7 +268,7 @@ def test_a_memory_of_an_earlier_format_says_so(memory: TeacherMemory, tmp_path: 
     record = json.loads((tmp_path / "memory.json").read_text()) | {"format": 1}
     del record["checksum"]
     (tmp_path / "memory.json").write_text(json.dumps(record))
-    assert "expected a memory of format 2, got 1; build it again" in check_memory(tmp_path, memory)
+    assert "expected a memory of format 3, got 1; build it again" in check_memory(tmp_path, memory)
 
 
 # --- the cache --------------------------------------------------------------------------------------------------

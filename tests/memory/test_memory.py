@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fsd_fast.memory import teacher_memory as memory
 from fsd_fast.memory.features import FeatureBatch, MemoryIdentity, flatten_features, model_fingerprint
-from fsd_fast.memory.student_memory import StudentMemory
+from fsd_fast.memory.student_memory import StudentMemory, cluster_means
 from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.untrusted import seal
 from tests.tiny import memory_identity
@@ -67,6 +67,7 @@ def test_build_finds_the_groups(built: TeacherMemory) -> None:
     assert built.centroids.shape == (K, S * D)
     assert built.centroids.dtype == torch.float32
     labels = torch.cdist(flat, built.centroids.double()).argmin(1)
+    assert torch.equal(labels, built.labels)
     assert labels.bincount(minlength=K).tolist() == built.cluster_sizes
     assert sum(built.cluster_sizes) == built.num_samples == N
     assert built.inertia == pytest.approx(
@@ -117,6 +118,8 @@ def test_lloyd_clusters_without_a_sketch() -> None:
             num_samples=N,
         )
         labels = torch.cdist(flat, found.centroids.double()).argmin(1)
+        assert found.labels.tolist() == labels.tolist()
+        assert found.sample_index.tolist() == list(range(N))
         assert labels.bincount(minlength=K).tolist() == found.cluster_sizes
         for cluster in range(K):
             torch.testing.assert_close(
@@ -229,10 +232,9 @@ def test_identity_is_checked() -> None:
 def test_what_is_saved_comes_back(built: TeacherMemory, tmp_path: Path) -> None:
     built.save_pretrained(tmp_path / "new" / "memory")
     loaded = TeacherMemory.from_pretrained(tmp_path / "new" / "memory", identity())
-    assert torch.equal(loaded.centroids, built.centroids)
     for item in dataclasses.fields(TeacherMemory):
-        if item.name != "centroids":
-            assert getattr(loaded, item.name) == getattr(built, item.name)
+        found, expected = getattr(loaded, item.name), getattr(built, item.name)
+        assert torch.equal(found, expected) if isinstance(expected, Tensor) else found == expected, item.name
     assert sorted(path.name for path in (tmp_path / "new" / "memory").iterdir()) == [
         "memory.json",
         "memory.safetensors",
@@ -285,7 +287,7 @@ def test_damaged_files_are_refused(built: TeacherMemory, tmp_path: Path) -> None
     metadata.write_text(text[: len(text) // 2])
     refused("memory.json: not a JSON file")
     metadata.write_text("{}")
-    refused("memory.json: expected a memory of format 2")
+    refused("memory.json: expected a memory of format 3")
     record = json.loads(text)
     del record["inertia"]
     metadata.write_text(json.dumps(record))
@@ -301,20 +303,32 @@ def test_damaged_files_are_refused(built: TeacherMemory, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "change", "message"),
     [
         (
+            "centroids",
             lambda centroids: centroids[:, :-1].contiguous(),
             r"expected centroids float32 \[5, 192\], got .*\[5, 191\]",
         ),
-        (lambda centroids: centroids.double(), "got torch.float64"),
-        (lambda centroids: centroids / 0, "NaN or infinite"),
+        ("centroids", lambda centroids: centroids.double(), "got torch.float64"),
+        ("centroids", lambda centroids: centroids / 0, "NaN or infinite"),
+        (
+            "labels",
+            lambda labels: labels[:-1].clone(),
+            r"expected labels int64 \[70\], got torch.int64 \[69\]",
+        ),
+        ("labels", lambda labels: labels.float(), "got torch.float32"),
+        ("labels", lambda labels: labels - 1, "expected labels with the cluster sizes"),
+        ("labels", lambda labels: labels + K, "expected labels with the cluster sizes"),
+        ("labels", lambda labels: labels.roll(1) * 0, "expected labels with the cluster sizes"),
+        ("sample_index", lambda index: index.flip(0), "expected sample_index to rise from 0 or more"),
+        ("sample_index", lambda index: index - 1, "expected sample_index to rise from 0 or more"),
     ],
 )
-def test_centroids_are_checked_beyond_the_hash(
-    built: TeacherMemory, tmp_path: Path, change: Callable[[Tensor], Tensor], message: str
+def test_tensors_are_checked_beyond_the_hash(
+    built: TeacherMemory, tmp_path: Path, name: str, change: Callable[[Tensor], Tensor], message: str
 ) -> None:
-    dataclasses.replace(built, centroids=change(built.centroids)).save_pretrained(tmp_path)
+    dataclasses.replace(built, **{name: change(getattr(built, name))}).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         TeacherMemory.from_pretrained(tmp_path)
 
@@ -410,10 +424,51 @@ def test_student_memory_starts_from_the_teacher(built: TeacherMemory) -> None:
         StudentMemory(K, S, D // 2, "teacher", teacher_memory=built)
     with pytest.raises(ValueError, match="needs the teacher's memory, got None"):
         StudentMemory(K, S, D, "teacher")
-    with pytest.raises(ValueError, match="init: expected 'normal' or 'teacher', got 'zeros'"):
+    with pytest.raises(ValueError, match="init: expected 'normal', 'teacher' or centroids, got 'zeros'"):
         StudentMemory(K, S, D, "zeros")
+
+
+def student_samples(width: int) -> Tensor:
+    """Features ``[N, S, width]`` of a student, whose scale and mean are not the teacher's."""
+    return 5 + 3 * torch.randn(N, S, width, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("pad_features", ["include", "exclude"])
+def test_student_memory_starts_as_the_means_of_the_teachers_clusters(pad_features: str) -> None:
+    features, mask = samples()
+    policy = identity(pad_features=pad_features)
+    teacher = TeacherMemory.build(batches(features, mask), policy, seed=0, progress=False)
+    own = student_samples(7)
+    found = cluster_means(batches(own, mask)(), teacher, 7)
+    counted = own if pad_features == "include" else own * mask[:, :, None]
+    expected = [counted[teacher.labels == k].double().mean(0).flatten() for k in range(K)]
+    torch.testing.assert_close(found.double(), torch.stack(expected), rtol=1e-6, atol=1e-6)
+    student = StudentMemory(K, S, 7, found)
+    assert torch.equal(student.centroids, found)
+    assert student.centroids.data_ptr() != found.data_ptr()
+
+
+def test_student_memory_of_an_empty_cluster_is_that_of_the_largest(built: TeacherMemory) -> None:
+    labels = built.labels.clamp(min=1)
+    sizes = labels.bincount(minlength=K)
+    memory = dataclasses.replace(built, labels=labels, cluster_sizes=sizes.tolist())
+    found = cluster_means(batches(student_samples(7), None)(), memory, 7)
+    assert torch.equal(found[0], found[int(sizes.argmax())])
+
+
+def test_student_memory_of_other_samples_is_refused(built: TeacherMemory) -> None:
+    with pytest.raises(ValueError, match=r"init: expected centroids \[K, S\*D\] = \[5, 96\], got \[5, 192\]"):
+        StudentMemory(K, S, D // 2, built.centroids)
+    own = student_samples(7)
+    with pytest.raises(ValueError, match="training sample 70 was not among those it was built on"):
+        cluster_means(batches(torch.cat([own, own]), None)(), built, 7)
+    with pytest.raises(ValueError, match="built on 70 samples, the student's features are of 69"):
+        cluster_means(batches(own[:-1], None)(), built, 7)
+    odd = dataclasses.replace(built, sample_index=2 * built.sample_index)
+    with pytest.raises(ValueError, match="training sample 1 was not among"):
+        cluster_means(batches(own, None)(), odd, 7)
 
 
 def test_files_hold_plain_tensors_only(built: TeacherMemory, tmp_path: Path) -> None:
     built.save_pretrained(tmp_path)
-    assert list(load_file(tmp_path / "memory.safetensors")) == ["centroids"]
+    assert sorted(load_file(tmp_path / "memory.safetensors")) == ["centroids", "labels", "sample_index"]
