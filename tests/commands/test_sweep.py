@@ -127,12 +127,16 @@ def test_a_row_is_what_the_commands_give(swept, tiny, tmp_path):
 def test_weights_are_removed_where_they_are_not_to_be_kept(swept, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")
     teacher = f"{{teacher_model_name_or_path: {tiny.teacher}}}"
-    path = write(tmp_path / "sweep.yaml", sweep_text(tiny, runs="  - {method: vkd}", teacher=teacher))
+    path = write(tmp_path / "sweep.yaml", sweep_text(tiny, runs="  - {method: finetune}", teacher=teacher))
     assert sweep(path, tmp_path / "out", "--keep_models", "false") == 0
     (folder,) = (tmp_path / "out" / "runs").iterdir()
     assert (folder / "all_results.json").is_file()
     assert not list(folder.glob("*.safetensors"))
     assert not (tmp_path / "out" / "teachers").exists()
+    # A student that is trained without a teacher is compared with it all the same.
+    (row,) = read_results(tmp_path / "out" / "results.csv")
+    assert row.agreement is not None
+    assert row.kl > 0
 
 
 # --- refused before anything runs -------------------------------------------------------------------------------
