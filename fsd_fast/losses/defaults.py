@@ -1,4 +1,8 @@
-"""The weights and settings of all methods, with their defaults: one place for the losses and for the flags."""
+"""The weights and settings of all methods, with their defaults: one place for the losses and for the flags.
+
+``pad_features`` alone differs by intent: the modules follow the paper ("include"), ``distill`` leaves padding out
+("exclude").
+"""
 
 from __future__ import annotations
 
@@ -43,3 +47,7 @@ class LossSettings(NamedTuple):
 
 
 DEFAULTS = LossSettings()
+METHOD = "fsd_ilg"
+"""The method by default: all structures."""
+BACKEND = "auto"
+"""The backend by default: Triton kernels on a GPU, torch operations elsewhere."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fsd_fast.losses._checks import check_choice, check_weights
-from fsd_fast.losses.defaults import DEFAULTS, Reduction
+from fsd_fast.losses.defaults import BACKEND, DEFAULTS, METHOD, Reduction
 from fsd_fast.losses.logits import LogitDistillationLoss
 from fsd_fast.losses.structures import (
     Features,
@@ -16,7 +16,7 @@ from fsd_fast.losses.structures import (
     IntraFeatureLoss,
     LocalInterFeatureLoss,
     PadFeatures,
-    layer_pairs,
+    pair_layers,
 )
 from fsd_fast.sections import section
 
@@ -63,7 +63,7 @@ class FeatureStructureLoss(nn.Module):
 
     def __init__(
         self,
-        method: str = "fsd_ilg",
+        method: str = METHOD,
         *,
         alpha: float = DEFAULTS.alpha,
         temperature: float = DEFAULTS.temperature,
@@ -74,7 +74,7 @@ class FeatureStructureLoss(nn.Module):
         gamma_m: float = DEFAULTS.gamma_m,
         reduction: Reduction = DEFAULTS.intra_reduction,
         pad_features: PadFeatures = "include",
-        backend: str = "auto",
+        backend: str = BACKEND,
     ) -> None:
         super().__init__()
         check_choice("method", method, list(STRUCTURES))
@@ -133,7 +133,7 @@ class FeatureStructureLoss(nn.Module):
             loss, hard, soft = self.logits.components(student_logits, teacher_logits, labels)
         components = {"loss_vkd": loss, "loss_hard": hard, "loss_soft": soft}
         structures = torch.zeros_like(loss)
-        pairs = layer_pairs(student_features, teacher_features) if self.uses_intra or self.uses_local else []
+        pairs = pair_layers(student_features, teacher_features) if self.uses_intra or self.uses_local else []
         shared: Tensor | None = None
         if self.uses_global:
             needed = (student_penultimate, student_memory, teacher_penultimate, teacher_memory)
@@ -163,7 +163,7 @@ class FeatureStructureLoss(nn.Module):
                 is_penultimate = student_layer is student_penultimate and teacher_layer is teacher_penultimate
                 if shared is not None and is_penultimate:
                     terms.append(shared)
-                elif student_layer.shape[0] == 1:
+                elif student_layer.shape[0] == 1 and not self.local.gather:
                     terms.append(torch.zeros_like(loss))
                 else:
                     with section("loss_local"):

@@ -11,7 +11,7 @@ from fsd_fast.losses.baselines import (
     PatientObjective,
     RelationalObjective,
 )
-from fsd_fast.losses.defaults import LossSettings
+from fsd_fast.losses.defaults import BACKEND, LossSettings
 from fsd_fast.losses.feature_structure import FeatureStructureObjective
 from fsd_fast.losses.integrated import STRUCTURES, FeatureStructureLoss
 from fsd_fast.losses.logits import LogitDistillationLoss
@@ -33,7 +33,7 @@ class Setup(NamedTuple):
     """Hidden size of the student."""
     pad_features: PadFeatures = "exclude"
     """Whether padding counts in the features."""
-    backend: str = "auto"
+    backend: str = BACKEND
     """Kernels of the Gram matrices."""
 
 
