@@ -51,7 +51,7 @@ class DistillationArguments:
     """The ``distill`` command: student and teacher."""
 
     teacher_model_name_or_path: str | None = flag(
-        "The fine-tuned teacher. Method 'finetune' reads only what it says of the student's start and depth.",
+        "The fine-tuned teacher. Method 'finetune' needs none and is only compared with it.",
         None,
     )
     model_name_or_path: str | None = flag(
@@ -126,7 +126,7 @@ def prepare(
     _check_batches(objective, method, run)
     if objective.requires.memories:
         check_memory_flags(memory, method, run)
-    if not objective.requires.teacher:
+    if not objective.requires.teacher and not arguments.fidelity:
         teacher_path = None
     models = _load_models(data_arguments, task, teacher_path, source, student_layers)
     _check_cls_token(objective, method, models.tokenizer, source)
@@ -144,7 +144,7 @@ def prepare(
         data_collator=data.collator,
         processing_class=models.tokenizer,
         compute_metrics=metrics_of(task),
-        teacher=models.teacher,
+        teacher=models.teacher if objective.requires.teacher else None,
         teacher_memory=None if memories is None else memories.teacher,
         start_memory=None if memories is None else memories.start,
         memory_learning_rate=memory.memory_learning_rate,
@@ -165,22 +165,22 @@ def prepare(
         len(data.train),
         models.tokenizer,
         f"{student_layers}-layer student for {task.name}, "
-        + (f"distilled by {method}" if models.teacher else "trained without a teacher"),
+        + (f"distilled by {method}" if objective.requires.teacher else "trained without a teacher"),
         record,
         functools.partial(
-            score_splits, trainer, data.evaluation, task, _teacher_logits(arguments, trainer, data)
+            score_splits, trainer, data.evaluation, task, _teacher_logits(arguments, models, trainer, data)
         ),
     )
 
 
 def _teacher_logits(
-    arguments: DistillationArguments, trainer: FSDTrainer, data: TaskData
+    arguments: DistillationArguments, models: _Models, trainer: FSDTrainer, data: TaskData
 ) -> TeacherLogits | None:
     """The teacher's logits that the student's are compared with when training ends."""
-    if not arguments.fidelity or trainer.teacher is None:
+    if not arguments.fidelity or models.teacher is None:
         return None
     return TeacherLogits(
-        trainer.teacher,
+        models.teacher,
         data.collator,
         batch_size=trainer.args.per_device_eval_batch_size,
         device=trainer.args.device,
