@@ -1,4 +1,4 @@
-"""``fsd-fast distill``: train a student next to its frozen teacher."""
+"""``fsd-fast distill``: train a student, by most methods next to its frozen teacher."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -22,10 +22,10 @@ from fsd_fast.commands._common import (
     metrics_of,
 )
 from fsd_fast.commands.flags import LEARNING_RATES, DataArguments, RunArguments, flag
+from fsd_fast.commands.loss_flags import LossArguments, check_settings
 from fsd_fast.commands.values import Range
 from fsd_fast.data import Task, get_task, resolve_model, samples_digest
-from fsd_fast.losses import DEFAULTS, METHODS, FeatureStructureLoss, FeatureStructureObjective, Objective
-from fsd_fast.losses.gather import gather_features
+from fsd_fast.losses import METHODS, Objective, Setup
 from fsd_fast.memory.features import memory_identity, model_fingerprint
 from fsd_fast.memory.start import check_training_set, start_from_clusters
 from fsd_fast.memory.student_memory import StudentMemory
@@ -44,18 +44,17 @@ from fsd_fast.training.run import choose_best_metric, finish_run
 from fsd_fast.training.trainer import FSDTrainer
 from fsd_kernels import resolve_backend
 
-# The squares that Adam keeps of gradients weighted like this stay within float32.
-_WEIGHTS = Range(minimum=0, maximum=1e6)
-
-
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class DistillationArguments:
-    """The ``distill`` command: student, memory and loss."""
+    """The ``distill`` command: student, teacher and memory."""
 
-    teacher_model_name_or_path: str = flag("The fine-tuned teacher.")
+    teacher_model_name_or_path: str | None = flag(
+        "The fine-tuned teacher. Method 'finetune' reads only what it says of the student's start and depth.",
+        None,
+    )
     model_name_or_path: str | None = flag(
         "Pre-trained model whose first layers the student starts from: a folder, a Hub name or 'minilm'. Default: the "
         "one that the teacher was fine-tuned from, as the record in its folder says.",
@@ -64,33 +63,6 @@ class DistillationArguments:
     copy_teacher: bool = flag("Start the student from the fine-tuned teacher's first layers instead.", False)
     student_layers: int | None = flag(
         "Layers of the student. Default: half of the teacher's.", None, numbers=Range(minimum=1)
-    )
-    method: Literal["vkd", "fsd_i", "fsd_l", "fsd_g", "fsd_il", "fsd_ilg"] = flag(
-        "Which structures are matched: letters i, l, g for L_I, L_L, L_G.", "fsd_ilg"
-    )
-    layer_pairs: str = flag(
-        "Hidden states compared by L_I and L_L: 'penultimate', 'layerwise', or a list 'T:S,T:S'. L_G always "
-        "uses the penultimate pair.",
-        "penultimate",
-    )
-    alpha: float = flag(
-        "Weight of the hard labels in L_VKD.", DEFAULTS.alpha, numbers=Range(minimum=0, maximum=1)
-    )
-    temperature: float = flag(
-        "Temperature tau of L_VKD.", DEFAULTS.temperature, numbers=Range(minimum=1e-3, maximum=1e6)
-    )
-    beta: float = flag("Weight of the structures against L_VKD.", DEFAULTS.beta, numbers=_WEIGHTS)
-    gamma_i: float = flag("Weight of L_I.", DEFAULTS.gamma_i, numbers=_WEIGHTS)
-    gamma_l: float = flag("Weight of L_L.", DEFAULTS.gamma_l, numbers=_WEIGHTS)
-    gamma_g: float = flag("Weight of L_G.", DEFAULTS.gamma_g, numbers=_WEIGHTS)
-    gamma_m: float = flag(
-        "Weight of the Euclidean term in L_G against the cosine term.",
-        DEFAULTS.gamma_m,
-        numbers=Range(minimum=0, maximum=1),
-    )
-    intra_reduction: Literal["mean_log", "log_mean"] = flag(
-        "L_I: mean over samples of -log CKA (the paper), or -log of the mean CKA (the released code).",
-        DEFAULTS.reduction,
     )
     memory_path: str | None = flag("Folder that 'memory' wrote; needed by fsd_g and fsd_ilg.", None)
     student_memory_init: Literal["clusters", "normal", "teacher"] = flag(
@@ -113,14 +85,6 @@ class DistillationArguments:
         None,
         numbers=LEARNING_RATES,
     )
-    gather_features: bool = flag(
-        "Compare the samples of all processes: the structures are then those of one process with the joined batch. "
-        "Without it each of n processes compares its own samples, and L_L is the mean over n batches.",
-        False,
-    )
-    backend: Literal["auto", "triton", "eager", "reference"] = flag(
-        "Kernels of the structure losses.", "auto"
-    )
 
 
 @dataclass
@@ -132,7 +96,7 @@ class DistillRunArguments(RunArguments):
     )
 
 
-ARGUMENTS = (DataArguments, DistillationArguments, DistillRunArguments)
+ARGUMENTS = (DataArguments, DistillationArguments, LossArguments, DistillRunArguments)
 
 
 @dataclass(frozen=True)
@@ -140,32 +104,35 @@ class _Models:
     """What a distillation starts from."""
 
     tokenizer: PreTrainedTokenizerBase
-    teacher: Teacher
+    teacher: Teacher | None
     student: PreTrainedModel
 
 
 def prepare(
-    data_arguments: DataArguments, arguments: DistillationArguments, run: DistillRunArguments
+    data_arguments: DataArguments,
+    arguments: DistillationArguments,
+    loss: LossArguments,
+    run: DistillRunArguments,
 ) -> Work:
-    """Check the input; return the work that trains a student next to its frozen teacher."""
+    """Check the input; return the work that trains a student."""
     resume = find_checkpoint(
         str(run.output_dir), run.resume_from_checkpoint, allow_partial=run.allow_partial_resume
     )
     task = get_task(data_arguments.task_name)
     choose_best_metric(run, task)
-    _check_device(arguments, run)
+    method = loss.method
+    check_settings(method, arguments, loss)
+    _check_device(loss.backend, run)
     set_seed(run.seed)
-    teacher_path = resolve_model(arguments.teacher_model_name_or_path)
+    teacher_path = _teacher_path(arguments, method)
     source = _student_source(arguments, teacher_path)
-    teacher_layers = int(read_config(teacher_path).num_hidden_layers)
-    student_layers = arguments.student_layers or max(1, teacher_layers // 2)
-    layer_pairs = parse_layer_pairs(arguments.layer_pairs, teacher_layers, student_layers)
-    penultimate = penultimate_pair(teacher_layers, student_layers)
-    objective = FeatureStructureObjective(_loss(data_arguments, arguments), layer_pairs, penultimate)
-    if arguments.gather_features:
-        _gather(objective, arguments.method)
-    _check_batches(objective, arguments, run)
+    setup, student_layers = _setup(data_arguments, arguments, loss, teacher_path or source, source)
+    objective = METHODS[method].build(loss.settings(), setup)
+    _check_batches(objective, arguments, method, run)
+    if not objective.requires.teacher:
+        teacher_path = None
     models = _load_models(data_arguments, task, teacher_path, source, student_layers)
+    _check_cls_token(objective, method, models.tokenizer, source)
     teacher_memory, student_memory = _memories(data_arguments, arguments, objective, models, run.seed)
     data = load_data(data_arguments, models.tokenizer)
     start_memory = None
@@ -182,21 +149,11 @@ def prepare(
         teacher=models.teacher,
         teacher_memory=teacher_memory,
         start_memory=start_memory,
+        profile_steps=run.profile,
         memory_learning_rate=arguments.memory_learning_rate,
     )
-    record = make_record(
-        "distill",
-        data_arguments,
-        arguments,
-        run,
-        student_layers=student_layers,
-        layer_pairs=",".join(f"{teacher}:{student}" for teacher, student in layer_pairs),
-        num_centroid=None if student_memory is None else len(student_memory.centroids),
-        parameters=parameter_count(models.student),
-        teacher_parameters=parameter_count(models.teacher.model),
-        teacher_fingerprint=model_fingerprint(models.teacher.model)[:16],
-        train_data=samples_digest(data.train),
-    )
+    facts = _facts(setup, student_layers, models, student_memory, data)
+    record = make_record("distill", data_arguments, arguments, loss, run, **facts)
     if resume is not None:
         record = check_resumed(record, resume, run.allow_changes)
     return functools.partial(
@@ -208,21 +165,57 @@ def prepare(
         task.name,
         len(data.train),
         models.tokenizer,
-        f"{student_layers}-layer student for {task.name}, distilled by {arguments.method}",
+        f"{student_layers}-layer student for {task.name}, "
+        + (f"distilled by {method}" if models.teacher else "trained without a teacher"),
         record,
     )
 
 
-def _gather(objective: Objective, method: str) -> None:
-    """Let the losses of an objective go over the batches of all processes."""
-    if not objective.requires.student_layers or not gather_features(objective):
-        raise ValueError(f"gather_features: method {method!r} has no loss that compares samples, got true")
+def _setup(
+    data_arguments: DataArguments,
+    arguments: DistillationArguments,
+    loss: LossArguments,
+    teacher_path: str,
+    source: str,
+) -> tuple[Setup, int]:
+    """What the method is built for, and the number of the student's layers."""
+    teacher, student = read_config(teacher_path), read_config(source)
+    teacher_layers = int(teacher.num_hidden_layers)
+    student_layers = arguments.student_layers or max(1, teacher_layers // 2)
+    pairs = parse_layer_pairs(
+        loss.layer_pairs or METHODS[loss.method].layer_pairs, teacher_layers, student_layers
+    )
+    setup = Setup(
+        tuple(pairs),
+        penultimate_pair(teacher_layers, student_layers),
+        int(teacher.hidden_size),
+        int(student.hidden_size),
+        data_arguments.pad_features,
+        loss.backend,
+    )
+    return setup, student_layers
 
 
-def _check_device(arguments: DistillationArguments, run: RunArguments) -> None:
+def _facts(
+    setup: Setup, student_layers: int, models: _Models, student_memory: StudentMemory | None, data: TaskData
+) -> dict[str, Any]:
+    """What the record of the run says beside its flags."""
+    teacher = models.teacher
+    return {
+        "student_layers": student_layers,
+        "layer_pairs": ",".join(f"{of_teacher}:{of_student}" for of_teacher, of_student in setup.layer_pairs),
+        "num_centroid": None if student_memory is None else len(student_memory.centroids),
+        "parameters": parameter_count(models.student),
+        "teacher_parameters": None if teacher is None else parameter_count(teacher.model),
+        "teacher_fingerprint": None if teacher is None else model_fingerprint(teacher.model)[:16],
+        "train_data": samples_digest(data.train),
+    }
+
+
+def _check_device(backend: str, run: RunArguments) -> None:
     """Check that the losses' backend runs here, and that the process has one GPU at most."""
     for op in ("intra_cka", "gram", "structure"):
-        resolve_backend(arguments.backend, run.device, op)
+        resolve_backend(backend, run.device, op)
     if run.n_gpu > 1:
         # Trainer would cut the batch, and with it the memory, into one part for each GPU.
         raise ValueError(
@@ -231,7 +224,20 @@ def _check_device(arguments: DistillationArguments, run: RunArguments) -> None:
         )
 
 
-def _student_source(arguments: DistillationArguments, teacher_path: str) -> str:
+def _teacher_path(arguments: DistillationArguments, method: str) -> str | None:
+    """The teacher's folder or Hub name; None without a teacher, which only some methods allow."""
+    name = arguments.teacher_model_name_or_path
+    if name is not None:
+        return resolve_model(name)
+    if METHODS[method].needs_teacher:
+        free = ", ".join(name for name, entry in METHODS.items() if not entry.needs_teacher)
+        raise ValueError(
+            f"--teacher_model_name_or_path must be given for method {method!r}; method {free} needs no teacher"
+        )
+    return None
+
+
+def _student_source(arguments: DistillationArguments, teacher_path: str | None) -> str:
     """Find the model whose first layers the student starts from, and put its name into the arguments.
 
     Without ``--model_name_or_path`` and ``--copy_teacher`` it is the model that the teacher was fine-tuned from, as the
@@ -243,8 +249,14 @@ def _student_source(arguments: DistillationArguments, teacher_path: str) -> str:
                 "model_name_or_path: --copy_teacher true starts the student from the teacher; expected one of the "
                 f"two, got both and {arguments.model_name_or_path}"
             )
+        if teacher_path is None:
+            raise ValueError("copy_teacher: expected a --teacher_model_name_or_path to start from, got none")
         return teacher_path
     if arguments.model_name_or_path is None:
+        if teacher_path is None:
+            raise ValueError(
+                "model_name_or_path: expected the pre-trained model the student starts from, got none, and no teacher"
+            )
         path = Path(teacher_path) / RECORD_FILE
         origin = read_record(path).arguments.get("model_name_or_path") if path.is_file() else None
         if not isinstance(origin, str):
@@ -257,40 +269,22 @@ def _student_source(arguments: DistillationArguments, teacher_path: str) -> str:
     return resolve_model(arguments.model_name_or_path)
 
 
-def _loss(data_arguments: DataArguments, arguments: DistillationArguments) -> FeatureStructureLoss:
-    return FeatureStructureLoss(
-        arguments.method,
-        alpha=arguments.alpha,
-        temperature=arguments.temperature,
-        beta=arguments.beta,
-        gamma_i=arguments.gamma_i,
-        gamma_l=arguments.gamma_l,
-        gamma_g=arguments.gamma_g,
-        gamma_m=arguments.gamma_m,
-        reduction=arguments.intra_reduction,
-        pad_features=data_arguments.pad_features,
-        backend=arguments.backend,
-    )
-
-
-def _check_batches(objective: Objective, arguments: DistillationArguments, run: RunArguments) -> None:
+def _check_batches(
+    objective: Objective, arguments: DistillationArguments, method: str, run: RunArguments
+) -> None:
     """Check what the objective needs of a batch, of the optimizer, and of the memory flags."""
     if run.per_device_train_batch_size < objective.requires.minimum_batch:
         raise ValueError(
-            f"per_device_train_batch_size: method {arguments.method!r} compares the samples of a batch and needs "
+            f"per_device_train_batch_size: method {method!r} compares the samples of a batch and needs "
             f"at least {objective.requires.minimum_batch}, got {run.per_device_train_batch_size}"
         )
     if not objective.requires.memories:
-        if arguments.memory_path is not None:
-            raise ValueError(
-                f"memory_path: method {arguments.method!r} reads no memory, got {arguments.memory_path}"
-            )
         return
     if arguments.memory_path is None:
-        users = ", ".join(name for name, used in METHODS.items() if used[2])
+        users = ", ".join(name for name, entry in METHODS.items() if "memory_path" in entry.settings)
         raise ValueError(
             f"memory_path: methods {users} need a teacher memory; build one with the 'memory' command, "
-            f"got method {arguments.method!r} without --memory_path"
+            f"got method {method!r} without --memory_path"
         )
     # An optimizer of DeepSpeed's configuration takes all parameters as one group; Trainer's own has one without decay.
     deepspeed = getattr(run, "hf_deepspeed_config", None)
@@ -301,20 +295,32 @@ def _check_batches(objective: Objective, arguments: DistillationArguments, run: 
         )
 
 
+def _check_cls_token(
+    objective: Objective, method: str, tokenizer: PreTrainedTokenizerBase, source: str
+) -> None:
+    """Check that samples begin with [CLS] where the objective reads its hidden state."""
+    if objective.requires.cls_token and tokenizer("a")["input_ids"][0] != tokenizer.cls_token_id:
+        raise ValueError(
+            f"method: {method!r} reads the hidden state of [CLS], the first token; expected a tokenizer that puts it "
+            f"there, got that of {source}"
+        )
+
+
 def _load_models(
-    data_arguments: DataArguments, task: Task, teacher_path: str, source: str, student_layers: int
+    data_arguments: DataArguments, task: Task, teacher_path: str | None, source: str, student_layers: int
 ) -> _Models:
-    """Load teacher and student and check that both take the task's samples, and that the student can be exported."""
-    tokenizer = load_tokenizer(teacher_path)
+    """Load the models and check that they take the task's samples, and that the student can be exported."""
+    tokenizer = load_tokenizer(teacher_path or source)
     if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"model_name_or_path: {source} and the teacher {teacher_path} have different vocabularies"
         )
-    for path in (teacher_path, source):
+    for path in filter(None, (teacher_path, source)):
         check_model(path, tokenizer, task, data_arguments.max_seq_length)
     with whole_weights():
-        teacher = Teacher.from_pretrained(teacher_path)
-        check_outputs(teacher, task)
+        teacher = None if teacher_path is None else Teacher.from_pretrained(teacher_path)
+        if teacher is not None:
+            check_outputs(teacher, task)
         student = load_classifier(source, task.labels, student_layers)
     check_export(student, tokenizer)
     return _Models(tokenizer, teacher, student)
@@ -328,7 +334,7 @@ def _memories(
     seed: int,
 ) -> tuple[TeacherMemory | None, StudentMemory | None]:
     """Load the teacher memory and start the student memory, or (None, None) where the objective requires none."""
-    if not objective.requires.memories or arguments.memory_path is None:
+    if not objective.requires.memories or arguments.memory_path is None or models.teacher is None:
         return None, None
     memory = TeacherMemory.from_pretrained(arguments.memory_path)
     expected = memory_identity(

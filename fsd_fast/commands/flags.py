@@ -123,6 +123,11 @@ class RunArguments(TrainingArguments):
         "Resume from a checkpoint that lacks the optimizer's, the schedule's or the random numbers' state.",
         False,
     )
+    profile: int | None = flag(
+        "Print where the time of so many training steps goes, and write a Chrome trace of them.",
+        None,
+        numbers=Range(minimum=1),
+    )
     overwrite_output_dir: bool = flag("Start anew in a folder that holds a run already.", False)
 
     def __post_init__(self) -> None:

@@ -68,6 +68,7 @@ def prepare(data_arguments: DataArguments, arguments: TeacherArguments, run: Run
         data_collator=data.collator,
         processing_class=tokenizer,
         compute_metrics=metrics_of(task),
+        profile_steps=run.profile,
     )
 
     def state() -> dict[str, torch.Tensor] | None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fsd_fast.losses._checks import check_choice
+from fsd_fast.losses._checks import check_choice, check_weights
 from fsd_fast.losses.defaults import DEFAULTS, Reduction
 from fsd_fast.losses.logits import LogitDistillationLoss
 from fsd_fast.losses.structures import (
@@ -19,7 +19,7 @@ from fsd_fast.losses.structures import (
     layer_pairs,
 )
 
-METHODS: dict[str, tuple[bool, bool, bool]] = {
+STRUCTURES: dict[str, tuple[bool, bool, bool]] = {
     "vkd": (False, False, False),
     "fsd_i": (True, False, False),
     "fsd_l": (False, True, False),
@@ -27,7 +27,7 @@ METHODS: dict[str, tuple[bool, bool, bool]] = {
     "fsd_il": (True, True, False),
     "fsd_ilg": (True, True, True),
 }
-"""Method name -> whether it uses (L_I, L_L, L_G)."""
+"""Method of the paper -> whether it uses (L_I, L_L, L_G)."""
 
 
 class FeatureStructureOutput(NamedTuple):
@@ -71,22 +71,15 @@ class FeatureStructureLoss(nn.Module):
         gamma_l: float = DEFAULTS.gamma_l,
         gamma_g: float = DEFAULTS.gamma_g,
         gamma_m: float = DEFAULTS.gamma_m,
-        reduction: Reduction = DEFAULTS.reduction,
+        reduction: Reduction = DEFAULTS.intra_reduction,
         pad_features: PadFeatures = "include",
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        check_choice("method", method, list(METHODS))
-        for name, weight in (
-            ("beta", beta),
-            ("gamma_i", gamma_i),
-            ("gamma_l", gamma_l),
-            ("gamma_g", gamma_g),
-        ):
-            if not weight >= 0:
-                raise ValueError(f"{name}: expected a weight >= 0, got {weight}")
+        check_choice("method", method, list(STRUCTURES))
+        check_weights(beta=beta, gamma_i=gamma_i, gamma_l=gamma_l, gamma_g=gamma_g)
         self.method = method
-        self.uses_intra, self.uses_local, self.uses_global = METHODS[method]
+        self.uses_intra, self.uses_local, self.uses_global = STRUCTURES[method]
         self.beta, self.gamma_i, self.gamma_l, self.gamma_g = beta, gamma_i, gamma_l, gamma_g
         self.logits = LogitDistillationLoss(alpha, temperature)
         self.intra = IntraFeatureLoss(reduction, pad_features, backend)

@@ -91,7 +91,7 @@ class IntraFeatureLoss(_StructureLoss):
 
     def __init__(
         self,
-        reduction: Reduction = DEFAULTS.reduction,
+        reduction: Reduction = DEFAULTS.intra_reduction,
         pad_features: PadFeatures = "include",
         backend: str = "auto",
     ) -> None:

@@ -13,6 +13,7 @@ from fsd_fast.data import SAMPLE_COLUMN
 from fsd_fast.models.families import STOPS_EARLY, layer_stack
 from fsd_fast.models.labels import id2label_of, label_order, name_outputs, order_outputs
 from fsd_fast.models.loading import load_weights, read_config
+from fsd_fast.models.projections import ProjectionRecorder, record_projections
 
 
 def input_arguments(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -41,6 +42,7 @@ class Teacher:
         self.model.config.use_cache = False
         self.name = name
         self.autocast_dtype: torch.dtype | None = None
+        self.projections: ProjectionRecorder | None = None
 
     @classmethod
     def from_pretrained(cls, name_or_path: str) -> Teacher:
@@ -66,6 +68,17 @@ class Teacher:
             order = label_order(id2label_of(self.model.config), labels, self.name)
             order_outputs(self.model, order, self.name)
         name_outputs(self.model, labels)
+
+    def record_projections(self, relation_heads: int) -> None:
+        """Let ``projections`` record the last layer's queries, keys and values from now on.
+
+        Args:
+            relation_heads: Into how many equal parts each will be split.
+
+        Raises:
+            ValueError: The family has no such projections, or they cannot be split so; see ``record_projections``.
+        """
+        self.projections = record_projections(self.model, self.name, relation_heads)
 
     @property
     def num_layers(self) -> int:

@@ -99,7 +99,7 @@ def test_distillation_knows_nothing_of_triton(path):
 # A room imports from rooms to its right alone.
 ROOMS = (
     "cli commands training memory models losses cache clustering metrics data "
-    "distributed shutdown files untrusted versions"
+    "distributed shutdown files sections untrusted versions"
 )
 
 

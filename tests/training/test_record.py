@@ -69,7 +69,7 @@ def test_what_the_record_holds(tiny, first):
         "train_sampling_strategy": "group_by_length", "weight_decay": 0.1, "lr_scheduler_type": "cosine",
         "lr_scheduler_kwargs": {"num_cycles": 0.4}, "activation_checkpointing": True, "bf16": False, "max_steps": 4,
         "teacher_model_name_or_path": str(tiny.teacher), "memory_path": str(tiny.memory_exclude), "student_layers": 2,
-        "layer_pairs": "penultimate", "report_to": [], "output_dir": str(first),
+        "layer_pairs": None, "report_to": [], "output_dir": str(first),
     }  # fmt: skip
     assert {name: record.arguments.get(name) for name in expected} == expected
     # Every flag of our own is there, but for those that say how a run starts.
