@@ -26,7 +26,6 @@ from fsd_fast.commands.memory_flags import Memories, StudentMemoryArguments, che
 from fsd_fast.commands.values import Range
 from fsd_fast.data import Task, resolve_model, samples_digest
 from fsd_fast.losses import METHODS, Objective, Setup
-from fsd_fast.losses.gather import gather_features
 from fsd_fast.memory.features import model_fingerprint
 from fsd_fast.models.layers import parse_layer_pairs, penultimate_pair
 from fsd_fast.models.loading import load_tokenizer, read_config
@@ -72,11 +71,6 @@ class DistillationArguments:
         None,
         writes=True,
     )
-    gather_features: bool = flag(
-        "Compare the samples of all processes: the structures are then those of one process with the joined batch. "
-        "Without it each of n processes compares its own samples, and L_L is the mean over n batches.",
-        False,
-    )
 
 
 @dataclass
@@ -121,8 +115,6 @@ def prepare(
     source = _student_source(arguments, teacher_path)
     setup, student_layers = _setup(data_arguments, arguments, loss, teacher_path or source, source)
     objective = METHODS[method].build(loss.settings(), setup)
-    if arguments.gather_features:
-        _gather(objective, method)
     _check_batches(objective, method, run)
     if objective.requires.memories:
         check_memory_flags(memory, method, run)
@@ -136,22 +128,8 @@ def prepare(
         memories = open_memories(memory, data_arguments, task, run, models.teacher, models.student)
         if resume is None:
             memories = memories.with_start(memory, data, run, models.student)
-    trainer = FSDTrainer(
-        model=DistillationModel(models.student, objective, None if memories is None else memories.student),
-        args=run,
-        train_dataset=data.train,
-        eval_dataset=evaluation_sets(data),
-        data_collator=data.collator,
-        processing_class=models.tokenizer,
-        compute_metrics=metrics_of(task),
-        teacher=models.teacher if objective.requires.teacher else None,
-        teacher_memory=None if memories is None else memories.teacher,
-        start_memory=None if memories is None else memories.start,
-        memory_learning_rate=memory.memory_learning_rate,
-        profile_steps=run.profile,
-    )
-    facts = _facts(setup, student_layers, models, memories)
-    facts["train_data"] = samples_digest(data.train)
+    trainer = _trainer(run, models, objective, data, memory, memories)
+    facts = _facts(setup, student_layers, models, memories, data)
     record = make_record("distill", data_arguments, arguments, memory, loss, run, **facts)
     if resume is not None:
         record = check_resumed(record, resume, run.allow_changes)
@@ -170,6 +148,30 @@ def prepare(
         functools.partial(
             score_splits, trainer, data.evaluation, task, _teacher_logits(arguments, models, trainer, data)
         ),
+    )
+
+
+def _trainer(
+    run: DistillRunArguments,
+    models: _Models,
+    objective: Objective,
+    data: TaskData,
+    memory: StudentMemoryArguments,
+    memories: Memories | None,
+) -> FSDTrainer:
+    return FSDTrainer(
+        model=DistillationModel(models.student, objective, None if memories is None else memories.student),
+        args=run,
+        train_dataset=data.train,
+        eval_dataset=evaluation_sets(data),
+        data_collator=data.collator,
+        processing_class=models.tokenizer,
+        compute_metrics=metrics_of(data.task),
+        teacher=models.teacher if objective.requires.teacher else None,
+        teacher_memory=None if memories is None else memories.teacher,
+        start_memory=None if memories is None else memories.start,
+        memory_learning_rate=memory.memory_learning_rate,
+        profile_steps=run.profile,
     )
 
 
@@ -213,7 +215,9 @@ def _setup(
     return setup, student_layers
 
 
-def _facts(setup: Setup, student_layers: int, models: _Models, memories: Memories | None) -> dict[str, Any]:
+def _facts(
+    setup: Setup, student_layers: int, models: _Models, memories: Memories | None, data: TaskData
+) -> dict[str, Any]:
     """What the record of the run says beside its flags."""
     teacher = models.teacher
     return {
@@ -223,13 +227,8 @@ def _facts(setup: Setup, student_layers: int, models: _Models, memories: Memorie
         "parameters": parameter_count(models.student),
         "teacher_parameters": None if teacher is None else parameter_count(teacher.model),
         "teacher_fingerprint": None if teacher is None else model_fingerprint(teacher.model)[:16],
+        "train_data": samples_digest(data.train),
     }
-
-
-def _gather(objective: Objective, method: str) -> None:
-    """Let the losses of an objective go over the batches of all processes."""
-    if not objective.requires.student_layers or not gather_features(objective):
-        raise ValueError(f"gather_features: method {method!r} has no loss that compares samples, got true")
 
 
 def _check_device(backend: str, run: RunArguments) -> None:

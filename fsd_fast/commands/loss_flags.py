@@ -93,6 +93,11 @@ class LossArguments:
         DEFAULTS.minilm_relation_heads,
         numbers=Range(minimum=1),
     )
+    gather_features: bool = flag(
+        "Compare the samples of all processes: the structures are then those of one process with the joined batch. "
+        "Without it each of n processes compares its own samples, and L_L is the mean over n batches.",
+        DEFAULTS.gather_features,
+    )
     backend: Literal["auto", "triton", "eager", "reference"] = flag(
         "Kernels of the structure losses.", BACKEND
     )

@@ -58,6 +58,8 @@ class LossSettings(NamedTuple):
     """Of MiniLM's self-attention relations."""
     minilm_relation_heads: int = 48
     """Relation heads of MiniLM: Wang et al. (2021), for teachers of BERT-base's size."""
+    gather_features: bool = False
+    """Whether the structures go over the samples of all processes."""
 
 
 DEFAULTS = LossSettings()
