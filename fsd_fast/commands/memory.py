@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fsd_fast.cache.feature_cache import FeatureCache
 from fsd_fast.clustering.checkpoint import discard_state
-from fsd_fast.commands._common import TaskData, Work, check_model, check_outputs, load_data
+from fsd_fast.commands._common import TaskData, Work, check_model, check_outputs, load_data, read_task
 from fsd_fast.commands.flags import DataArguments, flag
 from fsd_fast.commands.values import Range
-from fsd_fast.data import get_task, resolve_model
+from fsd_fast.data import resolve_model
 from fsd_fast.distributed import Collectives
 from fsd_fast.files import exclusive_folder
 from fsd_fast.memory.build import STATE_FOLDER
@@ -35,6 +35,7 @@ from fsd_fast.memory.plot import PLOT_FILE, plot_memory, plotted_samples
 from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.models.loading import load_tokenizer
 from fsd_fast.models.teacher import Teacher
+from fsd_fast.shutdown import Stopped, stoppable
 from fsd_fast.training.checkpoints import check_output_dir
 from fsd_kernels import resolve_backend
 
@@ -72,13 +73,13 @@ ARGUMENTS = (DataArguments, MemoryArguments)
 def prepare(data_arguments: DataArguments, arguments: MemoryArguments) -> Work:
     """Check the input; return the work that builds the teacher memory."""
     _check_free(arguments)
-    task = get_task(data_arguments.task_name)
+    task, splits = read_task(data_arguments)
     path = resolve_model(arguments.teacher_model_name_or_path)
     tokenizer = load_tokenizer(path)
     check_model(path, tokenizer, task, data_arguments.max_seq_length)
     teacher = Teacher.from_pretrained(path)
     check_outputs(teacher, task)
-    data = load_data(data_arguments, tokenizer)
+    data = load_data(data_arguments, task, splits, tokenizer)
     identity = memory_identity(
         teacher, task, data_arguments.max_seq_length, data_arguments.pad_features, arguments.num_centroid
     )
@@ -91,7 +92,7 @@ def prepare(data_arguments: DataArguments, arguments: MemoryArguments) -> Work:
     teacher.to(state.device)
     builder = _Builder(arguments, teacher, data, identity, state)
     builder.lock()
-    return builder.build
+    return builder.run
 
 
 def _check_free(arguments: MemoryArguments) -> None:
@@ -182,6 +183,19 @@ class _Builder:
             "batch_size": self._arguments.per_device_batch_size,
             "device": self._process.device.type,
         }
+
+    def run(self) -> dict[str, float]:
+        """``build``, which a signal stops at a batch, with its state kept.
+
+        Raises:
+            Stopped: By a signal; the same command continues the build.
+        """
+        with stoppable():
+            try:
+                return self.build()
+            except Stopped as stopped:
+                advice = "the same command continues the build, without --overwrite_output_dir"
+                raise Stopped(stopped.number, f"{stopped.place}; {advice}") from None
 
     def build(self) -> dict[str, float]:
         """Build the memory, save it, and draw it if that was asked for; return its figures."""

@@ -18,6 +18,7 @@ from fsd_fast.losses.structures import (
     PadFeatures,
     layer_pairs,
 )
+from fsd_fast.sections import section
 
 STRUCTURES: dict[str, tuple[bool, bool, bool]] = {
     "vkd": (False, False, False),
@@ -136,7 +137,8 @@ class FeatureStructureLoss(nn.Module):
             TypeError: An argument is not of the expected kind.
             ValueError: Something that the method needs is missing, or shapes do not fit.
         """
-        loss, hard, soft = self.logits.components(student_logits, teacher_logits, labels)
+        with section("loss_vkd"):
+            loss, hard, soft = self.logits.components(student_logits, teacher_logits, labels)
         components = {"loss_vkd": loss, "loss_hard": hard, "loss_soft": soft}
         structures = torch.zeros_like(loss)
         pairs = layer_pairs(student_features, teacher_features) if self.uses_intra or self.uses_local else []
@@ -148,8 +150,9 @@ class FeatureStructureLoss(nn.Module):
                     f"method {self.method!r} uses L_G: expected student_penultimate, student_memory, "
                     "teacher_penultimate and teacher_memory"
                 )
-            read = self.global_.structures(*needed, attention_mask)  # type: ignore[arg-type]
-            output, shared = self.global_.combine(read), read.local
+            with section("loss_global"):
+                read = self.global_.structures(*needed, attention_mask)  # type: ignore[arg-type]
+                output, shared = self.global_.combine(read), read.local
             structures = structures + self.gamma_g * output.loss
             components |= {
                 "loss_global": output.loss,
@@ -158,7 +161,8 @@ class FeatureStructureLoss(nn.Module):
                 "global_cosine": output.cosine,
             }
         if self.uses_intra:
-            intra = self.intra(*zip(*pairs, strict=True), attention_mask)
+            with section("loss_intra"):
+                intra = self.intra(*zip(*pairs, strict=True), attention_mask)
             structures = structures + self.gamma_i * intra
             components["loss_intra"] = intra
         if self.uses_local:
@@ -167,10 +171,11 @@ class FeatureStructureLoss(nn.Module):
                 is_penultimate = student_layer is student_penultimate and teacher_layer is teacher_penultimate
                 if shared is not None and is_penultimate and self.local.is_neg_log_cka:
                     terms.append(shared)
-                elif student_layer.shape[0] == 1:
+                elif student_layer.shape[0] == 1 and not self.local.gather:
                     terms.append(torch.zeros_like(loss))
                 else:
-                    terms.append(self.local(student_layer, teacher_layer, attention_mask))
+                    with section("loss_local"):
+                        terms.append(self.local(student_layer, teacher_layer, attention_mask))
             local = terms[0] if len(terms) == 1 else torch.stack(terms).mean()
             structures = structures + self.gamma_l * local
             components["loss_local"] = local

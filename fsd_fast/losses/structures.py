@@ -12,7 +12,7 @@ absolute value around it changes nothing and is not computed.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fsd_fast.losses._checks import check_choice, check_unit_interval
 from fsd_fast.losses.defaults import DEFAULTS, DistanceScale, Estimator, Measure, Reduction
 from fsd_fast.losses.distances import scaled_structures
+from fsd_fast.losses.gather import Gathers, joined_inter_structure, mean_over_processes, own_positions
 from fsd_fast.losses.measures import check_measure, intra_losses, local_loss
 from fsd_kernels import GramBasis, InterStructure, frozen_gram, inter_structure, intra_cka
 
@@ -54,8 +55,8 @@ def layer_pairs(student: Features, teacher: Features) -> list[tuple[Tensor, Tens
     return list(zip(students, teachers, strict=True))
 
 
-class _StructureLoss(nn.Module):
-    """What the structure losses share: the padding policy and the backend."""
+class _StructureLoss(Gathers, nn.Module):
+    """What the structure losses share: padding policy, backend, and whether the batches of processes are joined."""
 
     def __init__(self, pad_features: PadFeatures, backend: str) -> None:
         super().__init__()
@@ -66,9 +67,13 @@ class _StructureLoss(nn.Module):
     def _mask(self, attention_mask: Tensor | None) -> Tensor | None:
         return attention_mask if self.pad_features == "exclude" else None
 
+    @property
+    def _inter_structure(self) -> Callable[..., InterStructure]:
+        return joined_inter_structure if self.gather else inter_structure
+
     def extra_repr(self) -> str:
         """Show the settings in repr."""
-        return f"pad_features={self.pad_features!r}, backend={self.backend!r}"
+        return f"pad_features={self.pad_features!r}, backend={self.backend!r}, gather={self.gather}"
 
 
 class _MeasuredLoss(_StructureLoss):
@@ -165,6 +170,8 @@ class IntraFeatureLoss(_MeasuredLoss):
         if self.reduction == "mean_log":
             return cka.neg_log.mean()
         distance = cka.distance.mean(dim=1)
+        if self.gather:
+            distance = mean_over_processes(distance, cka.distance.shape[1])
         # Near CKA = 1 the logarithm of 1 - distance would round; near CKA = 0, 1e-8 - 1 would, to -1.
         near = distance < 0.5
         log1p = torch.log1p(1e-8 - torch.where(near, distance, 0.0))
@@ -218,15 +225,15 @@ class LocalInterFeatureLoss(_MeasuredLoss):
                 numbers of layers do not fit.
         """
         pairs = layer_pairs(student, teacher)
-        if pairs[0][0].shape[0] == 1:
+        if pairs[0][0].shape[0] == 1 and not self.gather:
             raise ValueError(
                 "student: L_L compares the samples of a batch and needs at least 2, got a batch of 1"
             )
         mask = self._mask(attention_mask)
         if self.is_neg_log_cka:
-            values = [inter_structure(*pair, mask=mask, backend=self.backend).local for pair in pairs]
+            values = [self._inter_structure(*pair, mask=mask, backend=self.backend).local for pair in pairs]
         else:
-            values = [local_loss(*pair, mask, self.measure, self.backend) for pair in pairs]
+            values = [local_loss(*pair, mask, self.measure, self.backend, self.gather) for pair in pairs]
         return values[0] if len(values) == 1 else torch.stack(values).mean()
 
 
@@ -274,18 +281,25 @@ class GlobalInterFeatureLoss(_StructureLoss):
         self.distance_scale = distance_scale
         self._cached_basis: tuple[weakref.ref[Tensor], int, GramBasis] | None = None
 
-    def _basis(self, memory: Tensor, student: Tensor) -> GramBasis:
-        """The teacher memory with its own block of Gamma, computed once for as long as it stays unchanged."""
+    def _basis(self, memory: Tensor, student: Tensor, teacher: Tensor) -> GramBasis:
+        """The teacher memory with its own block of Gamma, computed once for as long as it stays unchanged.
+
+        Where processes join their batches, it is that of this process's columns.
+        """
         cached = self._cached_basis
         if torch.compiler.is_compiling():
             # A compiled graph cannot see whether the memory changed since, so it computes the block every time.
-            basis = frozen_gram(memory, backend=self.backend)
+            basis = self._frozen_gram(memory, teacher)
         elif cached is not None and cached[0]() is memory and cached[1] == memory._version:
             basis = cached[2]
         else:
-            basis = frozen_gram(memory, backend=self.backend)
+            basis = self._frozen_gram(memory, teacher)
             self._cached_basis = (weakref.ref(memory), memory._version, basis)
         return basis if student.dtype != torch.float64 else GramBasis(basis.memory, basis.gram.double())
+
+    def _frozen_gram(self, memory: Tensor, teacher: Tensor) -> GramBasis:
+        rows = own_positions(memory, teacher.shape[2]) if self.gather else memory
+        return frozen_gram(rows, backend=self.backend)
 
     def structures(
         self,
@@ -317,10 +331,10 @@ class GlobalInterFeatureLoss(_StructureLoss):
                 f"student_memory: expected {teacher_memory.shape[0]} centroids like teacher_memory, "
                 f"got {student_memory.shape[0]}"
             )
-        basis, mask = self._basis(teacher_memory, student), self._mask(attention_mask)
+        basis, mask = self._basis(teacher_memory, student, teacher), self._mask(attention_mask)
         if self.distance_scale == "none":
-            return inter_structure(student, teacher, student_memory, basis, mask, backend=self.backend)
-        return scaled_structures(student, teacher, student_memory, basis, mask, self.backend)
+            return self._inter_structure(student, teacher, student_memory, basis, mask, backend=self.backend)
+        return scaled_structures(student, teacher, student_memory, basis, mask, self.backend, self.gather)
 
     def combine(self, structures: InterStructure) -> GlobalInterFeatureOutput:
         """Weigh F_MM, F^E and F^C into L_G."""
