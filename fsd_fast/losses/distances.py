@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fsd_fast.losses import reference
-from fsd_kernels import GramBasis, InterStructure, gram, inter_structure, resolve_backend, structure
+from fsd_fast.losses.gather import gammas
+from fsd_kernels import GramBasis, InterStructure, inter_structure, resolve_backend, structure
 
 
 def _distances(gamma: Tensor, num_centroid: int, rounding: float) -> Tensor:
@@ -51,6 +52,7 @@ def scaled_structures(
     teacher_memory: GramBasis,
     mask: Tensor | None,
     backend: str,
+    gather: bool,
 ) -> InterStructure:
     """As ``fsd_kernels.inter_structure``, with F^E of distances that are divided by their mean.
 
@@ -61,17 +63,20 @@ def scaled_structures(
         teacher_memory: [K, F] with F >= S * D_t; a constant.
         mask: [B, S], 1 = keep; dropped positions count as zeros.
         backend: "auto", "triton", "eager" or "reference" (the formulas on the features themselves).
+        gather: Whether the batch is that of all processes together; ``teacher_memory`` then is the basis of
+            ``own_positions``.
     """
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    if resolve_backend(backend, student.device, "gram") == "reference":
+    if not gather and resolve_backend(backend, student.device, "gram") == "reference":
         read = inter_structure(student, teacher, student_memory, teacher_memory, mask, backend="reference")
         memories = student_memory.to(dtype), teacher_memory.memory.to(dtype)
         distance = reference.scaled_distance(
             student.to(dtype), memories[0], teacher.to(dtype), memories[1], mask
         )
         return read._replace(distance=distance)
-    own = gram(student, student_memory, mask, backend=backend)
-    given = gram(teacher.detach(), teacher_memory, mask, backend=backend).to(own.dtype)
+    own, given = gammas(
+        student, teacher, student_memory, teacher_memory, mask, backend=backend, gather=gather
+    )
     centroids = len(student_memory)
     # What counts as rounding follows from the dtype: that of the features, though sums are float64 on a CPU.
     read = structure(own.to(dtype), given.to(dtype), centroids, backend=backend)

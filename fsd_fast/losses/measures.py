@@ -31,7 +31,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fsd_fast.losses import reference
 from fsd_fast.losses.defaults import Estimator, Measure
-from fsd_kernels import gram, resolve_backend
+from fsd_fast.losses.gather import gammas
+from fsd_kernels import resolve_backend
 
 # Entries of the Gram matrices of tokens that are in memory at once: more, and the backward computes them again.
 _MOST_ENTRIES = 2**21
@@ -179,7 +180,7 @@ def _sample_structure(gamma: Tensor, measure: Measure, eps: float) -> Structure:
 
 
 def local_loss(
-    student: Tensor, teacher: Tensor, mask: Tensor | None, measure: Measure, backend: str
+    student: Tensor, teacher: Tensor, mask: Tensor | None, measure: Measure, backend: str, gather: bool
 ) -> Tensor:
     """The loss of a batch whose rows are its flattened samples; a scalar.
 
@@ -189,10 +190,11 @@ def local_loss(
         mask: [B, S], 1 = keep: other positions count as zeros; None keeps all.
         measure: "cka" (its unbiased estimator) or "gram".
         backend: Of the Gram matrices: "auto", "triton", "eager" or "reference".
+        gather: Whether the batch is that of all processes together.
     """
     teacher = teacher.detach()
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    if resolve_backend(backend, student.device, "gram") == "reference":
+    if not gather and resolve_backend(backend, student.device, "gram") == "reference":
         if mask is not None:
             dropped = (mask == 0)[..., None]
             student, teacher = student.masked_fill(dropped, 0.0), teacher.masked_fill(dropped, 0.0)
@@ -200,9 +202,9 @@ def local_loss(
         with torch.autocast(student.device.type, enabled=False):
             return plain(student.flatten(1).to(dtype), teacher.flatten(1).to(dtype))
     eps = _eps(student)
-    own = _sample_structure(gram(student, mask=mask, backend=backend), measure, eps)
-    given = _sample_structure(gram(teacher, mask=mask, backend=backend), measure, eps)
-    kept = torch.ones(1, len(student), dtype=torch.bool, device=student.device)
-    return _compare(own, Structure(given.gram.to(own.gram.dtype), given.exists), kept, measure, eps)[0].to(
-        dtype
+    own, given = (
+        _sample_structure(gamma, measure, eps)
+        for gamma in gammas(student, teacher, mask=mask, backend=backend, gather=gather)
     )
+    kept = torch.ones(own.gram.shape[:2], dtype=torch.bool, device=student.device)
+    return _compare(own, given, kept, measure, eps)[0].to(dtype)

@@ -204,14 +204,6 @@ class LocalInterFeatureLoss(_MeasuredLoss):
     ) -> None:
         super().__init__(pad_features, backend, measure, estimator)
 
-    def check_gather(self) -> None:
-        """Raise ValueError unless samples are compared by -log CKA."""
-        if not self.is_neg_log_cka:
-            raise ValueError(
-                "gather_features: L_L goes over all processes with measure 'cka' and estimator 'biased' alone, got "
-                f"{self.measure!r} and {self.estimator!r}"
-            )
-
     @property
     def minimum_batch(self) -> int:
         """Samples below which there is no structure to compare: HSIC_1 needs four, the others two."""
@@ -241,7 +233,7 @@ class LocalInterFeatureLoss(_MeasuredLoss):
         if self.is_neg_log_cka:
             values = [self._inter_structure(*pair, mask=mask, backend=self.backend).local for pair in pairs]
         else:
-            values = [local_loss(*pair, mask, self.measure, self.backend) for pair in pairs]
+            values = [local_loss(*pair, mask, self.measure, self.backend, self.gather) for pair in pairs]
         return values[0] if len(values) == 1 else torch.stack(values).mean()
 
 
@@ -291,14 +283,6 @@ class GlobalInterFeatureLoss(_StructureLoss):
         self.gamma_m = gamma_m
         self.distance_scale = distance_scale
         self._cached_basis: tuple[weakref.ref[Tensor], int, GramBasis] | None = None
-
-    def check_gather(self) -> None:
-        """Raise ValueError unless distances are compared as they are."""
-        if self.distance_scale != "none":
-            raise ValueError(
-                "gather_features: L_G goes over all processes with distance_scale 'none' alone, got "
-                f"{self.distance_scale!r}"
-            )
 
     def _basis(self, memory: Tensor, student: Tensor, teacher: Tensor) -> GramBasis:
         """The teacher memory with its own block of Gamma, computed once for as long as it stays unchanged.
@@ -353,7 +337,7 @@ class GlobalInterFeatureLoss(_StructureLoss):
         basis, mask = self._basis(teacher_memory, student, teacher), self._mask(attention_mask)
         if self.distance_scale == "none":
             return self._inter_structure(student, teacher, student_memory, basis, mask, backend=self.backend)
-        return scaled_structures(student, teacher, student_memory, basis, mask, self.backend)
+        return scaled_structures(student, teacher, student_memory, basis, mask, self.backend, self.gather)
 
     def combine(self, structures: InterStructure) -> GlobalInterFeatureOutput:
         """Weigh F_MM, F^E and F^C into L_G."""
