@@ -38,6 +38,7 @@ from torch import Tensor
 from fsd_fast.clustering.stream import PointBatch, PointStream
 from fsd_fast.distributed import Collectives
 from fsd_fast.files import differences, write_atomically
+from fsd_fast.shutdown import Stopped, stop_requested
 from fsd_fast.untrusted import (
     CHECKSUM,
     FLAG,
@@ -177,10 +178,27 @@ class Stage:
             yield from stream.read(self.batches, self.rows)
 
     def batch_done(self, batch: PointBatch, snapshot: Snapshot) -> None:
-        """Count a batch that has been worked in; save ``snapshot()`` now and then."""
+        """Count a batch that has been worked in; save ``snapshot()`` now and then.
+
+        Raises:
+            Stopped: A signal asked for it; ``snapshot()`` is saved.
+        """
         self.batches, self.rows = batch.batch_number + 1, batch.end
-        if self.batches % self._checkpoint.save_every == 0:
+        if stop_requested() is not None or self.batches % self._checkpoint.save_every == 0:
             self.save(snapshot)
+        self.stop_if_requested()
+
+    def stop_if_requested(self) -> None:
+        """Stop where a signal has asked for it; what is saved stays.
+
+        Raises:
+            Stopped: A signal asked for it.
+        """
+        number = stop_requested()
+        if number is not None:
+            folder = self._checkpoint.folder
+            kept = "nothing was saved" if folder is None else f"saved in {folder}"
+            raise Stopped(number, f"batch {self.batches} of stage {self._name}, {kept}")
 
     def finish(self, snapshot: Snapshot) -> None:
         """Save ``snapshot()`` as the whole of this stage, unless it was complete when it was found."""

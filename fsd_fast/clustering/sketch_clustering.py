@@ -104,6 +104,7 @@ def cluster_sketches(
             sort_centred_(sketches, order)
             sketches = sketches.to(first.mean.device)
         for restart in range(len(found.epochs), restarts):
+            stage.stop_if_requested()
             _restart_once(sketches, n_clusters, seed, restart, settings, progress, found)
             stage.metadata = found.figures()
             stage.complete = restart + 1 == restarts

@@ -24,8 +24,10 @@ from fsd_fast.commands.flags import LEARNING_RATES, DataArguments, RunArguments,
 from fsd_fast.commands.loss_flags import LossArguments, check_settings
 from fsd_fast.commands.memory_flags import Memories, StudentMemoryArguments, check_memory_flags, open_memories
 from fsd_fast.commands.values import Range
-from fsd_fast.data import Task, resolve_model
+from fsd_fast.data import Task, resolve_model, samples_digest
 from fsd_fast.losses import METHODS, Objective, Setup
+from fsd_fast.losses.gather import gather_features
+from fsd_fast.memory.features import model_fingerprint
 from fsd_fast.models.layers import parse_layer_pairs, penultimate_pair
 from fsd_fast.models.loading import load_tokenizer, read_config
 from fsd_fast.models.student import load_classifier, parameter_count
@@ -69,6 +71,11 @@ class DistillationArguments:
         "Folder for the teacher's logits on those splits: written once, read by other runs with the same teacher.",
         None,
         writes=True,
+    )
+    gather_features: bool = flag(
+        "Compare the samples of all processes: the structures are then those of one process with the joined batch. "
+        "Without it each of n processes compares its own samples, and L_L is the mean over n batches.",
+        False,
     )
 
 
@@ -114,6 +121,8 @@ def prepare(
     source = _student_source(arguments, teacher_path)
     setup, student_layers = _setup(data_arguments, arguments, loss, teacher_path or source, source)
     objective = METHODS[method].build(loss.settings(), setup)
+    if arguments.gather_features:
+        _gather(objective, method)
     _check_batches(objective, method, run)
     if objective.requires.memories:
         check_memory_flags(memory, method, run)
@@ -142,6 +151,7 @@ def prepare(
         profile_steps=run.profile,
     )
     facts = _facts(setup, student_layers, models, memories)
+    facts["train_data"] = samples_digest(data.train)
     record = make_record("distill", data_arguments, arguments, memory, loss, run, **facts)
     if resume is not None:
         record = check_resumed(record, resume, run.allow_changes)
@@ -212,7 +222,14 @@ def _facts(setup: Setup, student_layers: int, models: _Models, memories: Memorie
         "num_centroid": None if memories is None else memories.teacher.identity.num_centroid,
         "parameters": parameter_count(models.student),
         "teacher_parameters": None if teacher is None else parameter_count(teacher.model),
+        "teacher_fingerprint": None if teacher is None else model_fingerprint(teacher.model)[:16],
     }
+
+
+def _gather(objective: Objective, method: str) -> None:
+    """Let the losses of an objective go over the batches of all processes."""
+    if not objective.requires.student_layers or not gather_features(objective):
+        raise ValueError(f"gather_features: method {method!r} has no loss that compares samples, got true")
 
 
 def _check_device(backend: str, run: RunArguments) -> None:

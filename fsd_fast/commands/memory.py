@@ -35,6 +35,7 @@ from fsd_fast.memory.plot import PLOT_FILE, plot_memory, plotted_samples
 from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.models.loading import load_tokenizer
 from fsd_fast.models.teacher import Teacher
+from fsd_fast.shutdown import Stopped, stoppable
 from fsd_fast.training.checkpoints import check_output_dir
 from fsd_kernels import resolve_backend
 
@@ -94,7 +95,7 @@ def prepare(data_arguments: DataArguments, arguments: MemoryArguments) -> Work:
     teacher.to(state.device)
     builder = _Builder(arguments, teacher, data, identity, state)
     builder.lock()
-    return builder.build
+    return builder.run
 
 
 def _check_free(arguments: MemoryArguments) -> None:
@@ -185,6 +186,19 @@ class _Builder:
             "batch_size": self._arguments.per_device_batch_size,
             "device": self._process.device.type,
         }
+
+    def run(self) -> dict[str, float]:
+        """``build``, which a signal stops at a batch, with its state kept.
+
+        Raises:
+            Stopped: By a signal; the same command continues the build.
+        """
+        with stoppable():
+            try:
+                return self.build()
+            except Stopped as stopped:
+                advice = "the same command continues the build, without --overwrite_output_dir"
+                raise Stopped(stopped.number, f"{stopped.place}; {advice}") from None
 
     def build(self) -> dict[str, float]:
         """Build the memory, save it, and draw it if that was asked for; return its figures."""

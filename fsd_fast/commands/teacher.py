@@ -11,7 +11,7 @@ from transformers import set_seed
 from fsd_fast.commands._common import Work, check_model, evaluation_sets, load_data, metrics_of, read_task
 from fsd_fast.commands.flags import DataArguments, RunArguments, flag
 from fsd_fast.commands.values import Range
-from fsd_fast.data import resolve_model
+from fsd_fast.data import resolve_model, samples_digest
 from fsd_fast.models.loading import load_tokenizer
 from fsd_fast.models.student import load_classifier, parameter_count
 from fsd_fast.models.whole_weights import whole_weights
@@ -82,6 +82,7 @@ def prepare(data_arguments: DataArguments, arguments: TeacherArguments, run: Run
         run,
         num_layers=int(model.config.num_hidden_layers),
         parameters=parameter_count(model),
+        train_data=samples_digest(data.train),
     )
     if resume is not None:
         record = check_resumed(record, resume, run.allow_changes)

@@ -163,7 +163,7 @@ class FeatureStructureLoss(nn.Module):
                 is_penultimate = student_layer is student_penultimate and teacher_layer is teacher_penultimate
                 if shared is not None and is_penultimate:
                     terms.append(shared)
-                elif student_layer.shape[0] == 1:
+                elif student_layer.shape[0] == 1 and not self.local.gather:
                     terms.append(torch.zeros_like(loss))
                 else:
                     with section("loss_local"):

@@ -12,7 +12,7 @@ absolute value around it changes nothing and is not computed.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fsd_fast.losses._checks import check_choice, check_unit_interval
 from fsd_fast.losses.defaults import BACKEND, DEFAULTS, Reduction
+from fsd_fast.losses.gather import Gathers, joined_inter_structure, mean_over_processes, own_positions
 from fsd_kernels import GramBasis, InterStructure, frozen_gram, inter_structure, intra_cka
 
 PadFeatures = Literal["include", "exclude"]
@@ -52,8 +53,8 @@ def pair_layers(student: Features, teacher: Features) -> list[tuple[Tensor, Tens
     return list(zip(students, teachers, strict=True))
 
 
-class _StructureLoss(nn.Module):
-    """What the structure losses share: the padding policy and the backend."""
+class _StructureLoss(Gathers, nn.Module):
+    """What the structure losses share: padding policy, backend, and whether the batches of processes are joined."""
 
     def __init__(self, pad_features: PadFeatures, backend: str) -> None:
         super().__init__()
@@ -64,9 +65,13 @@ class _StructureLoss(nn.Module):
     def _mask(self, attention_mask: Tensor | None) -> Tensor | None:
         return attention_mask if self.pad_features == "exclude" else None
 
+    @property
+    def _inter_structure(self) -> Callable[..., InterStructure]:
+        return joined_inter_structure if self.gather else inter_structure
+
     def extra_repr(self) -> str:
         """Show the settings in repr."""
-        return f"pad_features={self.pad_features!r}, backend={self.backend!r}"
+        return f"pad_features={self.pad_features!r}, backend={self.backend!r}, gather={self.gather}"
 
 
 class IntraFeatureLoss(_StructureLoss):
@@ -118,6 +123,8 @@ class IntraFeatureLoss(_StructureLoss):
         if self.reduction == "mean_log":
             return cka.neg_log.mean()
         distance = cka.distance.mean(dim=1)
+        if self.gather:
+            distance = mean_over_processes(distance, cka.distance.shape[1])
         # Near CKA = 1 the logarithm of 1 - distance would round; near CKA = 0, 1e-8 - 1 would, to -1.
         near = distance < 0.5
         log1p = torch.log1p(1e-8 - torch.where(near, distance, 0.0))
@@ -153,12 +160,12 @@ class LocalInterFeatureLoss(_StructureLoss):
                 numbers of layers do not fit.
         """
         pairs = pair_layers(student, teacher)
-        if pairs[0][0].shape[0] == 1:
+        if pairs[0][0].shape[0] == 1 and not self.gather:
             raise ValueError(
                 "student: L_L compares the samples of a batch and needs at least 2, got a batch of 1"
             )
         mask = self._mask(attention_mask)
-        values = [inter_structure(*pair, mask=mask, backend=self.backend).local for pair in pairs]
+        values = [self._inter_structure(*pair, mask=mask, backend=self.backend).local for pair in pairs]
         return values[0] if len(values) == 1 else torch.stack(values).mean()
 
 
@@ -200,18 +207,25 @@ class GlobalInterFeatureLoss(_StructureLoss):
         self.gamma_m = gamma_m
         self._cached_basis: tuple[weakref.ref[Tensor], int, GramBasis] | None = None
 
-    def _basis(self, memory: Tensor, student: Tensor) -> GramBasis:
-        """The teacher memory with its own block of Gamma, computed once for as long as it stays unchanged."""
+    def _basis(self, memory: Tensor, student: Tensor, teacher: Tensor) -> GramBasis:
+        """The teacher memory with its own block of Gamma, computed once for as long as it stays unchanged.
+
+        Where processes join their batches, it is that of this process's columns.
+        """
         cached = self._cached_basis
         if torch.compiler.is_compiling():
             # A compiled graph cannot see whether the memory changed since, so it computes the block every time.
-            basis = frozen_gram(memory, backend=self.backend)
+            basis = self._frozen_gram(memory, teacher)
         elif cached is not None and cached[0]() is memory and cached[1] == memory._version:
             basis = cached[2]
         else:
-            basis = frozen_gram(memory, backend=self.backend)
+            basis = self._frozen_gram(memory, teacher)
             self._cached_basis = (weakref.ref(memory), memory._version, basis)
         return basis if student.dtype != torch.float64 else GramBasis(basis.memory, basis.gram.double())
+
+    def _frozen_gram(self, memory: Tensor, teacher: Tensor) -> GramBasis:
+        rows = own_positions(memory, teacher.shape[2]) if self.gather else memory
+        return frozen_gram(rows, backend=self.backend)
 
     def structures(
         self,
@@ -243,11 +257,11 @@ class GlobalInterFeatureLoss(_StructureLoss):
                 f"student_memory: expected {teacher_memory.shape[0]} centroids like teacher_memory, "
                 f"got {student_memory.shape[0]}"
             )
-        return inter_structure(
+        return self._inter_structure(
             student,
             teacher,
             student_memory,
-            self._basis(teacher_memory, student),
+            self._basis(teacher_memory, student, teacher),
             self._mask(attention_mask),
             backend=self.backend,
         )

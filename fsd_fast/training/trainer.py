@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from fsd_fast.data import SAMPLE_COLUMN
+from fsd_fast.files import named_write_errors
 from fsd_fast.losses import Signals
 from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.models.teacher import Teacher
@@ -20,6 +21,7 @@ from fsd_fast.training.distillation import DistillationModel
 from fsd_fast.training.finite import FiniteCheck
 from fsd_fast.training.manifest import break_seal, checkpoint_folders, remove_checkpoint, seal_checkpoint
 from fsd_fast.training.profile import StepProfile, time_steps
+from fsd_fast.training.stopping import StopAtSignal
 from fsd_fast.training.throughput import Throughput
 
 
@@ -36,6 +38,7 @@ class ClassifierTrainer(Trainer):
     - ``dataloader_drop_last`` drops samples of the training set alone; Trainer would drop them from the evaluation too.
     - A checkpoint counts once its manifest is written; only then are older ones removed, see ``manifest``.
     - Training stops at the first loss or gradient norm that is not finite, see ``FiniteCheck``.
+    - A signal stops it at the end of a step, with a checkpoint, see ``StopAtSignal``.
     - The log and the results of training say how fast the steps went, see ``Throughput``.
 
     Args:
@@ -49,6 +52,7 @@ class ClassifierTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.finite = FiniteCheck(str(self.args.output_dir))
         self.add_callback(self.finite)
+        self.add_callback(StopAtSignal())
         self.throughput = Throughput()
         self._profiles = profile_steps is not None
         if profile_steps is not None:
@@ -144,7 +148,8 @@ class ClassifierTrainer(Trainer):
             break_seal(folder)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            with named_write_errors(folder):
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()

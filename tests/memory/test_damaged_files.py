@@ -29,6 +29,7 @@ from fsd_fast.clustering.sketch import CountSketch
 from fsd_fast.clustering.two_pass import cluster_stream
 from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.untrusted import seal
+from tests.faults.registry import fault
 from tests.tiny import memory_identity
 
 S, D, K, N = 4, 8, 3, 40
@@ -175,6 +176,10 @@ def check_memory(folder: Path, memory: TeacherMemory) -> str:
     return text
 
 
+@fault(
+    "a memory whose files are cut, mutated or exchanged",
+    "whole, or refused in one line that names the file",
+)
 @pytest.mark.parametrize("name", ["memory.json", "memory.safetensors"])
 def test_a_mutated_memory_is_whole_or_refused(memory: TeacherMemory, tmp_path: Path, name: str) -> None:
     memory.save_pretrained(tmp_path)
@@ -207,6 +212,10 @@ def with_value(record: Any, path: tuple[Any, ...], value: Any) -> Any:
     return copy
 
 
+@fault(
+    "a memory with any field of another type or value, under a valid seal",
+    "refused in one line that names the file and the field",
+)
 def test_every_field_of_a_memory_is_checked_even_under_a_valid_seal(
     memory: TeacherMemory, tmp_path: Path
 ) -> None:
@@ -240,6 +249,10 @@ def _at(record: Any, path: tuple[Any, ...]) -> Any:
     return record
 
 
+@fault(
+    "a memory with a hostile tensor file: huge shapes, sizes of 2^63, wrong types",
+    "refused at once, in one line",
+)
 @pytest.mark.parametrize("content", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_hostile_tensor_file_under_a_valid_hash_is_refused(
     memory: TeacherMemory, tmp_path: Path, content: bytes
@@ -299,6 +312,10 @@ def read_cache(folder: Path, index: torch.Tensor) -> tuple[torch.Tensor | None, 
     return found, [str(each.message) for each in caught]
 
 
+@fault(
+    "a shard of the feature cache is cut, mutated or exchanged",
+    "whole, or left out and computed again",
+)
 @pytest.mark.parametrize("change", [mutated, header_mutated])
 def test_a_mutated_shard_is_whole_or_left_out(
     tmp_path: Path, change: Callable[[bytes, random.Random], bytes]
@@ -443,6 +460,10 @@ def continued(folder: Path) -> torch.Tensor:
     return cluster_stream(points(), K, seed=0, sketch_width=4, restarts=2, checkpoint=checkpoint).centroids
 
 
+@fault(
+    "the checkpoint of an interrupted build is cut or mutated",
+    "the same bits, or refused in one line",
+)
 def test_a_mutated_checkpoint_gives_the_same_bits_or_is_refused(tmp_path: Path) -> None:
     expected = left_checkpoint(tmp_path)
     paths = sorted(tmp_path.iterdir())
@@ -513,6 +534,10 @@ def test_every_field_of_a_checkpoint_is_checked_even_under_a_valid_seal(tmp_path
     assert not (tmp_path.parent.parent / "x").exists()
 
 
+@fault(
+    "names in a checkpoint lead out of its folder",
+    "nothing outside is read or written",
+)
 def test_names_in_a_checkpoint_never_leave_its_folder(tmp_path: Path) -> None:
     """Chunks have numbers and no names, so that no manifest can have another file read or removed."""
     folder = tmp_path / "checkpoint"

@@ -28,6 +28,7 @@ from fsd_fast.memory.features import FeatureBatch, MemoryIdentity
 from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.models.teacher import Teacher
 from fsd_fast.untrusted import seal
+from tests.faults.registry import fault
 from tests.tiny import memory_flags, memory_identity, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,6 +192,10 @@ def _kill_and_continue(folder: Path) -> None:
     raise SystemExit("the checkpoint of one process was continued by two")
 
 
+@fault(
+    "a memory build is killed at several of its batches, with one process and with two",
+    "continued, it ends with the same bits",
+)
 @pytest.mark.launcher
 def test_a_killed_build_continues_to_the_same_bits(tmp_path: Path) -> None:
     path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
@@ -225,6 +230,10 @@ def left(tmp_path: Path) -> Path:
     return tmp_path / "checkpoint"
 
 
+@fault(
+    "a build is continued with other settings",
+    "refused in one line that lists the differences",
+)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -18,7 +18,7 @@ from benchmarks.tables import markdown
 from fsd_fast.commands import COMMANDS, load_command
 from fsd_fast.commands.parsing import command_flags
 from fsd_fast.losses import METHODS
-from tools import flags_page, readme_tables
+from tools import faults_page, flags_page, readme_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -55,6 +55,12 @@ def slug(heading: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------- generated
+
+
+def test_the_table_of_faults_is_generated() -> None:
+    page = faults_page.PAGE.read_text(encoding="utf-8")
+    assert page == faults_page.page(page), "docs/faults.md: run python -m tools.faults_page"
+    assert len(list(faults_page.faults())) >= 30
 
 
 def test_flags_page_is_generated() -> None:
