@@ -37,6 +37,13 @@ class Gathers:
 
     gather = False
 
+    def check_gather(self) -> None:
+        """Check that its settings can go over the samples of all processes.
+
+        Raises:
+            ValueError: They cannot.
+        """
+
 
 def gather_features(module: nn.Module) -> bool:
     """Let the losses in a module go over the samples of all processes.
@@ -46,8 +53,13 @@ def gather_features(module: nn.Module) -> bool:
 
     Returns:
         Whether there is such a loss.
+
+    Raises:
+        ValueError: A loss has settings that compare the samples of one process alone.
     """
     found = [each for each in module.modules() if isinstance(each, Gathers)]
+    for each in found:
+        each.check_gather()
     for each in found:
         each.gather = True
     return bool(found)

@@ -289,6 +289,7 @@ class FSDTrainer(ClassifierTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the integrated loss of a micro-batch."""
+        self.distillation.objective.set_progress(self.state.global_step / max(1, self.state.max_steps))
         with section("teacher"):
             signals = self.signals(inputs)
         if self._clusters is not None and self._sample_index is not None:

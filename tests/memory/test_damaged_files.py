@@ -535,7 +535,7 @@ def test_every_field_of_a_checkpoint_is_checked_even_under_a_valid_seal(tmp_path
 
 
 @fault(
-    "names in a checkpoint lead out of its folder",
+    "names in a checkpoint of a build lead out of its folder",
     "nothing outside is read or written",
 )
 def test_names_in_a_checkpoint_never_leave_its_folder(tmp_path: Path) -> None:
