@@ -26,7 +26,6 @@ from fsd_fast.commands.memory_flags import Memories, StudentMemoryArguments, che
 from fsd_fast.commands.values import Range
 from fsd_fast.data import Task, resolve_model, samples_digest
 from fsd_fast.losses import METHODS, Objective, Setup
-from fsd_fast.losses.gather import gather_features
 from fsd_fast.memory.features import model_fingerprint
 from fsd_fast.models.layers import parse_layer_pairs, penultimate_pair
 from fsd_fast.models.loading import load_tokenizer, read_config
@@ -51,7 +50,7 @@ class DistillationArguments:
     """The ``distill`` command: student and teacher."""
 
     teacher_model_name_or_path: str | None = flag(
-        "The fine-tuned teacher. Method 'finetune' reads only what it says of the student's start and depth.",
+        "The fine-tuned teacher. Method 'finetune' needs none and is only compared with it.",
         None,
     )
     model_name_or_path: str | None = flag(
@@ -71,11 +70,6 @@ class DistillationArguments:
         "Folder for the teacher's logits on those splits: written once, read by other runs with the same teacher.",
         None,
         writes=True,
-    )
-    gather_features: bool = flag(
-        "Compare the samples of all processes: the structures are then those of one process with the joined batch. "
-        "Without it each of n processes compares its own samples, and L_L is the mean over n batches.",
-        False,
     )
 
 
@@ -121,12 +115,10 @@ def prepare(
     source = _student_source(arguments, teacher_path)
     setup, student_layers = _setup(data_arguments, arguments, loss, teacher_path or source, source)
     objective = METHODS[method].build(loss.settings(), setup)
-    if arguments.gather_features:
-        _gather(objective, method)
     _check_batches(objective, method, run)
     if objective.requires.memories:
         check_memory_flags(memory, method, run)
-    if not objective.requires.teacher:
+    if not objective.requires.teacher and not arguments.fidelity:
         teacher_path = None
     models = _load_models(data_arguments, task, teacher_path, source, student_layers)
     _check_cls_token(objective, method, models.tokenizer, source)
@@ -136,22 +128,8 @@ def prepare(
         memories = open_memories(memory, data_arguments, task, run, models.teacher, models.student)
         if resume is None:
             memories = memories.with_start(memory, data, run, models.student)
-    trainer = FSDTrainer(
-        model=DistillationModel(models.student, objective, None if memories is None else memories.student),
-        args=run,
-        train_dataset=data.train,
-        eval_dataset=evaluation_sets(data),
-        data_collator=data.collator,
-        processing_class=models.tokenizer,
-        compute_metrics=metrics_of(task),
-        teacher=models.teacher,
-        teacher_memory=None if memories is None else memories.teacher,
-        start_memory=None if memories is None else memories.start,
-        memory_learning_rate=memory.memory_learning_rate,
-        profile_steps=run.profile,
-    )
-    facts = _facts(setup, student_layers, models, memories)
-    facts["train_data"] = samples_digest(data.train)
+    trainer = _trainer(run, models, objective, data, memory, memories)
+    facts = _facts(setup, student_layers, models, memories, data)
     record = make_record("distill", data_arguments, arguments, memory, loss, run, **facts)
     if resume is not None:
         record = check_resumed(record, resume, run.allow_changes)
@@ -165,22 +143,46 @@ def prepare(
         len(data.train),
         models.tokenizer,
         f"{student_layers}-layer student for {task.name}, "
-        + (f"distilled by {method}" if models.teacher else "trained without a teacher"),
+        + (f"distilled by {method}" if objective.requires.teacher else "trained without a teacher"),
         record,
         functools.partial(
-            score_splits, trainer, data.evaluation, task, _teacher_logits(arguments, trainer, data)
+            score_splits, trainer, data.evaluation, task, _teacher_logits(arguments, models, trainer, data)
         ),
     )
 
 
+def _trainer(
+    run: DistillRunArguments,
+    models: _Models,
+    objective: Objective,
+    data: TaskData,
+    memory: StudentMemoryArguments,
+    memories: Memories | None,
+) -> FSDTrainer:
+    return FSDTrainer(
+        model=DistillationModel(models.student, objective, None if memories is None else memories.student),
+        args=run,
+        train_dataset=data.train,
+        eval_dataset=evaluation_sets(data),
+        data_collator=data.collator,
+        processing_class=models.tokenizer,
+        compute_metrics=metrics_of(data.task),
+        teacher=models.teacher if objective.requires.teacher else None,
+        teacher_memory=None if memories is None else memories.teacher,
+        start_memory=None if memories is None else memories.start,
+        memory_learning_rate=memory.memory_learning_rate,
+        profile_steps=run.profile,
+    )
+
+
 def _teacher_logits(
-    arguments: DistillationArguments, trainer: FSDTrainer, data: TaskData
+    arguments: DistillationArguments, models: _Models, trainer: FSDTrainer, data: TaskData
 ) -> TeacherLogits | None:
     """The teacher's logits that the student's are compared with when training ends."""
-    if not arguments.fidelity or trainer.teacher is None:
+    if not arguments.fidelity or models.teacher is None:
         return None
     return TeacherLogits(
-        trainer.teacher,
+        models.teacher,
         data.collator,
         batch_size=trainer.args.per_device_eval_batch_size,
         device=trainer.args.device,
@@ -213,7 +215,9 @@ def _setup(
     return setup, student_layers
 
 
-def _facts(setup: Setup, student_layers: int, models: _Models, memories: Memories | None) -> dict[str, Any]:
+def _facts(
+    setup: Setup, student_layers: int, models: _Models, memories: Memories | None, data: TaskData
+) -> dict[str, Any]:
     """What the record of the run says beside its flags."""
     teacher = models.teacher
     return {
@@ -223,13 +227,8 @@ def _facts(setup: Setup, student_layers: int, models: _Models, memories: Memorie
         "parameters": parameter_count(models.student),
         "teacher_parameters": None if teacher is None else parameter_count(teacher.model),
         "teacher_fingerprint": None if teacher is None else model_fingerprint(teacher.model)[:16],
+        "train_data": samples_digest(data.train),
     }
-
-
-def _gather(objective: Objective, method: str) -> None:
-    """Let the losses of an objective go over the batches of all processes."""
-    if not objective.requires.student_layers or not gather_features(objective):
-        raise ValueError(f"gather_features: method {method!r} has no loss that compares samples, got true")
 
 
 def _check_device(backend: str, run: RunArguments) -> None:

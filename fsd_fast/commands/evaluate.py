@@ -21,7 +21,8 @@ from fsd_fast.commands.flags import DataArguments, flag
 from fsd_fast.commands.values import Range
 from fsd_fast.data import Task, resolve_model
 from fsd_fast.files import write_json
-from fsd_fast.models.loading import load_tokenizer
+from fsd_fast.models.labels import saved_labels
+from fsd_fast.models.loading import load_tokenizer, read_config
 from fsd_fast.models.teacher import Teacher
 from fsd_fast.training.teacher_logits import TeacherLogits, score_splits
 from fsd_fast.training.trainer import ClassifierTrainer
@@ -56,9 +57,12 @@ def prepare(data_arguments: DataArguments, arguments: EvaluationArguments) -> Wo
         raise ValueError(
             "teacher_logits_dir: expected --teacher_model_name_or_path with it, whose logits are kept there"
         )
-    task, splits = read_task(data_arguments)
     path = resolve_model(arguments.model_name_or_path)
     tokenizer = load_tokenizer(path)
+    labels = None if data_arguments.train_file is not None else saved_labels(read_config(path))
+    task, splits = read_task(data_arguments, needs=(), labels=labels)
+    if not task.eval_splits:
+        raise ValueError("train_file: expected --validation_file or --test_file beside it, got none to score")
     saved = _load(path, tokenizer, task, data_arguments, "model_name_or_path")
     teacher = None
     if arguments.teacher_model_name_or_path is not None:

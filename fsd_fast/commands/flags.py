@@ -42,15 +42,35 @@ def flag(
     return field(default=default, metadata=metadata)
 
 
+DEFAULT_TASK = "reviews"
+
+
 @dataclass
 class DataArguments:
     """What is read, and how it becomes batches."""
 
-    task_name: str = flag("Task: a GLUE task, 'reviews' or 'reviews-score'.", "reviews")
+    task_name: str = flag(
+        "Task: a GLUE task, 'reviews' or 'reviews-score'. For files of one's own a name for them, by default that of "
+        "the file.",
+        DEFAULT_TASK,
+    )
     data_dir: str | None = flag(
         "Folder of the official GLUE TSV files (or its parent). Default: built-in data for the reviews tasks, "
         "the Hub for GLUE.",
         None,
+    )
+    train_file: str | None = flag("Training rows of one's own: a CSV, TSV or JSON lines file.", None)
+    validation_file: str | None = flag("Evaluation rows of one's own.", None)
+    test_file: str | None = flag("Test rows of one's own, for evaluate and predict.", None)
+    text_columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns of one's own files that hold the text: one, or two for pairs. Default: sentence."
+        },
+    )
+    label_column: str = flag("Column of one's own files that holds the label.", "label")
+    label_type: Literal["classes", "score"] = flag(
+        "Whether labels of one's own files are names of classes, or numbers to predict.", "classes"
     )
     max_seq_length: int = flag(
         "Tokens S of a sample, special tokens included; longer ones are cut.", 128, numbers=Range(minimum=2)
@@ -61,10 +81,12 @@ class DataArguments:
         "exclude",
     )
     max_train_samples: int | None = flag(
-        "Use only the first so many training samples; not for evaluate.", None, numbers=Range(minimum=1)
+        "Use only the first so many training samples, in the order of --subset_seed; not for evaluate.",
+        None,
+        numbers=Range(minimum=1),
     )
     subset_seed: int | None = flag(
-        "Order in which training samples are chosen by --max_train_samples and --heldout_samples. Default: the file's.",
+        "Seed of the order in which training samples are chosen and held out. Default: the order of the data.",
         None,
         numbers=Range(minimum=0, maximum=2**32 - 1),
     )

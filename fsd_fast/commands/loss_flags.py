@@ -9,6 +9,7 @@ from typing import Any, Literal
 from fsd_fast.commands.flags import flag
 from fsd_fast.commands.values import Range
 from fsd_fast.losses import DEFAULTS, METHODS, LossSettings
+from fsd_fast.losses.defaults import BACKEND, METHOD
 
 # The squares that Adam keeps of gradients weighted like this stay within float32.
 _WEIGHTS = Range(minimum=0, maximum=1e6)
@@ -21,7 +22,7 @@ class LossArguments:
     method: str = flag(
         "The loss. Letters i, l, g of the fsd methods stand for the structures L_I, L_L, L_G. A method refuses the "
         "settings that it does not read.",
-        "fsd_ilg",
+        METHOD,
         choices=tuple(METHODS),
     )
     layer_pairs: str | None = flag(
@@ -92,8 +93,13 @@ class LossArguments:
         DEFAULTS.minilm_relation_heads,
         numbers=Range(minimum=1),
     )
+    gather_features: bool = flag(
+        "Compare the samples of all processes: the structures are then those of one process with the joined batch. "
+        "Without it each of n processes compares its own samples, and L_L is the mean over n batches.",
+        DEFAULTS.gather_features,
+    )
     backend: Literal["auto", "triton", "eager", "reference"] = flag(
-        "Kernels of the structure losses.", "auto"
+        "Kernels of the structure losses.", BACKEND
     )
 
     def settings(self) -> LossSettings:

@@ -1,4 +1,8 @@
-"""The weights and settings of all methods, with their defaults: one place for the losses and for the flags."""
+"""The weights and settings of all methods, with their defaults: one place for the losses and for the flags.
+
+``pad_features`` alone differs by intent: the modules follow the paper ("include"), ``distill`` leaves padding out
+("exclude").
+"""
 
 from __future__ import annotations
 
@@ -54,6 +58,12 @@ class LossSettings(NamedTuple):
     """Of MiniLM's self-attention relations."""
     minilm_relation_heads: int = 48
     """Relation heads of MiniLM: Wang et al. (2021), for teachers of BERT-base's size."""
+    gather_features: bool = False
+    """Whether the structures go over the samples of all processes."""
 
 
 DEFAULTS = LossSettings()
+METHOD = "fsd_ilg"
+"""The method by default: all structures."""
+BACKEND = "auto"
+"""The backend by default: Triton kernels on a GPU, torch operations elsewhere."""

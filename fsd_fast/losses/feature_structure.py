@@ -44,7 +44,7 @@ class FeatureStructureObjective(Objective):
         self, student: Signals, teacher: Signals, labels: Tensor, attention_mask: Tensor | None
     ) -> ObjectiveOutput:
         """Return the integrated loss and its terms."""
-        last = self._penultimate
+        pair = self._penultimate
         loss, components = self.loss(
             student.logits,
             teacher.logits,
@@ -52,8 +52,8 @@ class FeatureStructureObjective(Objective):
             [student.hidden_states[layer] for _, layer in self._pairs],
             [teacher.hidden_states[layer] for layer, _ in self._pairs],
             attention_mask,
-            student_penultimate=None if last is None else student.hidden_states[last[1]],
-            teacher_penultimate=None if last is None else teacher.hidden_states[last[0]],
+            student_penultimate=None if pair is None else student.hidden_states[pair[1]],
+            teacher_penultimate=None if pair is None else teacher.hidden_states[pair[0]],
             student_memory=student.memory,
             teacher_memory=teacher.memory,
             structure_weight=self.structure_weight,

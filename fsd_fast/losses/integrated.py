@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fsd_fast.losses._checks import check_choice, check_weights
-from fsd_fast.losses.defaults import DEFAULTS, DistanceScale, Estimator, Measure, Reduction
+from fsd_fast.losses.defaults import BACKEND, DEFAULTS, METHOD, DistanceScale, Estimator, Measure, Reduction
 from fsd_fast.losses.logits import LogitDistillationLoss
 from fsd_fast.losses.structures import (
     Features,
@@ -16,7 +16,7 @@ from fsd_fast.losses.structures import (
     IntraFeatureLoss,
     LocalInterFeatureLoss,
     PadFeatures,
-    layer_pairs,
+    pair_layers,
 )
 from fsd_fast.sections import section
 
@@ -66,7 +66,7 @@ class FeatureStructureLoss(nn.Module):
 
     def __init__(
         self,
-        method: str = "fsd_ilg",
+        method: str = METHOD,
         *,
         alpha: float = DEFAULTS.alpha,
         temperature: float = DEFAULTS.temperature,
@@ -77,7 +77,7 @@ class FeatureStructureLoss(nn.Module):
         gamma_m: float = DEFAULTS.gamma_m,
         reduction: Reduction = DEFAULTS.intra_reduction,
         pad_features: PadFeatures = "include",
-        backend: str = "auto",
+        backend: str = BACKEND,
         measure: Measure = DEFAULTS.measure,
         estimator: Estimator = DEFAULTS.estimator,
         distance_scale: DistanceScale = DEFAULTS.distance_scale,
@@ -141,7 +141,7 @@ class FeatureStructureLoss(nn.Module):
             loss, hard, soft = self.logits.components(student_logits, teacher_logits, labels)
         components = {"loss_vkd": loss, "loss_hard": hard, "loss_soft": soft}
         structures = torch.zeros_like(loss)
-        pairs = layer_pairs(student_features, teacher_features) if self.uses_intra or self.uses_local else []
+        pairs = pair_layers(student_features, teacher_features) if self.uses_intra or self.uses_local else []
         shared: Tensor | None = None
         if self.uses_global:
             needed = (student_penultimate, student_memory, teacher_penultimate, teacher_memory)

@@ -11,8 +11,9 @@ from fsd_fast.losses.baselines import (
     PatientObjective,
     RelationalObjective,
 )
-from fsd_fast.losses.defaults import LossSettings
+from fsd_fast.losses.defaults import BACKEND, LossSettings
 from fsd_fast.losses.feature_structure import FeatureStructureObjective
+from fsd_fast.losses.gather import gather_features
 from fsd_fast.losses.integrated import STRUCTURES, FeatureStructureLoss
 from fsd_fast.losses.logits import LogitDistillationLoss
 from fsd_fast.losses.objective import Objective
@@ -34,7 +35,7 @@ class Setup(NamedTuple):
     """Hidden size of the student."""
     pad_features: PadFeatures = "exclude"
     """Whether padding counts in the features."""
-    backend: str = "auto"
+    backend: str = BACKEND
     """Kernels of the Gram matrices."""
 
 
@@ -84,7 +85,7 @@ def _feature_structure(name: str) -> Method:
     settings = set(_LOGITS)
     terms = ["L_VKD"]
     if intra or local or global_:
-        settings |= {"beta", "backend", *_SCHEDULE}
+        settings |= {"beta", "backend", "gather_features", *_SCHEDULE}
     if intra or local:
         settings |= {"layer_pairs", "measure", "estimator"}
     if intra:
@@ -114,6 +115,8 @@ def _feature_structure(name: str) -> Method:
             estimator=given.estimator,
             distance_scale=given.distance_scale,
         )
+        if given.gather_features:
+            gather_features(loss)
         return FeatureStructureObjective(loss, setup.layer_pairs, setup.penultimate, _schedule(given))
 
     return Method(", ".join(terms), frozenset(settings), build)

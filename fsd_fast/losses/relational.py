@@ -24,9 +24,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from fsd_fast.losses._checks import check_choice, check_weights
-from fsd_fast.losses.defaults import DEFAULTS
+from fsd_fast.losses.defaults import BACKEND, DEFAULTS
 from fsd_fast.losses.gather import Gathers, gammas
-from fsd_fast.losses.structures import PadFeatures, layer_pairs
+from fsd_fast.losses.structures import PadFeatures, pair_layers
 
 # Cosines that are in memory at once: more than that, and the backward computes them again.
 _MOST_COSINES = 2**24
@@ -103,7 +103,7 @@ class RelationalLoss(Gathers, nn.Module):
         distance_weight: float = DEFAULTS.rkd_distance_weight,
         angle_weight: float = DEFAULTS.rkd_angle_weight,
         pad_features: PadFeatures = "include",
-        backend: str = "auto",
+        backend: str = BACKEND,
     ) -> None:
         super().__init__()
         check_weights(distance_weight=distance_weight, angle_weight=angle_weight)
@@ -135,7 +135,7 @@ class RelationalLoss(Gathers, nn.Module):
             TypeError: Features are not floating tensors.
             ValueError: Shapes or devices do not fit.
         """
-        ((student, teacher),) = layer_pairs(student, teacher)
+        ((student, teacher),) = pair_layers(student, teacher)
         mask = attention_mask if self.pad_features == "exclude" else None
         dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
         rounding = 64 * torch.finfo(dtype).eps

@@ -1,7 +1,7 @@
 """The structure losses, as modules named as in the paper.
 
     L_I = mean_i -log CKA(X_i, Y_i)              tokens of one sample against each other             [eq. 6]
-    L_L = -log CKA(h_T, h_S)                     samples of the batch against each other             [eq. 7]
+    L_L = -log CKA(h_S, h_T)                     samples of the batch against each other             [eq. 7]
     L_G = gamma_m F^E + (1 - gamma_m) F^C + F_MM samples and centroids of two memories               [eq. 8-10]
 
 Features are hidden states ``[B, S, D]``: B samples, S tokens, D hidden; h is a sample flattened to S * D.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fsd_fast.losses._checks import check_choice, check_unit_interval
-from fsd_fast.losses.defaults import DEFAULTS, DistanceScale, Estimator, Measure, Reduction
+from fsd_fast.losses.defaults import BACKEND, DEFAULTS, DistanceScale, Estimator, Measure, Reduction
 from fsd_fast.losses.distances import scaled_structures
 from fsd_fast.losses.gather import Gathers, joined_inter_structure, mean_over_processes, own_positions
 from fsd_fast.losses.measures import check_measure, intra_losses, local_loss
@@ -41,7 +41,7 @@ def _as_layers(name: str, features: Features) -> list[Tensor]:
     return layers
 
 
-def layer_pairs(student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:
+def pair_layers(student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:
     """Pair the student's layers with the teacher's, checked: [B, S, D_s] and [B, S, D_t] each."""
     students, teachers = _as_layers("student", student), _as_layers("teacher", teacher)
     if len(students) != len(teachers):
@@ -121,7 +121,7 @@ class IntraFeatureLoss(_MeasuredLoss):
         self,
         reduction: Reduction = DEFAULTS.intra_reduction,
         pad_features: PadFeatures = "include",
-        backend: str = "auto",
+        backend: str = BACKEND,
         *,
         measure: Measure = DEFAULTS.measure,
         estimator: Estimator = DEFAULTS.estimator,
@@ -156,7 +156,7 @@ class IntraFeatureLoss(_MeasuredLoss):
             TypeError: Features are not floating tensors.
             ValueError: Shapes, devices or the numbers of layers do not fit.
         """
-        pairs = layer_pairs(student, teacher)
+        pairs = pair_layers(student, teacher)
         if pairs[0][0].shape[0] == 0:
             return sum(
                 (layer.float().sum() for layer, _ in pairs), start=torch.zeros((), device=pairs[0][0].device)
@@ -180,7 +180,7 @@ class IntraFeatureLoss(_MeasuredLoss):
 
 
 class LocalInterFeatureLoss(_MeasuredLoss):
-    """L_L = -log CKA(h_T, h_S): how the samples of a batch relate to each other [eq. 7].
+    """L_L = -log CKA(h_S, h_T): how the samples of a batch relate to each other [eq. 7].
 
     With another measure or estimator it is what ``fsd_fast.losses.measures`` says.
 
@@ -197,7 +197,7 @@ class LocalInterFeatureLoss(_MeasuredLoss):
     def __init__(
         self,
         pad_features: PadFeatures = "include",
-        backend: str = "auto",
+        backend: str = BACKEND,
         *,
         measure: Measure = DEFAULTS.measure,
         estimator: Estimator = DEFAULTS.estimator,
@@ -224,7 +224,7 @@ class LocalInterFeatureLoss(_MeasuredLoss):
             ValueError: The batch has one sample (nothing to compare it with), or shapes, devices or the
                 numbers of layers do not fit.
         """
-        pairs = layer_pairs(student, teacher)
+        pairs = pair_layers(student, teacher)
         if pairs[0][0].shape[0] == 1 and not self.gather:
             raise ValueError(
                 "student: L_L compares the samples of a batch and needs at least 2, got a batch of 1"
@@ -253,6 +253,9 @@ class GlobalInterFeatureOutput(NamedTuple):
 class GlobalInterFeatureLoss(_StructureLoss):
     """L_G = gamma_m F^E + (1 - gamma_m) F^C + F_MM: samples against the memory of the training set [eq. 8-10].
 
+    Unless ``backend`` is "reference", the cosine of a sample and a centroid counts as 0 if one is more than 1024 times
+    (in float32) as long as the other.
+
     Args:
         gamma_m: Weight of the Euclidean term against the cosine term, in [0, 1].
         pad_features: "include": all S positions count and features are as wide as the memories. "exclude":
@@ -270,7 +273,7 @@ class GlobalInterFeatureLoss(_StructureLoss):
         self,
         gamma_m: float = DEFAULTS.gamma_m,
         pad_features: PadFeatures = "include",
-        backend: str = "auto",
+        backend: str = BACKEND,
         *,
         distance_scale: DistanceScale = DEFAULTS.distance_scale,
     ) -> None:
@@ -310,7 +313,7 @@ class GlobalInterFeatureLoss(_StructureLoss):
         attention_mask: Tensor | None = None,
     ) -> InterStructure:
         """Return F_MM, F^E, F^C and, from the same pass over the features, L_L. Arguments as in ``forward``."""
-        ((student, teacher),) = layer_pairs(student, teacher)
+        ((student, teacher),) = pair_layers(student, teacher)
         for name, memory, features in (
             ("student_memory", student_memory, student),
             ("teacher_memory", teacher_memory, teacher),

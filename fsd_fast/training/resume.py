@@ -28,10 +28,12 @@ _FREE_PREFIXES = ("logging_", "log_", "save_", "trackio_", "project")
 _FIXED = frozenset(
     {
         "adam_beta1", "adam_beta2", "adam_epsilon", "command", "data_seed", "dataloader_drop_last",
-        "gradient_accumulation_steps", "heldout_samples", "learning_rate", "lr_scheduler_kwargs", "lr_scheduler_type",
-        "max_seq_length", "max_train_samples", "method", "num_centroid", "num_layers", "optim", "optim_args",
-        "per_device_train_batch_size", "seed", "student_layers", "subset_seed", "task_name", "train_sampling_strategy",
-        "warmup_steps", "weight_decay", "world_size",
+        "gradient_accumulation_steps", "heldout_samples", "label_column", "label_type",
+        "learning_rate", "lr_scheduler_kwargs", "lr_scheduler_type", "max_seq_length",
+        "max_train_samples", "method", "num_centroid", "num_layers", "optim", "optim_args",
+        "per_device_train_batch_size", "seed", "student_layers", "subset_seed", "task_name",
+        "text_columns", "train_file", "train_sampling_strategy", "warmup_steps", "weight_decay",
+        "world_size",
     }
 )  # fmt: skip
 # Facts that a checkpoint depends on, beside the flags. Runs of earlier versions lack some of them.

@@ -55,4 +55,4 @@ def test_the_losses_and_the_weights_are_those_of_one_process(tiny, steady, tmp_p
 
 def test_a_method_without_structures_is_refused(tiny, tmp_path, capsys):
     assert main(["distill", *tiny.distillation(tmp_path / "run", "vkd"), "--gather_features", "true"]) == 2
-    assert "gather_features: method 'vkd' has no loss that compares samples" in capsys.readouterr().err
+    assert "gather_features: method 'vkd' does not read it, but fsd_i, fsd_l" in capsys.readouterr().err
