@@ -1,4 +1,4 @@
-"""What the losses promise whatever the data: one test, or one small group, for each promise."""
+"""What holds of the ops and losses whatever the data: one test, or one small group, for each invariant."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from fsd_fast.losses import (
     IntraFeatureLoss,
     LocalInterFeatureLoss,
 )
-from fsd_kernels import frozen_gram, gram, inter_structure, intra_cka
-from tests.kernel_cases import bert_features, centroids, ragged_mask
+from fsd_kernels import frozen_gram, gram, inter_structure, intra_cka, structure
+from tests.interpreted import DEVICE, kept_mask, normal, on_triton
+from tests.kernel_cases import bert_features, centroids, ragged_mask, value_and_gradient
 
 BACKENDS = ["eager", "reference"]
 F32, F64 = torch.float32, torch.float64
@@ -406,6 +407,24 @@ def test_repeated_calls_give_the_same_bits() -> None:
         assert all(torch.equal(x, y) for x, y in zip(first, found, strict=True))
 
 
+@on_triton
+def test_kernels_give_the_same_bits_whatever_the_mask_drops() -> None:
+    mask = kept_mask("ragged", 3, 9)
+    assert mask is not None
+    student, teacher = normal(3, 9, 32, seed=1), normal(3, 9, 32, seed=2)
+    memories = normal(4, 288, seed=3), normal(4, 288, seed=4)
+    results = []
+    for garbage in (float("nan"), 1e30):
+        x = student.masked_fill(~mask[:, :, None], garbage).requires_grad_()
+        m = memories[0].clone().requires_grad_()
+        intra = intra_cka(x, teacher, mask, backend="triton")
+        inter = inter_structure(x, teacher, m, memories[1], mask, backend="triton")
+        (intra.neg_log.sum() + torch.stack(inter).sum()).backward()
+        results.append([intra.distance, intra.neg_log, torch.stack(inter), x.grad, m.grad])
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_global_seed_is_touched(backend: str) -> None:
     def states() -> tuple[Any, ...]:
@@ -438,6 +457,47 @@ def test_gradients_have_the_dtype_of_their_input(memory_dtype: torch.dtype, dtyp
         assert values[name].dtype == wide
         assert (d_student.dtype, d_memory.dtype) == (dtype, memory_dtype)
         assert d_student.shape == student.shape
+
+
+@on_triton
+def test_kernels_refuse_float64() -> None:
+    x = torch.randn(2, 3, 4, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(TypeError, match="float16, bfloat16 or float32"):
+        intra_cka(x, x, backend="triton")
+    with pytest.raises(TypeError, match="float16, bfloat16 or float32"):
+        intra_cka(x.float(), x, backend="triton")
+    with pytest.raises(TypeError, match="float16, bfloat16 or float32"):
+        gram(x, backend="triton")
+    with pytest.raises(TypeError, match="float16, bfloat16 or float32"):
+        gram(x.float(), x.flatten(1), backend="triton")
+    with pytest.raises(TypeError, match="float16, bfloat16 or float32"):
+        structure(x[0, :, :3], x[1, :, :3], backend="triton")
+
+
+def test_inputs_need_not_be_contiguous() -> None:
+    student, teacher = bert_features(3, 6, 5, seed=1), bert_features(3, 6, 8, seed=2)
+    memory, given = centroids(4, 6, 5), centroids(4, 6, 8)
+    mask = ragged_mask(3, 6, lengths=[6, 4, 2])
+
+    def losses(x: Tensor, m: Tensor, t: Tensor, g: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
+        return *intra_cka(x, t, kept), *inter_structure(x, t, m, g, kept)
+
+    expected = value_and_gradient(lambda x, m: losses(x, m, teacher, given, mask), [student, memory])
+
+    def strided(x: Tensor) -> Tensor:
+        """The same values, laid out the other way round and with gaps."""
+        gaps = x.permute(*reversed(range(x.ndim))).repeat_interleave(2, dim=0).contiguous()
+        return gaps[::2].permute(*reversed(range(x.ndim)))
+
+    views = [strided(x) for x in (teacher, given, mask)]
+    assert not any(view.is_contiguous() for view in views)
+    actual = value_and_gradient(lambda x, m: losses(strided(x), strided(m), *views), [student, memory])
+    for value, truth in zip(sum(actual, []), sum(expected, []), strict=True):
+        torch.testing.assert_close(value, truth, rtol=1e-12, atol=1e-12)
+    leaf = strided(student).requires_grad_()
+    intra_cka(leaf, teacher).neg_log.sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
