@@ -17,7 +17,8 @@ _FREE = frozenset(
     {
         "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory",
         "dataloader_prefetch_factor", "disable_tqdm", "do_eval", "eval_accumulation_steps", "eval_delay",
-        "eval_on_start", "eval_steps", "eval_strategy", "greater_is_better", "include_num_input_tokens_seen",
+        "early_stopping_patience", "early_stopping_threshold", "eval_on_start", "eval_steps", "eval_strategy",
+        "greater_is_better", "include_num_input_tokens_seen",
         "load_best_model_at_end", "max_eval_samples", "max_steps", "metric_for_best_model", "num_train_epochs",
         "per_device_eval_batch_size", "report_to", "run_name", "skip_memory_metrics",
     }
