@@ -10,12 +10,12 @@ DOCS_STAMP := $(VENV)/.docs-installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install data demo test test-distributed test-faults test-triton lint docs kernels-report mutate bench clean
+.PHONY: help install data demo test fuzz test-distributed test-faults test-triton lint docs kernels-report mutate bench clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
 	@echo "also: make install, make data, make lint, make docs, make clean, make kernels-report, make mutate, make bench,"
-	@echo "      make test-faults, make test-distributed, make test-triton TRITON=3.7.1"
+	@echo "      make fuzz, make test-faults, make test-distributed, make test-triton TRITON=3.7.1"
 
 $(STAMP): setup.py pyproject.toml constraints.txt tools/setup_env.sh
 	@PYTHON=$(PYTHON) VENV=$(VENV) bash tools/setup_env.sh
@@ -33,6 +33,10 @@ demo: data
 test: data
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not launcher and not slow" tests
 	@$(BIN)/python -m pytest -m "launcher and not slow" tests
+
+# More than 10,000 cases: shapes of the losses, flags, and bytes of files. make test runs one in 25 of them.
+fuzz: data
+	@FSD_FUZZ=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/fuzz
 
 # The same losses on every layout of processes; under 20 minutes on 2 cores.
 test-distributed: data
