@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fsd_kernels
-from fsd_kernels import _backend, frozen_gram, gram, inter_structure, intra_cka, structure, update
+from fsd_kernels import _backend, assign, frozen_gram, gram, inter_structure, intra_cka, structure, update
 from fsd_kernels.kmeans import eager as kmeans_eager
 from tests.interpreted import normal, on_triton
 from tests.kernel_cases import (
