@@ -24,6 +24,7 @@ class TaskData:
     """A task, tokenized."""
 
     task: Task
+    tokenizer: PreTrainedTokenizerBase
     train: Dataset
     evaluation: dict[str, Dataset]
     collator: PadCollator
@@ -47,6 +48,7 @@ def load_data(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> T
 
     return TaskData(
         task,
+        tokenizer,
         split("train", arguments.max_train_samples),
         {name: split(name, arguments.max_eval_samples) for name in task.eval_splits},
         PadCollator(tokenizer, arguments.pad_features, arguments.max_seq_length),

@@ -16,11 +16,11 @@ from fsd_fast.commands._common import (
     TaskData,
     Work,
     check_model,
-    check_outputs,
     evaluation_sets,
     load_data,
     metrics_of,
 )
+from fsd_fast.commands._teacher import CacheArguments, OpenedTeacher, open_teacher, writer_lock
 from fsd_fast.commands.flags import LEARNING_RATES, DataArguments, RunArguments, flag
 from fsd_fast.commands.values import Range
 from fsd_fast.data import Task, get_task, resolve_model
@@ -30,9 +30,8 @@ from fsd_fast.memory.start import check_training_set, start_from_clusters
 from fsd_fast.memory.student_memory import StudentMemory
 from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.models.layers import parse_layer_pairs, penultimate_pair
-from fsd_fast.models.loading import load_tokenizer, read_config
+from fsd_fast.models.loading import load_tokenizer, read_config, skeleton
 from fsd_fast.models.student import load_classifier, parameter_count
-from fsd_fast.models.teacher import Teacher
 from fsd_fast.models.whole_weights import whole_weights
 from fsd_fast.training.checkpoints import find_checkpoint
 from fsd_fast.training.distillation import DistillationModel, export_state
@@ -40,6 +39,7 @@ from fsd_fast.training.export import check_export
 from fsd_fast.training.record import RECORD_FILE, make_record, read_record
 from fsd_fast.training.resume import check_resumed
 from fsd_fast.training.run import choose_best_metric, finish_run
+from fsd_fast.training.teacher_source import CachedTeacher, CacheScan
 from fsd_fast.training.trainer import FSDTrainer
 from fsd_kernels import resolve_backend
 
@@ -126,20 +126,14 @@ class DistillRunArguments(RunArguments):
     )
 
 
-ARGUMENTS = (DataArguments, DistillationArguments, DistillRunArguments)
-
-
-@dataclass(frozen=True)
-class _Models:
-    """What a distillation starts from."""
-
-    tokenizer: PreTrainedTokenizerBase
-    teacher: Teacher
-    student: PreTrainedModel
+ARGUMENTS = (DataArguments, CacheArguments, DistillationArguments, DistillRunArguments)
 
 
 def prepare(
-    data_arguments: DataArguments, arguments: DistillationArguments, run: DistillRunArguments
+    data_arguments: DataArguments,
+    cache_arguments: CacheArguments,
+    arguments: DistillationArguments,
+    run: DistillRunArguments,
 ) -> Work:
     """Check the input; return the work that trains a student next to its frozen teacher."""
     resume = find_checkpoint(
@@ -157,50 +151,84 @@ def prepare(
     penultimate = penultimate_pair(teacher_layers, student_layers)
     objective = FeatureStructureObjective(_loss(data_arguments, arguments), layer_pairs, penultimate)
     _check_batches(objective, arguments, run)
-    models = _load_models(data_arguments, task, teacher_path, source, student_layers)
-    teacher_memory, student_memory = _memories(data_arguments, arguments, objective, models, run.seed)
-    data = load_data(data_arguments, models.tokenizer)
-    start_memory = None
-    if resume is None:
-        start_memory = _memory_start(arguments, run, models.student, data, teacher_memory, student_memory)
-    trainer = FSDTrainer(
-        model=DistillationModel(models.student, objective, student_memory),
-        args=run,
-        train_dataset=data.train,
-        eval_dataset=evaluation_sets(data),
-        data_collator=data.collator,
-        processing_class=models.tokenizer,
-        compute_metrics=metrics_of(task),
-        teacher=models.teacher,
-        teacher_memory=teacher_memory,
-        start_memory=start_memory,
-        memory_learning_rate=arguments.memory_learning_rate,
-    )
+    data = load_data(data_arguments, _load_tokenizer(data_arguments, task, teacher_path, source))
+    precision = "bfloat16" if run.bf16 else "float16" if run.fp16 else "float32"
+    layers = objective.requires.teacher_layers
+    teacher = open_teacher(teacher_path, data, data_arguments, cache_arguments, layers, precision=precision)
+    with whole_weights():
+        student = load_classifier(source, task.labels, student_layers)
+    check_export(student, data.tokenizer)
+    trainer = _trainer(data_arguments, arguments, run, data, teacher, student, objective, resume is not None)
+    memory = trainer.distillation.student_memory
     record = make_record(
         "distill",
         data_arguments,
+        cache_arguments,
         arguments,
         run,
         student_layers=student_layers,
         layer_pairs=",".join(f"{teacher}:{student}" for teacher, student in layer_pairs),
-        num_centroid=None if student_memory is None else len(student_memory.centroids),
-        parameters=parameter_count(models.student),
-        teacher_parameters=parameter_count(models.teacher.model),
+        num_centroid=None if memory is None else len(memory.centroids),
+        parameters=parameter_count(student),
+        teacher_parameters=parameter_count(skeleton(read_config(teacher_path))),
     )
     if resume is not None:
         record = check_resumed(record, resume, run.allow_changes)
-    return functools.partial(
+    finish = functools.partial(
         finish_run,
         trainer,
         resume,
         lambda: export_state(trainer.gathered_state()),
-        models.student,
+        student,
         task.name,
         len(data.train),
-        models.tokenizer,
+        data.tokenizer,
         f"{student_layers}-layer student for {task.name}, distilled by {arguments.method}",
         record,
     )
+    return functools.partial(_work, trainer, finish)
+
+
+def _trainer(
+    data_arguments: DataArguments,
+    arguments: DistillationArguments,
+    run: RunArguments,
+    data: TaskData,
+    teacher: OpenedTeacher,
+    student: PreTrainedModel,
+    objective: Objective,
+    resumed: bool,
+) -> FSDTrainer:
+    """Load the memories and make the trainer."""
+    teacher_memory, student_memory = _memories(
+        data_arguments, arguments, objective, teacher, student, run.seed
+    )
+    start_memory = None
+    if not resumed:
+        start_memory = _memory_start(arguments, run, student, data, teacher_memory, student_memory)
+    return FSDTrainer(
+        model=DistillationModel(student, objective, student_memory),
+        args=run,
+        train_dataset=data.train,
+        eval_dataset=evaluation_sets(data),
+        data_collator=data.collator,
+        processing_class=data.tokenizer,
+        compute_metrics=metrics_of(data.task),
+        teacher=teacher.source(objective.requires.teacher_layers),
+        teacher_memory=teacher_memory,
+        start_memory=start_memory,
+        memory_learning_rate=arguments.memory_learning_rate,
+    )
+
+
+def _work(trainer: FSDTrainer, finish: Work) -> dict[str, float]:
+    """Train, and write to the teacher's cache where no other run does."""
+    source = trainer.teacher
+    if not isinstance(source, CachedTeacher):
+        return finish()
+    trainer.add_callback(CacheScan(source.cache))
+    with writer_lock(source.cache, required=False) as source.writes:
+        return finish()
 
 
 def _check_device(arguments: DistillationArguments, run: RunArguments) -> None:
@@ -285,10 +313,10 @@ def _check_batches(objective: Objective, arguments: DistillationArguments, run: 
         )
 
 
-def _load_models(
-    data_arguments: DataArguments, task: Task, teacher_path: str, source: str, student_layers: int
-) -> _Models:
-    """Load teacher and student and check that both take the task's samples, and that the student can be exported."""
+def _load_tokenizer(
+    data_arguments: DataArguments, task: Task, teacher_path: str, source: str
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that teacher and student share, and check that both take the task's samples."""
     tokenizer = load_tokenizer(teacher_path)
     if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
         raise ValueError(
@@ -296,19 +324,15 @@ def _load_models(
         )
     for path in (teacher_path, source):
         check_model(path, tokenizer, task, data_arguments.max_seq_length)
-    with whole_weights():
-        teacher = Teacher.from_pretrained(teacher_path)
-        check_outputs(teacher, task)
-        student = load_classifier(source, task.labels, student_layers)
-    check_export(student, tokenizer)
-    return _Models(tokenizer, teacher, student)
+    return tokenizer
 
 
 def _memories(
     data_arguments: DataArguments,
     arguments: DistillationArguments,
     objective: Objective,
-    models: _Models,
+    teacher: OpenedTeacher,
+    student: PreTrainedModel,
     seed: int,
 ) -> tuple[TeacherMemory | None, StudentMemory | None]:
     """Load the teacher memory and start the student memory, or (None, None) where the objective requires none."""
@@ -316,7 +340,7 @@ def _memories(
         return None, None
     memory = TeacherMemory.from_pretrained(arguments.memory_path)
     expected = memory_identity(
-        models.teacher,
+        teacher.description,
         get_task(data_arguments.task_name),
         data_arguments.max_seq_length,
         data_arguments.pad_features,
@@ -326,7 +350,7 @@ def _memories(
     student_memory = StudentMemory(
         memory.identity.num_centroid,
         data_arguments.max_seq_length,
-        int(models.student.config.hidden_size),
+        int(student.config.hidden_size),
         init="normal" if arguments.student_memory_init == "clusters" else arguments.student_memory_init,
         teacher_memory=memory,
         generator=torch.Generator().manual_seed(seed),

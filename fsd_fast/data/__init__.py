@@ -1,7 +1,7 @@
 """Tasks and their data: GLUE, movie reviews, the built-in backbone, and batching."""
 
 from fsd_fast.data.builtin import BACKBONE_NAME, backbone_path, cache_dir, fetch, resolve_model, reviews_path
-from fsd_fast.data.collate import LENGTH_COLUMN, SAMPLE_COLUMN, PadCollator, tokenize
+from fsd_fast.data.collate import LENGTH_COLUMN, SAMPLE_COLUMN, PadCollator, tokenize, tokens_digest
 from fsd_fast.data.glue import read_glue_folder
 from fsd_fast.data.load import load_task_dataset
 from fsd_fast.data.reviews import load_reviews
@@ -24,4 +24,5 @@ __all__ = [
     "resolve_model",
     "reviews_path",
     "tokenize",
+    "tokens_digest",
 ]

@@ -5,8 +5,10 @@ where every position counts as a row of the features, and the longest L of the b
 padding is dropped and so need not be made.
 """
 
+import hashlib
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
@@ -67,6 +69,16 @@ def tokenize(
     )
 
 
+def tokens_digest(samples: Dataset) -> str:
+    """sha256 over the tokens, and their types, of all samples in their order."""
+    columns = [name for name in ("input_ids", "token_type_ids") if name in samples.column_names]
+    digest = hashlib.sha256()
+    for rows in samples.select_columns(columns).iter(batch_size=1000):
+        for name in columns:
+            digest.update(repr([list(row) for row in rows[name]]).encode())
+    return digest.hexdigest()
+
+
 class PadCollator:
     """Pads samples to a batch.
 
@@ -109,8 +121,9 @@ class PadCollator:
         """Pad B samples as `tokenize` makes them.
 
         Returns:
-            The tokenizer's tensors `[B, S]` (int64), `sample_index` `[B]`, and `labels` `[B]`, int64 for classes
-            and float32 for scores. `length` is left out: the model takes no such argument.
+            The tokenizer's tensors `[B, S]` (int64), `labels` `[B]`, int64 for classes and float32 for scores, and
+            `sample_index` `[B]`, an int64 array of NumPy: the host reads it, so nothing may move it to a GPU.
+            `length` is left out: the model takes no such argument.
 
         Raises:
             ValueError: If a sample has more than `max_seq_length` tokens.
@@ -120,7 +133,13 @@ class PadCollator:
             raise ValueError(
                 f"a sample has {longest} tokens; expected at most max_seq_length = {self.max_seq_length}"
             )
-        batch = self._pad([{k: v for k, v in sample.items() if k != LENGTH_COLUMN} for sample in samples])
+        kept = [
+            {name: value for name, value in sample.items() if name not in (LENGTH_COLUMN, SAMPLE_COLUMN)}
+            for sample in samples
+        ]
+        batch = self._pad(kept)
+        if SAMPLE_COLUMN in samples[0]:
+            batch[SAMPLE_COLUMN] = np.array([sample[SAMPLE_COLUMN] for sample in samples], dtype=np.int64)
         if "labels" in batch:
             labels = torch.as_tensor(batch["labels"])
             batch["labels"] = labels.to(torch.float32 if labels.is_floating_point() else torch.long)

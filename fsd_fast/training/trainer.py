@@ -14,10 +14,10 @@ from transformers import Trainer
 from fsd_fast.data import SAMPLE_COLUMN
 from fsd_fast.losses import Signals
 from fsd_fast.memory.teacher_memory import TeacherMemory
-from fsd_fast.models.teacher import Teacher
 from fsd_fast.training.distillation import DistillationModel
 from fsd_fast.training.finite import FiniteCheck
 from fsd_fast.training.manifest import break_seal, checkpoint_folders, remove_checkpoint, seal_checkpoint
+from fsd_fast.training.teacher_source import TeacherSource
 
 
 class ClassifierTrainer(Trainer):
@@ -50,7 +50,8 @@ class ClassifierTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Run forward and backward on a micro-batch and return its loss, checked to be finite."""
-        self._sample_index = inputs.pop(SAMPLE_COLUMN, None)
+        places = inputs.pop(SAMPLE_COLUMN, None)
+        self._sample_index = None if places is None else torch.from_numpy(places)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.finite.add(self.state.global_step + 1, "the loss", loss, self._sample_index, self._components)
         return loss
@@ -114,13 +115,13 @@ class ClassifierTrainer(Trainer):
 
 
 class FSDTrainer(ClassifierTrainer):
-    """Trains a ``DistillationModel`` next to a frozen teacher, whose signals are added to every training batch.
+    """Trains a ``DistillationModel``; a frozen teacher's signals are added to every training batch.
 
     Evaluation runs the student alone.
 
     Args:
         *arguments: As for Trainer.
-        teacher: The frozen teacher.
+        teacher: The frozen teacher, or its cache.
         teacher_memory: The memory that the teacher's features are compared with; None where the method uses none.
         start_memory: Called before the first step of a run that is not resumed, to set where the student memory starts.
         memory_learning_rate: Initial learning rate of the student memory; None: the student's.
@@ -134,7 +135,7 @@ class FSDTrainer(ClassifierTrainer):
     def __init__(
         self,
         *arguments: Any,
-        teacher: Teacher,
+        teacher: TeacherSource,
         teacher_memory: TeacherMemory | None = None,
         start_memory: Callable[[], None] | None = None,
         memory_learning_rate: float | None = None,
@@ -143,9 +144,9 @@ class FSDTrainer(ClassifierTrainer):
         super().__init__(*arguments, **keywords)
         self.distillation: DistillationModel = self.accelerator.unwrap_model(self.model)
         half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-        self.teacher = teacher.to(self.args.device, half)
-        if self.args.torch_compile:
-            self.teacher.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
+        compiled = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
+        self.teacher = teacher
+        self.teacher.start(self.args.device, half, compiled if self.args.torch_compile else None)
         self._start_memory, self._memory_learning_rate = start_memory, memory_learning_rate
         self.teacher_memory: Tensor | None = None
         self._clusters: Tensor | None = None
@@ -156,7 +157,7 @@ class FSDTrainer(ClassifierTrainer):
         self._steps = 0.0
 
     def _cluster_table(self, memory: TeacherMemory) -> Tensor | None:
-        """The cluster of every training sample on the device, for a student memory that follows the features."""
+        """The cluster of every training sample, for a student memory that follows the features."""
         student_memory = self.distillation.student_memory
         if student_memory is None or student_memory.decay is None:
             return None
@@ -164,7 +165,7 @@ class FSDTrainer(ClassifierTrainer):
         places = torch.tensor(self.train_dataset[SAMPLE_COLUMN])
         table = torch.full((int(places.max()) + 1,), -1)
         table[places] = memory.labels_of(places)
-        return table.to(self.args.device)
+        return table
 
     def train(
         self,
@@ -178,10 +179,10 @@ class FSDTrainer(ClassifierTrainer):
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def signals(self, inputs: dict[str, Tensor]) -> Signals:
-        """Run the teacher on a batch and keep what the objective requires."""
-        logits, hidden_states = self.teacher.hidden_states(inputs)
-        layers = self.distillation.objective.requires.teacher_layers
-        return Signals(logits, {layer: hidden_states[layer] for layer in layers}, self.teacher_memory)
+        """Return what the objective requires of the teacher for a batch."""
+        assert self._sample_index is not None
+        logits, hidden_states = self.teacher.outputs(inputs, self._sample_index)
+        return Signals(logits, hidden_states, self.teacher_memory)
 
     def compute_loss(
         self,
@@ -193,7 +194,10 @@ class FSDTrainer(ClassifierTrainer):
         """Return the integrated loss of a micro-batch."""
         signals = self.signals(inputs)
         if self._clusters is not None and self._sample_index is not None:
-            inputs = {**inputs, "clusters": self._clusters[self._sample_index]}
+            clusters = self._clusters[self._sample_index]
+            # From pinned memory a GPU copies without making the host wait.
+            clusters = clusters.pin_memory() if self.args.device.type == "cuda" else clusters
+            inputs = {**inputs, "clusters": clusters.to(self.args.device, non_blocking=True)}
         outputs = model(**inputs, teacher=signals)
         self._components = outputs["components"]
         # Added up on the device: nothing waits for it before the next log entry. A micro-batch counts as Trainer

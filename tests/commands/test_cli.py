@@ -535,7 +535,7 @@ def test_rank_before_the_command(monkeypatch):
 
 
 def test_defaults_are_the_papers(tmp_path):
-    data, own, training = parse(
+    data, _, own, training = parse(
         "distill",
         ["--teacher_model_name_or_path", "t", "--output_dir", str(tmp_path / "run"), "--use_cpu", "true"],
     )

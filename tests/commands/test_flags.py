@@ -219,7 +219,7 @@ def test_flags_and_json_give_the_same_values(commands, tmp_path):
     assert cli.main(["distill", *hyphens]) == 0
     first, *others = commands
     assert others == [first, first]
-    data, own, run = first
+    data, _, own, run = first
     assert (own.beta, own.copy_teacher, own.method, data.max_train_samples) == (2.0, True, "fsd_il", 7)
     assert isinstance(own.beta, float)
     assert (run.learning_rate, run.max_steps, run.report_to) == (1.0, 6, [])
@@ -250,7 +250,7 @@ def test_several_reporters(commands, monkeypatch):
 def test_flags_behind_a_json_file_override_it(commands, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({**NEEDED["distill"], "beta": 3, "alpha": 0.25}))
     assert cli.main(["distill", "run.json", "--beta", "2", "--output_dir", "other"]) == 0
-    _, own, run = commands[0]
+    _, _, own, run = commands[0]
     assert (own.beta, own.alpha, run.output_dir) == (2.0, 0.25, "other")
 
 
@@ -283,7 +283,6 @@ def test_output_folders_that_cannot_be_written(refused, tmp_path, monkeypatch):
     for command, name in (
         ("distill", "output_dir"),
         ("memory", "output_dir"),
-        ("memory", "feature_cache_dir"),
         ("evaluate", "output_dir"),
         ("demo", "output_dir"),
     ):
