@@ -158,6 +158,12 @@ class TeacherCache:
 
     # ------------------------------------------------------------------------------------------ writing
 
+    def remove_useless(self) -> None:
+        """Remove shards that no sample is read from: damaged ones, whose samples were written again. For a writer."""
+        used = {self._paths[shard] for shard in self._shard[self._shard != _NO_SHARD].unique().tolist()}
+        for path in set(self.folder.glob(f"[!.]*{SUFFIX}")) - used:
+            path.unlink(missing_ok=True)
+
     def create(self) -> None:
         """Make the folder and its record, if there is none; one process does that for all.
 

@@ -61,7 +61,7 @@ class DataArguments:
         "Use only the first so many training samples; not for evaluate.", None, numbers=Range(minimum=1)
     )
     max_eval_samples: int | None = flag(
-        "Use only the first so many samples of each evaluation split; not for memory.",
+        "Use only the first so many samples of each evaluation split; not for memory and cache.",
         None,
         numbers=Range(minimum=1),
     )

@@ -62,6 +62,7 @@ REFUSED_BY: dict[str, dict[str, Refusal]] = {
         "auto_find_batch_size": Refusal("a smaller batch is another loss: L_L compares its samples", False),
     },
     "memory": {"max_eval_samples": Refusal("a memory is made of the training set alone")},
+    "cache": {"max_eval_samples": Refusal("a cache is made of the training set alone")},
     "evaluate": {"max_train_samples": Refusal("the evaluation splits alone are scored")},
 }
 """Refused for one command beside those of ``REFUSED``."""

@@ -100,7 +100,7 @@ class TeacherMemory:
         iteration_stats: The figures of each epoch: of the restart that was kept (stage "sketch", inertia in the
             sketch), then of the exact ones (stage "refine").
         settings: The arguments of the clustering.
-        teacher_passes: Samples that the teacher was run on / N: 2, or 1 with a new feature cache, 0 with a whole one.
+        teacher_passes: Samples that the teacher was run on / N: 2, or 1 with a new teacher cache, 0 with a whole one.
             What a killed build had not yet saved is not counted.
         seconds: Wall-clock time of each stage, earlier runs of a continued build included.
         versions: Of the libraries that made it.

@@ -22,6 +22,7 @@ NEEDED = {
     "demo": {},
     "teacher": {"output_dir": "run", "use_cpu": True},
     "memory": {"output_dir": "run", "teacher_model_name_or_path": "teacher"},
+    "cache": {"teacher_cache_dir": "cache", "teacher_model_name_or_path": "teacher"},
     "distill": {"output_dir": "run", "teacher_model_name_or_path": "teacher", "use_cpu": True},
     "evaluate": {"model_name_or_path": "teacher"},
 }
@@ -392,7 +393,7 @@ VALUES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["teacher", "memory", "distill", "evaluate", "demo"])
+@pytest.mark.parametrize("command", ["teacher", "memory", "cache", "distill", "evaluate", "demo"])
 def test_any_flags_end_well(commands, tmp_path, capsys, command):
     generator = random.Random(command)
     names = [*command_flags(command), "unknown_flag"]
@@ -435,6 +436,7 @@ def test_any_flags_end_well(commands, tmp_path, capsys, command):
     ("command", "flag", "reason"),
     [
         ("memory", "max_eval_samples", "a memory is made of the training set alone"),
+        ("cache", "max_eval_samples", "a cache is made of the training set alone"),
         ("evaluate", "max_train_samples", "the evaluation splits alone are scored"),
     ],
 )
