@@ -10,12 +10,12 @@ DOCS_STAMP := $(VENV)/.docs-installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install data demo test test-triton lint docs kernels-report mutate bench clean
+.PHONY: help install data demo test test-faults test-triton lint docs kernels-report mutate bench clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
 	@echo "also: make install, make data, make lint, make docs, make clean, make kernels-report, make mutate, make bench,"
-	@echo "      make test-triton TRITON=3.7.1"
+	@echo "      make test-faults, make test-triton TRITON=3.7.1"
 
 $(STAMP): setup.py pyproject.toml constraints.txt tools/setup_env.sh
 	@PYTHON=$(PYTHON) VENV=$(VENV) bash tools/setup_env.sh
@@ -31,8 +31,13 @@ demo: data
 
 # What starts the launcher runs alone afterwards: those tests share ports, cores and a C++ build.
 test: data
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not launcher" tests
-	@$(BIN)/python -m pytest -m launcher tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not launcher and not slow" tests
+	@$(BIN)/python -m pytest -m "launcher and not slow" tests
+
+# Kills, full disks, damaged files and all else that docs/faults.md lists; under 20 minutes on 2 cores.
+test-faults: data
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "faults and not launcher" tests
+	@$(BIN)/python -m pytest -m "faults and launcher" tests
 
 # The interpreter tests of the Triton kernels under another release of triton, in an environment of its own.
 TRITON ?= 3.7.1

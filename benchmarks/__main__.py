@@ -13,6 +13,7 @@ COMMANDS = {
     "compare": "benchmarks.speed.commands.compare",
     "kernel-times": "benchmarks.speed.commands.kernel_times",
     "enqueue": "benchmarks.speed.commands.enqueue",
+    "rkd": "benchmarks.speed.commands.rkd",
     "memory": "benchmarks.memory.command",
     "kernels-report": "benchmarks.compiled.kernels_report",
     "traffic": "benchmarks.compiled.traffic",

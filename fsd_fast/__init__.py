@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fsd_fast.clustering.kmeans import MiniBatchKMeans
+    from fsd_fast.clustering.mini_batch_kmeans import MiniBatchKMeans
     from fsd_fast.losses import (
         FeatureStructureLoss,
         GlobalInterFeatureLoss,
@@ -44,7 +44,7 @@ __all__ = [
 _MODULES = {
     "DistillationModel": "training.distillation",
     "FSDTrainer": "training.trainer",
-    "MiniBatchKMeans": "clustering.kmeans",
+    "MiniBatchKMeans": "clustering.mini_batch_kmeans",
     "StudentMemory": "memory.student_memory",
     "Teacher": "models.teacher",
     "TeacherMemory": "memory.teacher_memory",

@@ -309,7 +309,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "tl.where(apart | True, error",
             "gradient at distance 0",
         ),
-        Mutation("def _pair_terms", "r / b + own_cosine", "r / b - own_cosine", "sign in d/du"),
+        Mutation("def _pair_terms", "r / b + cosine", "r / b - cosine", "sign in d/du"),
         Mutation(
             "def _structure_stats_kernel",
             "rows_e += tl.sum(d_q_e, axis=1)",

@@ -21,7 +21,7 @@ from benchmarks.speed.harness import Timed
 from benchmarks.speed.inputs import Inputs, Sizes, with_memories
 from benchmarks.speed.losses import structures_loss
 from benchmarks.speed.ops import Build, Op, Provider
-from fsd_fast.losses import METHODS, FeatureStructureObjective, Signals
+from fsd_fast.losses import STRUCTURES, FeatureStructureObjective, Signals
 from fsd_fast.memory.student_memory import StudentMemory
 from fsd_fast.models.teacher import Teacher
 from fsd_fast.training.distillation import DistillationModel
@@ -97,7 +97,7 @@ class TrainingStep:
         teacher = _classifier(sizes, encoders.teacher_layers, 0).to(device, dtype)
         student = _classifier(sizes, encoders.student_layers, 1).to(device, dtype).train()
         self.layers = encoders.teacher_layers - 1, encoders.student_layers - 1
-        uses_memory = method == "released" or METHODS[method][2]
+        uses_memory = method == "released" or STRUCTURES[method][2]
         self.memory = StudentMemory(sizes.centroids, sizes.rows, sizes.width).to(device, dtype)
         with torch.no_grad():
             self.memory.centroids.copy_(inputs["student_memory"])

@@ -42,6 +42,8 @@ from fsd_fast.cache.shards import (
 )
 from fsd_fast.untrusted import TENSOR_ERRORS, shorten
 
+EVALUATION_FOLDER = "evaluation"
+"""Folder in a cache for the teacher's logits on the evaluation splits."""
 _MAXIMUM_MAPPED = 4096
 _NO_SHARD = -1
 

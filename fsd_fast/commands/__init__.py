@@ -19,6 +19,7 @@ COMMANDS = {
     "cache": "keep the teacher's logits and hidden states of the training set",
     "distill": "train a student next to its teacher",
     "evaluate": "score a saved classifier",
+    "sweep": "many runs from one file, and a table of results",
     "demo": "all of it on the built-in task, with a table at the end",
     "env": "versions, devices and backends of this machine",
 }

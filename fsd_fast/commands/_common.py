@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from fsd_fast.commands.flags import DataArguments
-from fsd_fast.data import PadCollator, Task, get_task, load_task_dataset, tokenize
+from fsd_fast.data import PadCollator, Task, choose_rows, get_task, load_task_dataset, tokenize
 from fsd_fast.metrics import compute_metrics, hard_label_loss
 from fsd_fast.models.inputs import check_inputs
 from fsd_fast.models.teacher import Teacher
@@ -30,17 +30,30 @@ class TaskData:
     collator: PadCollator
 
 
-def load_data(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> TaskData:
-    """Read, cut and tokenize the splits of a task.
+def read_task(arguments: DataArguments) -> tuple[Task, DatasetDict]:
+    """Read the splits of a task, and choose the rows of its training set.
 
     Raises:
         ValueError: The task is unknown, a file is damaged or a setting is out of range.
         FileNotFoundError: A file is missing.
     """
     task = get_task(arguments.task_name)
-    splits: DatasetDict = load_task_dataset(task, arguments.data_dir)
+    splits = load_task_dataset(task, arguments.data_dir)
+    return choose_rows(
+        task, splits, arguments.max_train_samples, arguments.subset_seed, arguments.heldout_samples
+    )
 
-    def split(name: str, maximum: int | None) -> Dataset:
+
+def load_data(
+    arguments: DataArguments, task: Task, splits: DatasetDict, tokenizer: PreTrainedTokenizerBase
+) -> TaskData:
+    """Tokenize the splits that ``read_task`` returned, and cut those for evaluation.
+
+    Raises:
+        ValueError: ``max_seq_length`` is out of range.
+    """
+
+    def split(name: str, maximum: int | None = None) -> Dataset:
         rows = splits[name]
         if maximum is not None:
             rows = rows.select(range(min(maximum, len(rows))))
@@ -49,7 +62,7 @@ def load_data(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> T
     return TaskData(
         task,
         tokenizer,
-        split("train", arguments.max_train_samples),
+        split("train"),
         {name: split(name, arguments.max_eval_samples) for name in task.eval_splits},
         PadCollator(tokenizer, arguments.pad_features, arguments.max_seq_length),
     )

@@ -18,8 +18,10 @@ from fsd_fast.commands.flags import DataArguments, flag
 from fsd_fast.data import LENGTH_COLUMN, tokens_digest
 from fsd_fast.distributed import Collectives
 from fsd_fast.files import exclusive_folder
+from fsd_fast.losses import Requirements
 from fsd_fast.models.fingerprint import settings_digest, weights_digest
-from fsd_fast.models.loading import read_config
+from fsd_fast.models.loading import read_config, skeleton
+from fsd_fast.models.student import parameter_count
 from fsd_fast.models.teacher import Teacher, TeacherDescription
 from fsd_fast.models.whole_weights import whole_weights
 from fsd_fast.training.checkpoints import check_writable
@@ -83,13 +85,15 @@ class OpenedTeacher:
     description: TeacherDescription
     cache: TeacherCache | None
 
-    def source(self, layers: tuple[int, ...]) -> TeacherSource:
-        """Where a trainer gets the outputs of this teacher in these layers."""
-        return (
-            RunningTeacher(self.load(), layers)
-            if self.cache is None
-            else CachedTeacher(self.cache, self.load)
-        )
+    def source(self, requires: Requirements) -> TeacherSource:
+        """Where a trainer gets what an objective requires of this teacher."""
+        if self.cache is None:
+            return RunningTeacher(self.load(), requires)
+        return CachedTeacher(self.cache, self.load)
+
+    def parameters(self) -> int:
+        """The number of the teacher's parameters."""
+        return parameter_count(skeleton(read_config(self.description.name)))
 
 
 def open_teacher(
@@ -148,7 +152,7 @@ def open_teacher(
         load()
         collectives.run_on_all_ranks(lambda: _check_room(cache, torch.tensor(data.train[LENGTH_COLUMN])))
     description = TeacherDescription(
-        path, fingerprint, int(config.num_hidden_layers), int(config.hidden_size)
+        path, fingerprint, int(config.num_hidden_layers), int(config.hidden_size), data.task.num_labels
     )
     return OpenedTeacher(load, description, cache)
 

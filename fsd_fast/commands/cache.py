@@ -12,11 +12,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fsd_fast.cache.teacher_cache import TeacherCache
-from fsd_fast.commands._common import TaskData, Work, check_model, load_data
+from fsd_fast.commands._common import TaskData, Work, check_model, load_data, read_task
 from fsd_fast.commands._teacher import CacheArguments, OpenedTeacher, open_teacher, writer_lock
 from fsd_fast.commands.flags import DataArguments, flag
 from fsd_fast.commands.values import Range
-from fsd_fast.data import LENGTH_COLUMN, SAMPLE_COLUMN, get_task, resolve_model
+from fsd_fast.data import LENGTH_COLUMN, SAMPLE_COLUMN, resolve_model
 from fsd_fast.distributed import Collectives
 from fsd_fast.models.caching import compute_batch
 from fsd_fast.models.layers import parse_layers
@@ -29,7 +29,7 @@ class FillArguments(CacheArguments):
 
     teacher_model_name_or_path: str = flag("The fine-tuned teacher.")
     teacher_cache_dir: str = flag(
-        "Folder of the cache. What is there is checked, and what is missing is added."
+        "Folder of the cache. What is there is checked, and what is missing is added.", writes=True
     )
     layers: str = flag(
         "Hidden states to keep: 'penultimate', 'all', or a list such as '0,3,5', where 0 is the embeddings.",
@@ -44,12 +44,12 @@ ARGUMENTS = (DataArguments, FillArguments)
 
 def prepare(data_arguments: DataArguments, arguments: FillArguments) -> Work:
     """Check the input; return the work that fills the cache."""
-    task = get_task(data_arguments.task_name)
+    task, splits = read_task(data_arguments)
     path = resolve_model(arguments.teacher_model_name_or_path)
     layers = parse_layers(arguments.layers, int(read_config(path).num_hidden_layers))
     tokenizer = load_tokenizer(path)
     check_model(path, tokenizer, task, data_arguments.max_seq_length)
-    data = load_data(data_arguments, tokenizer)
+    data = load_data(data_arguments, task, splits, tokenizer)
     device = PartialState(cpu=arguments.use_cpu).device
     teacher = open_teacher(path, data, data_arguments, arguments, layers, device=device)
     assert teacher.cache is not None

@@ -1,17 +1,18 @@
-"""``fsd-fast distill``: train a student next to its frozen teacher."""
+"""``fsd-fast distill``: train a student, by most methods next to its frozen teacher."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from fsd_fast.cache.teacher_cache import EVALUATION_FOLDER
 from fsd_fast.commands._common import (
     TaskData,
     Work,
@@ -19,42 +20,42 @@ from fsd_fast.commands._common import (
     evaluation_sets,
     load_data,
     metrics_of,
+    read_task,
 )
 from fsd_fast.commands._teacher import CacheArguments, OpenedTeacher, open_teacher, writer_lock
 from fsd_fast.commands.flags import LEARNING_RATES, DataArguments, RunArguments, flag
+from fsd_fast.commands.loss_flags import LossArguments, check_settings
+from fsd_fast.commands.memory_flags import Memories, StudentMemoryArguments, check_memory_flags, open_memories
 from fsd_fast.commands.values import Range
-from fsd_fast.data import Task, get_task, resolve_model
-from fsd_fast.losses import DEFAULTS, METHODS, FeatureStructureLoss, FeatureStructureObjective, Objective
-from fsd_fast.memory.features import memory_identity
-from fsd_fast.memory.start import check_training_set, start_from_clusters
-from fsd_fast.memory.student_memory import StudentMemory
-from fsd_fast.memory.teacher_memory import TeacherMemory
+from fsd_fast.data import Task, resolve_model, samples_digest
+from fsd_fast.losses import METHODS, Objective, Setup
+from fsd_fast.losses.gather import gather_features
 from fsd_fast.models.layers import parse_layer_pairs, penultimate_pair
-from fsd_fast.models.loading import load_tokenizer, read_config, skeleton
+from fsd_fast.models.loading import load_tokenizer, read_config
 from fsd_fast.models.student import load_classifier, parameter_count
 from fsd_fast.models.whole_weights import whole_weights
 from fsd_fast.training.checkpoints import find_checkpoint
 from fsd_fast.training.distillation import DistillationModel, export_state
 from fsd_fast.training.export import check_export
-from fsd_fast.training.record import RECORD_FILE, make_record, read_record
+from fsd_fast.training.record import RECORD_FILE, Record, make_record, read_record
 from fsd_fast.training.resume import check_resumed
 from fsd_fast.training.run import choose_best_metric, finish_run
+from fsd_fast.training.teacher_logits import TeacherLogits, score_splits
 from fsd_fast.training.teacher_source import CachedTeacher, CacheScan
 from fsd_fast.training.trainer import FSDTrainer
 from fsd_kernels import resolve_backend
-
-# The squares that Adam keeps of gradients weighted like this stay within float32.
-_WEIGHTS = Range(minimum=0, maximum=1e6)
-
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class DistillationArguments:
-    """The ``distill`` command: student, memory and loss."""
+    """The ``distill`` command: student and teacher."""
 
-    teacher_model_name_or_path: str = flag("The fine-tuned teacher.")
+    teacher_model_name_or_path: str | None = flag(
+        "The fine-tuned teacher. Method 'finetune' reads only what it says of the student's start and depth.",
+        None,
+    )
     model_name_or_path: str | None = flag(
         "Pre-trained model whose first layers the student starts from: a folder, a Hub name or 'minilm'. Default: the "
         "one that the teacher was fine-tuned from, as the record in its folder says.",
@@ -64,56 +65,19 @@ class DistillationArguments:
     student_layers: int | None = flag(
         "Layers of the student. Default: half of the teacher's.", None, numbers=Range(minimum=1)
     )
-    method: Literal["vkd", "fsd_i", "fsd_l", "fsd_g", "fsd_il", "fsd_ilg"] = flag(
-        "Which structures are matched: letters i, l, g for L_I, L_L, L_G.", "fsd_ilg"
+    fidelity: bool = flag(
+        "Compare the student's predictions with the teacher's on the evaluation splits when training ends.",
+        True,
     )
-    layer_pairs: str = flag(
-        "Hidden states compared by L_I and L_L: 'penultimate', 'layerwise', or a list 'T:S,T:S'. L_G always "
-        "uses the penultimate pair.",
-        "penultimate",
-    )
-    alpha: float = flag(
-        "Weight of the hard labels in L_VKD.", DEFAULTS.alpha, numbers=Range(minimum=0, maximum=1)
-    )
-    temperature: float = flag(
-        "Temperature tau of L_VKD.", DEFAULTS.temperature, numbers=Range(minimum=1e-3, maximum=1e6)
-    )
-    beta: float = flag("Weight of the structures against L_VKD.", DEFAULTS.beta, numbers=_WEIGHTS)
-    gamma_i: float = flag("Weight of L_I.", DEFAULTS.gamma_i, numbers=_WEIGHTS)
-    gamma_l: float = flag("Weight of L_L.", DEFAULTS.gamma_l, numbers=_WEIGHTS)
-    gamma_g: float = flag("Weight of L_G.", DEFAULTS.gamma_g, numbers=_WEIGHTS)
-    gamma_m: float = flag(
-        "Weight of the Euclidean term in L_G against the cosine term.",
-        DEFAULTS.gamma_m,
-        numbers=Range(minimum=0, maximum=1),
-    )
-    intra_reduction: Literal["mean_log", "log_mean"] = flag(
-        "L_I: mean over samples of -log CKA (the paper), or -log of the mean CKA (the released code).",
-        DEFAULTS.reduction,
-    )
-    memory_path: str | None = flag("Folder that 'memory' wrote; needed by fsd_g and fsd_ilg.", None)
-    student_memory_init: Literal["clusters", "normal", "teacher"] = flag(
-        "Start of the student memory. clusters: the means of the student's own features over the teacher's clusters. "
-        "normal: random numbers (the paper). teacher: the teacher's centroids (same width only).",
-        "clusters",
-    )
-    student_memory_update: Literal["gradient", "ema"] = flag(
-        "How the student memory is trained. gradient: by L_G (the paper). ema: each centroid is the running mean of "
-        "the student's features in its cluster.",
-        "gradient",
-    )
-    student_memory_decay: float = flag(
-        "ema: weight that a centroid keeps for each new sample of its cluster.",
-        0.95,
-        numbers=Range(above=0, below=1),
-    )
-    memory_learning_rate: float | None = flag(
-        "gradient: initial learning rate of the student memory; it falls linearly to 0. Default: the student's.",
+    teacher_logits_dir: str | None = flag(
+        "Folder for the teacher's logits on those splits: written once, read by other runs with the same teacher.",
         None,
-        numbers=LEARNING_RATES,
+        writes=True,
     )
-    backend: Literal["auto", "triton", "eager", "reference"] = flag(
-        "Kernels of the structure losses.", "auto"
+    gather_features: bool = flag(
+        "Compare the samples of all processes: the structures are then those of one process with the joined batch. "
+        "Without it each of n processes compares its own samples, and L_L is the mean over n batches.",
+        False,
     )
 
 
@@ -126,115 +90,213 @@ class DistillRunArguments(RunArguments):
     )
 
 
-ARGUMENTS = (DataArguments, CacheArguments, DistillationArguments, DistillRunArguments)
+ARGUMENTS = (
+    *(DataArguments, DistillationArguments, CacheArguments),
+    *(StudentMemoryArguments, LossArguments, DistillRunArguments),
+)
 
 
 def prepare(
     data_arguments: DataArguments,
-    cache_arguments: CacheArguments,
     arguments: DistillationArguments,
+    cache: CacheArguments,
+    memory: StudentMemoryArguments,
+    loss: LossArguments,
     run: DistillRunArguments,
 ) -> Work:
-    """Check the input; return the work that trains a student next to its frozen teacher."""
+    """Check the input; return the work that trains a student."""
     resume = find_checkpoint(
         str(run.output_dir), run.resume_from_checkpoint, allow_partial=run.allow_partial_resume
     )
-    task = get_task(data_arguments.task_name)
+    task, splits = read_task(data_arguments)
     choose_best_metric(run, task)
-    _check_device(arguments, run)
+    method = loss.method
+    check_settings(method, memory, loss)
+    _check_device(loss.backend, run)
     set_seed(run.seed)
-    teacher_path = resolve_model(arguments.teacher_model_name_or_path)
+    teacher_path = _teacher_path(arguments, method)
     source = _student_source(arguments, teacher_path)
-    teacher_layers = int(read_config(teacher_path).num_hidden_layers)
-    student_layers = arguments.student_layers or max(1, teacher_layers // 2)
-    layer_pairs = parse_layer_pairs(arguments.layer_pairs, teacher_layers, student_layers)
-    penultimate = penultimate_pair(teacher_layers, student_layers)
-    objective = FeatureStructureObjective(_loss(data_arguments, arguments), layer_pairs, penultimate)
-    _check_batches(objective, arguments, run)
-    data = load_data(data_arguments, _load_tokenizer(data_arguments, task, teacher_path, source))
-    precision = "bfloat16" if run.bf16 else "float16" if run.fp16 else "float32"
-    layers = objective.requires.teacher_layers
-    teacher = open_teacher(teacher_path, data, data_arguments, cache_arguments, layers, precision=precision)
-    with whole_weights():
-        student = load_classifier(source, task.labels, student_layers)
-    check_export(student, data.tokenizer)
-    trainer = _trainer(data_arguments, arguments, run, data, teacher, student, objective, resume is not None)
-    memory = trainer.distillation.student_memory
-    record = make_record(
-        "distill",
-        data_arguments,
-        cache_arguments,
-        arguments,
-        run,
-        student_layers=student_layers,
-        layer_pairs=",".join(f"{teacher}:{student}" for teacher, student in layer_pairs),
-        num_centroid=None if memory is None else len(memory.centroids),
-        parameters=parameter_count(student),
-        teacher_parameters=parameter_count(skeleton(read_config(teacher_path))),
-    )
+    setup, student_layers = _setup(data_arguments, arguments, loss, teacher_path or source, source)
+    objective = METHODS[method].build(loss.settings(), setup)
+    if arguments.gather_features:
+        _gather(objective, method)
+    _check_batches(objective, method, run)
+    if objective.requires.memories:
+        check_memory_flags(memory, method, run)
+    _check_cacheable(objective, method, cache)
+    if not objective.requires.teacher:
+        teacher_path = None
+    tokenizer = _load_tokenizer(data_arguments, task, teacher_path, source)
+    _check_cls_token(objective, method, tokenizer, source)
+    data = load_data(data_arguments, task, splits, tokenizer)
+    teacher = None
+    if teacher_path is not None:
+        layers = objective.requires.teacher_layers
+        teacher = open_teacher(teacher_path, data, data_arguments, cache, layers, precision=_precision(run))
+    student = _load_student(source, task, student_layers, tokenizer)
+    memories = None
+    if objective.requires.memories and teacher is not None:
+        memories = open_memories(
+            memory, data_arguments, data, run, teacher.description, student, resume is None
+        )
+    trainer = _trainer(objective, student, teacher, memories, data, run, memory.memory_learning_rate)
+    facts = _facts(setup, student, teacher, memories, data)
+    record = make_record("distill", data_arguments, arguments, cache, memory, loss, run, **facts)
     if resume is not None:
         record = check_resumed(record, resume, run.allow_changes)
-    finish = functools.partial(
-        finish_run,
-        trainer,
-        resume,
-        lambda: export_state(trainer.gathered_state()),
-        student,
-        task.name,
-        len(data.train),
-        data.tokenizer,
-        f"{student_layers}-layer student for {task.name}, distilled by {arguments.method}",
-        record,
-    )
-    return functools.partial(_work, trainer, finish)
+    title = f"{student_layers}-layer student for {task.name}, "
+    title += f"distilled by {method}" if teacher else "trained without a teacher"
+    logits = _teacher_logits(arguments, teacher, run, data)
+    return functools.partial(_work, trainer, resume, student, data, title, record, logits)
 
 
 def _trainer(
-    data_arguments: DataArguments,
-    arguments: DistillationArguments,
-    run: RunArguments,
-    data: TaskData,
-    teacher: OpenedTeacher,
-    student: PreTrainedModel,
     objective: Objective,
-    resumed: bool,
+    student: PreTrainedModel,
+    teacher: OpenedTeacher | None,
+    memories: Memories | None,
+    data: TaskData,
+    run: DistillRunArguments,
+    memory_learning_rate: float | None,
 ) -> FSDTrainer:
-    """Load the memories and make the trainer."""
-    teacher_memory, student_memory = _memories(
-        data_arguments, arguments, objective, teacher, student, run.seed
-    )
-    start_memory = None
-    if not resumed:
-        start_memory = _memory_start(arguments, run, student, data, teacher_memory, student_memory)
     return FSDTrainer(
-        model=DistillationModel(student, objective, student_memory),
+        model=DistillationModel(student, objective, None if memories is None else memories.student),
         args=run,
         train_dataset=data.train,
         eval_dataset=evaluation_sets(data),
         data_collator=data.collator,
         processing_class=data.tokenizer,
         compute_metrics=metrics_of(data.task),
-        teacher=teacher.source(objective.requires.teacher_layers),
-        teacher_memory=teacher_memory,
-        start_memory=start_memory,
-        memory_learning_rate=arguments.memory_learning_rate,
+        teacher=None if teacher is None else teacher.source(objective.requires),
+        teacher_memory=None if memories is None else memories.teacher,
+        start_memory=None if memories is None else memories.start,
+        memory_learning_rate=memory_learning_rate,
+        profile_steps=run.profile,
     )
 
 
-def _work(trainer: FSDTrainer, finish: Work) -> dict[str, float]:
+def _work(
+    trainer: FSDTrainer,
+    resume: str | None,
+    student: PreTrainedModel,
+    data: TaskData,
+    title: str,
+    record: Record,
+    logits: TeacherLogits | None,
+) -> dict[str, float]:
     """Train, and write to the teacher's cache where no other run does."""
     source = trainer.teacher
-    if not isinstance(source, CachedTeacher):
-        return finish()
-    trainer.add_callback(CacheScan(source.cache))
-    with writer_lock(source.cache, required=False) as source.writes:
-        return finish()
+    with contextlib.ExitStack() as locks:
+        if isinstance(source, CachedTeacher):
+            trainer.add_callback(CacheScan(source.cache))
+            source.writes = locks.enter_context(writer_lock(source.cache, required=False))
+        return finish_run(
+            trainer,
+            resume,
+            lambda: export_state(trainer.gathered_state()),
+            student,
+            data.task.name,
+            len(data.train),
+            data.tokenizer,
+            title,
+            record,
+            functools.partial(score_splits, trainer, data.evaluation, data.task, logits),
+        )
 
 
-def _check_device(arguments: DistillationArguments, run: RunArguments) -> None:
+def _teacher_logits(
+    arguments: DistillationArguments, teacher: OpenedTeacher | None, run: RunArguments, data: TaskData
+) -> TeacherLogits | None:
+    """The teacher's logits that the student's are compared with when training ends.
+
+    With a cache they are kept in it, so that later runs need not load the teacher for them.
+    """
+    if not arguments.fidelity or teacher is None:
+        return None
+    kept = None if teacher.cache is None else str(teacher.cache.folder / EVALUATION_FOLDER)
+    return TeacherLogits(
+        teacher.load,
+        teacher.description,
+        data.collator,
+        precision={"bfloat16": torch.bfloat16, "float16": torch.float16}.get(_precision(run)),
+        batch_size=run.per_device_eval_batch_size,
+        device=run.device,
+        folder=arguments.teacher_logits_dir or kept,
+    )
+
+
+def _precision(run: RunArguments) -> str:
+    """The precision of the teacher's matrix products."""
+    return "bfloat16" if run.bf16 else "float16" if run.fp16 else "float32"
+
+
+def _check_cacheable(objective: Objective, method: str, cache: CacheArguments) -> None:
+    """Check that a cache holds what the objective reads of a teacher."""
+    if cache.teacher_cache_dir is None or (
+        objective.requires.teacher and not objective.requires.relation_heads
+    ):
+        return
+    reason = "reads queries, keys and values" if objective.requires.teacher else "reads no teacher"
+    raise ValueError(
+        f"teacher_cache_dir: method {method!r} {reason}; a cache holds logits and hidden states, got "
+        f"{cache.teacher_cache_dir}"
+    )
+
+
+def _setup(
+    data_arguments: DataArguments,
+    arguments: DistillationArguments,
+    loss: LossArguments,
+    teacher_path: str,
+    source: str,
+) -> tuple[Setup, int]:
+    """What the method is built for, and the number of the student's layers."""
+    teacher, student = read_config(teacher_path), read_config(source)
+    teacher_layers = int(teacher.num_hidden_layers)
+    student_layers = arguments.student_layers or max(1, teacher_layers // 2)
+    pairs = parse_layer_pairs(
+        loss.layer_pairs or METHODS[loss.method].layer_pairs, teacher_layers, student_layers
+    )
+    setup = Setup(
+        tuple(pairs),
+        penultimate_pair(teacher_layers, student_layers),
+        int(teacher.hidden_size),
+        int(student.hidden_size),
+        data_arguments.pad_features,
+        loss.backend,
+    )
+    return setup, student_layers
+
+
+def _facts(
+    setup: Setup,
+    student: PreTrainedModel,
+    teacher: OpenedTeacher | None,
+    memories: Memories | None,
+    data: TaskData,
+) -> dict[str, Any]:
+    """What the record of the run says beside its flags."""
+    return {
+        "student_layers": int(student.config.num_hidden_layers),
+        "layer_pairs": ",".join(f"{of_teacher}:{of_student}" for of_teacher, of_student in setup.layer_pairs),
+        "num_centroid": None if memories is None else memories.teacher.identity.num_centroid,
+        "parameters": parameter_count(student),
+        "teacher_parameters": None if teacher is None else teacher.parameters(),
+        "teacher_fingerprint": None if teacher is None else teacher.description.fingerprint[:16],
+        "train_data": samples_digest(data.train),
+    }
+
+
+def _gather(objective: Objective, method: str) -> None:
+    """Let the losses of an objective go over the batches of all processes."""
+    if not objective.requires.student_layers or not gather_features(objective):
+        raise ValueError(f"gather_features: method {method!r} has no loss that compares samples, got true")
+
+
+def _check_device(backend: str, run: RunArguments) -> None:
     """Check that the losses' backend runs here, and that the process has one GPU at most."""
     for op in ("intra_cka", "gram", "structure"):
-        resolve_backend(arguments.backend, run.device, op)
+        resolve_backend(backend, run.device, op)
     if run.n_gpu > 1:
         # Trainer would cut the batch, and with it the memory, into one part for each GPU.
         raise ValueError(
@@ -243,7 +305,20 @@ def _check_device(arguments: DistillationArguments, run: RunArguments) -> None:
         )
 
 
-def _student_source(arguments: DistillationArguments, teacher_path: str) -> str:
+def _teacher_path(arguments: DistillationArguments, method: str) -> str | None:
+    """The teacher's folder or Hub name; None without a teacher, which only some methods allow."""
+    name = arguments.teacher_model_name_or_path
+    if name is not None:
+        return resolve_model(name)
+    if METHODS[method].needs_teacher:
+        free = ", ".join(name for name, entry in METHODS.items() if not entry.needs_teacher)
+        raise ValueError(
+            f"--teacher_model_name_or_path must be given for method {method!r}; method {free} needs no teacher"
+        )
+    return None
+
+
+def _student_source(arguments: DistillationArguments, teacher_path: str | None) -> str:
     """Find the model whose first layers the student starts from, and put its name into the arguments.
 
     Without ``--model_name_or_path`` and ``--copy_teacher`` it is the model that the teacher was fine-tuned from, as the
@@ -255,8 +330,14 @@ def _student_source(arguments: DistillationArguments, teacher_path: str) -> str:
                 "model_name_or_path: --copy_teacher true starts the student from the teacher; expected one of the "
                 f"two, got both and {arguments.model_name_or_path}"
             )
+        if teacher_path is None:
+            raise ValueError("copy_teacher: expected a --teacher_model_name_or_path to start from, got none")
         return teacher_path
     if arguments.model_name_or_path is None:
+        if teacher_path is None:
+            raise ValueError(
+                "model_name_or_path: expected the pre-trained model the student starts from, got none, and no teacher"
+            )
         path = Path(teacher_path) / RECORD_FILE
         origin = read_record(path).arguments.get("model_name_or_path") if path.is_file() else None
         if not isinstance(origin, str):
@@ -269,116 +350,45 @@ def _student_source(arguments: DistillationArguments, teacher_path: str) -> str:
     return resolve_model(arguments.model_name_or_path)
 
 
-def _loss(data_arguments: DataArguments, arguments: DistillationArguments) -> FeatureStructureLoss:
-    return FeatureStructureLoss(
-        arguments.method,
-        alpha=arguments.alpha,
-        temperature=arguments.temperature,
-        beta=arguments.beta,
-        gamma_i=arguments.gamma_i,
-        gamma_l=arguments.gamma_l,
-        gamma_g=arguments.gamma_g,
-        gamma_m=arguments.gamma_m,
-        reduction=arguments.intra_reduction,
-        pad_features=data_arguments.pad_features,
-        backend=arguments.backend,
-    )
-
-
-def _check_batches(objective: Objective, arguments: DistillationArguments, run: RunArguments) -> None:
-    """Check what the objective needs of a batch, of the optimizer, and of the memory flags."""
+def _check_batches(objective: Objective, method: str, run: RunArguments) -> None:
+    """Check that a batch has as many samples as the objective compares."""
     if run.per_device_train_batch_size < objective.requires.minimum_batch:
         raise ValueError(
-            f"per_device_train_batch_size: method {arguments.method!r} compares the samples of a batch and needs "
+            f"per_device_train_batch_size: method {method!r} compares the samples of a batch and needs "
             f"at least {objective.requires.minimum_batch}, got {run.per_device_train_batch_size}"
         )
-    if not objective.requires.memories:
-        if arguments.memory_path is not None:
-            raise ValueError(
-                f"memory_path: method {arguments.method!r} reads no memory, got {arguments.memory_path}"
-            )
-        return
-    if arguments.memory_path is None:
-        users = ", ".join(name for name, used in METHODS.items() if used[2])
+
+
+def _check_cls_token(
+    objective: Objective, method: str, tokenizer: PreTrainedTokenizerBase, source: str
+) -> None:
+    """Check that samples begin with [CLS] where the objective reads its hidden state."""
+    if objective.requires.cls_token and tokenizer("a")["input_ids"][0] != tokenizer.cls_token_id:
         raise ValueError(
-            f"memory_path: methods {users} need a teacher memory; build one with the 'memory' command, "
-            f"got method {arguments.method!r} without --memory_path"
-        )
-    # An optimizer of DeepSpeed's configuration takes all parameters as one group; Trainer's own has one without decay.
-    deepspeed = getattr(run, "hf_deepspeed_config", None)
-    if run.weight_decay and deepspeed is not None and "optimizer" in deepspeed.config:
-        raise ValueError(
-            f"weight_decay: the optimizer of the DeepSpeed configuration would let the student memory decay too, got "
-            f"{run.weight_decay}; take its 'optimizer' out, as in ds_config.json, and Trainer's AdamW is used"
+            f"method: {method!r} reads the hidden state of [CLS], the first token; expected a tokenizer that puts it "
+            f"there, got that of {source}"
         )
 
 
 def _load_tokenizer(
-    data_arguments: DataArguments, task: Task, teacher_path: str, source: str
+    data_arguments: DataArguments, task: Task, teacher_path: str | None, source: str
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that teacher and student share, and check that both take the task's samples."""
-    tokenizer = load_tokenizer(teacher_path)
+    """Load the tokenizer of both models, and check that they take the task's samples."""
+    tokenizer = load_tokenizer(teacher_path or source)
     if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"model_name_or_path: {source} and the teacher {teacher_path} have different vocabularies"
         )
-    for path in (teacher_path, source):
+    for path in filter(None, (teacher_path, source)):
         check_model(path, tokenizer, task, data_arguments.max_seq_length)
     return tokenizer
 
 
-def _memories(
-    data_arguments: DataArguments,
-    arguments: DistillationArguments,
-    objective: Objective,
-    teacher: OpenedTeacher,
-    student: PreTrainedModel,
-    seed: int,
-) -> tuple[TeacherMemory | None, StudentMemory | None]:
-    """Load the teacher memory and start the student memory, or (None, None) where the objective requires none."""
-    if not objective.requires.memories or arguments.memory_path is None:
-        return None, None
-    memory = TeacherMemory.from_pretrained(arguments.memory_path)
-    expected = memory_identity(
-        teacher.description,
-        get_task(data_arguments.task_name),
-        data_arguments.max_seq_length,
-        data_arguments.pad_features,
-        memory.identity.num_centroid,
-    )
-    memory.identity.check(expected, arguments.memory_path)
-    student_memory = StudentMemory(
-        memory.identity.num_centroid,
-        data_arguments.max_seq_length,
-        int(student.config.hidden_size),
-        init="normal" if arguments.student_memory_init == "clusters" else arguments.student_memory_init,
-        teacher_memory=memory,
-        generator=torch.Generator().manual_seed(seed),
-        decay=arguments.student_memory_decay if arguments.student_memory_update == "ema" else None,
-        pad_features=data_arguments.pad_features,
-    )
-    return memory, student_memory
-
-
-def _memory_start(
-    arguments: DistillationArguments,
-    run: RunArguments,
-    student: PreTrainedModel,
-    data: TaskData,
-    teacher_memory: TeacherMemory | None,
-    student_memory: StudentMemory | None,
-) -> Callable[[], None] | None:
-    """What sets the start of the student memory once training begins, where that needs the student's features."""
-    if arguments.student_memory_init != "clusters" or teacher_memory is None or student_memory is None:
-        return None
-    check_training_set(teacher_memory, data.train, str(arguments.memory_path))
-    return functools.partial(
-        start_from_clusters,
-        student_memory,
-        teacher_memory,
-        student,
-        data.train,
-        data.collator,
-        batch_size=run.per_device_eval_batch_size,
-        device=run.device,
-    )
+def _load_student(
+    source: str, task: Task, student_layers: int, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """Load the student, and check that it can be exported."""
+    with whole_weights():
+        student = load_classifier(source, task.labels, student_layers)
+    check_export(student, tokenizer)
+    return student

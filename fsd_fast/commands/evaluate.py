@@ -1,20 +1,30 @@
-"""``fsd-fast evaluate``: score a saved classifier."""
+"""``fsd-fast evaluate``: score a saved classifier, and compare it with its teacher."""
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from fsd_fast.commands._common import Work, check_model, check_outputs, evaluation_sets, load_data, metrics_of
+from fsd_fast.commands._common import (
+    TaskData,
+    Work,
+    check_model,
+    check_outputs,
+    load_data,
+    metrics_of,
+    read_task,
+)
 from fsd_fast.commands.flags import DataArguments, flag
 from fsd_fast.commands.values import Range
-from fsd_fast.data import get_task, resolve_model
+from fsd_fast.data import Task, resolve_model
 from fsd_fast.files import write_json
 from fsd_fast.models.loading import load_tokenizer
 from fsd_fast.models.teacher import Teacher
+from fsd_fast.training.teacher_logits import TeacherLogits, score_splits
 from fsd_fast.training.trainer import ClassifierTrainer
 
 
@@ -23,6 +33,14 @@ class EvaluationArguments:
     """The ``evaluate`` command: metrics of a saved classifier."""
 
     model_name_or_path: str = flag("The classifier: a folder or a Hub name.")
+    teacher_model_name_or_path: str | None = flag(
+        "A fine-tuned teacher to compare it with: agreement of their predictions, and mean KL.", None
+    )
+    teacher_logits_dir: str | None = flag(
+        "Folder for the teacher's logits: written as the teacher runs, read instead of running it again.",
+        None,
+        writes=True,
+    )
     output_dir: str | None = flag(
         "Folder to write evaluate_results.json to. Default: print only.", None, writes=True
     )
@@ -35,13 +53,61 @@ ARGUMENTS = (DataArguments, EvaluationArguments)
 
 def prepare(data_arguments: DataArguments, arguments: EvaluationArguments) -> Work:
     """Score a saved classifier on the evaluation splits of a task."""
-    task = get_task(data_arguments.task_name)
+    if arguments.teacher_logits_dir is not None and arguments.teacher_model_name_or_path is None:
+        raise ValueError(
+            "teacher_logits_dir: expected --teacher_model_name_or_path with it, whose logits are kept there"
+        )
+    task, splits = read_task(data_arguments)
     path = resolve_model(arguments.model_name_or_path)
     tokenizer = load_tokenizer(path)
-    check_model(path, tokenizer, task, data_arguments.max_seq_length)
+    saved = _load(path, tokenizer, task, data_arguments, "model_name_or_path")
+    teacher = None
+    if arguments.teacher_model_name_or_path is not None:
+        teacher_path = resolve_model(arguments.teacher_model_name_or_path)
+        if load_tokenizer(teacher_path).get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"teacher_model_name_or_path: {teacher_path} and {path} have different vocabularies"
+            )
+        teacher = _load(teacher_path, tokenizer, task, data_arguments, "teacher_model_name_or_path")
+    data = load_data(data_arguments, task, splits, tokenizer)
+    trainer = _trainer(saved, data, tokenizer, arguments)
+
+    teacher_logits = None
+    if teacher is not None:
+        teacher_logits = TeacherLogits(
+            functools.partial(_same, teacher),
+            teacher.describe(),
+            data.collator,
+            batch_size=arguments.per_device_eval_batch_size,
+            device=trainer.args.device,
+            folder=arguments.teacher_logits_dir,
+        )
+
+    def work() -> dict[str, float]:
+        metrics = score_splits(trainer, data.evaluation, task, teacher_logits)
+        if arguments.output_dir is not None and trainer.is_world_process_zero():
+            write_json(Path(arguments.output_dir) / "evaluate_results.json", metrics)
+        return metrics
+
+    return work
+
+
+def _same(teacher: Teacher) -> Teacher:
+    return teacher
+
+
+def _load(
+    path: str, tokenizer: PreTrainedTokenizerBase, task: Task, arguments: DataArguments, flag_name: str
+) -> Teacher:
+    check_model(path, tokenizer, task, arguments.max_seq_length)
     saved = Teacher.from_pretrained(path)
-    check_outputs(saved, task, "model_name_or_path")
-    data = load_data(data_arguments, tokenizer)
+    check_outputs(saved, task, flag_name)
+    return saved
+
+
+def _trainer(
+    saved: Teacher, data: TaskData, tokenizer: PreTrainedTokenizerBase, arguments: EvaluationArguments
+) -> ClassifierTrainer:
     run = TrainingArguments(
         # Trainer makes this folder; where nothing is written it must not be one named like a model on the Hub.
         output_dir=arguments.output_dir or tempfile.gettempdir(),
@@ -49,19 +115,10 @@ def prepare(data_arguments: DataArguments, arguments: EvaluationArguments) -> Wo
         use_cpu=arguments.use_cpu,
         report_to=[],
     )
-    trainer = ClassifierTrainer(
+    return ClassifierTrainer(
         model=saved.model,
         args=run,
-        eval_dataset=evaluation_sets(data),
         data_collator=data.collator,
         processing_class=tokenizer,
-        compute_metrics=metrics_of(task),
+        compute_metrics=metrics_of(data.task),
     )
-
-    def work() -> dict[str, float]:
-        metrics: dict[str, float] = trainer.evaluate()
-        if arguments.output_dir is not None and trainer.is_world_process_zero():
-            write_json(Path(arguments.output_dir) / "evaluate_results.json", metrics)
-        return metrics
-
-    return work

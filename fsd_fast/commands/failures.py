@@ -2,6 +2,7 @@
 
 - ``fsd-fast COMMAND: error: ...``, exit status 2: the input was refused before any work.
 - ``fsd-fast COMMAND: failed: ...``, exit status 1: the work could not be finished.
+- ``fsd-fast COMMAND: stopped by SIGTERM: ...``, exit status 143 (130 for SIGINT): it can be continued.
 
 ``FSD_DEBUG=1`` prints the traceback above the line. Errors in the work that no input explains (``AttributeError``,
 ``KeyError``, ...) are faults of the program: their traceback is always printed, since a long run may not be repeated
@@ -21,7 +22,7 @@ import traceback
 
 from fsd_fast.commands.launcher import local_rank, rank
 
-REFUSED, FAILED = 2, 1
+REFUSED, FAILED, INTERRUPTED = 2, 1, 130
 
 _FAULTS = (AssertionError, AttributeError, LookupError, NameError, NotImplementedError, TypeError)
 # Their message stands alone; that of another error follows its type's name.
@@ -51,6 +52,15 @@ def fail(command: str, error: Exception, working: bool) -> int:
         if debugging or fault:
             traceback.print_exception(error)
         print(f"fsd-fast {command}: {word}: {message_of(error)}", file=sys.stderr, flush=True)
+    _leave(status)
+    return status
+
+
+def stop(command: str, interrupt: KeyboardInterrupt) -> int:
+    """Print that a command was stopped, and return the exit status; ends a process of several as ``fail`` does."""
+    if rank() == 0:
+        print(f"fsd-fast {command}: {str(interrupt) or 'interrupted'}", file=sys.stderr, flush=True)
+    status = int(getattr(interrupt, "status", INTERRUPTED))
     _leave(status)
     return status
 

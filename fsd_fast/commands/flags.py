@@ -20,6 +20,7 @@ def flag(
     choices: tuple[str, ...] | None = None,
     numbers: Range | None = None,
     writes: bool = False,
+    positional: bool = False,
 ) -> Any:
     """A dataclass field that is a flag.
 
@@ -29,12 +30,14 @@ def flag(
         choices: The texts it takes, where its annotation does not list them.
         numbers: The numbers it takes.
         writes: Whether it names a folder that the command writes to.
+        positional: Whether its value may also stand first, without the flag's name; one flag of a command.
     """
     metadata = {
         "help": text,
         "choices": choices,
         "writes": writes,
         "numbers": numbers,
+        "positional": positional,
     }
     return field(default=default, metadata=metadata)
 
@@ -59,6 +62,17 @@ class DataArguments:
     )
     max_train_samples: int | None = flag(
         "Use only the first so many training samples; not for evaluate.", None, numbers=Range(minimum=1)
+    )
+    subset_seed: int | None = flag(
+        "Order in which training samples are chosen by --max_train_samples and --heldout_samples. Default: the file's.",
+        None,
+        numbers=Range(minimum=0, maximum=2**32 - 1),
+    )
+    heldout_samples: int = flag(
+        "Training samples that are not trained on: the last ones of that order become the evaluation split 'heldout', "
+        "by which checkpoints are then chosen.",
+        0,
+        numbers=Range(minimum=0),
     )
     max_eval_samples: int | None = flag(
         "Use only the first so many samples of each evaluation split; not for memory and cache.",
@@ -122,6 +136,11 @@ class RunArguments(TrainingArguments):
     allow_partial_resume: bool = flag(
         "Resume from a checkpoint that lacks the optimizer's, the schedule's or the random numbers' state.",
         False,
+    )
+    profile: int | None = flag(
+        "Print where the time of so many training steps goes, and write a Chrome trace of them.",
+        None,
+        numbers=Range(minimum=1),
     )
     overwrite_output_dir: bool = flag("Start anew in a folder that holds a run already.", False)
 

@@ -52,6 +52,7 @@ REFUSED: dict[str, Refusal] = {
     "do_train": Refusal("this command trains; 'evaluate' scores without training", True),
     "do_eval": Refusal("this command evaluates when training ends; --max_eval_samples shortens that", True),
     "do_predict": Refusal("the labelled splits alone are read; test splits have no labels", False),
+    "enable_jit_checkpoint": Refusal("SIGTERM saves a checkpoint in any case", False),
     "local_rank": Refusal("the launcher gives each process its rank", -1),
 }
 """Refused for every command that trains."""
@@ -105,7 +106,7 @@ HONOURED: dict[str, str] = {
     **dict.fromkeys(("eval_strategy", "eval_steps", "eval_delay", "eval_on_start"), _EVALUATE),
     "eval_accumulation_steps": _EVALUATE,
     **dict.fromkeys(("save_strategy", "save_steps", "save_total_limit", "save_only_model"), _SAVE),
-    **dict.fromkeys(("save_on_each_node", "enable_jit_checkpoint"), _SAVE),
+    "save_on_each_node": _SAVE,
     **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), _SAVE),
     **dict.fromkeys(("data_seed", "dataloader_drop_last", "dataloader_num_workers"), _LOADER),
     **dict.fromkeys(("dataloader_pin_memory", "dataloader_persistent_workers"), _LOADER),

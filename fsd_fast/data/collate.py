@@ -5,7 +5,6 @@ where every position counts as a row of the features, and the longest L of the b
 padding is dropped and so need not be made.
 """
 
-import hashlib
 from typing import Any
 
 import numpy as np
@@ -67,16 +66,6 @@ def tokenize(
     return dataset.map(
         encode, batched=True, with_indices=True, remove_columns=dataset.column_names, desc="Tokenizing"
     )
-
-
-def tokens_digest(samples: Dataset) -> str:
-    """sha256 over the tokens, and their types, of all samples in their order."""
-    columns = [name for name in ("input_ids", "token_type_ids") if name in samples.column_names]
-    digest = hashlib.sha256()
-    for rows in samples.select_columns(columns).iter(batch_size=1000):
-        for name in columns:
-            digest.update(repr([list(row) for row in rows[name]]).encode())
-    return digest.hexdigest()
 
 
 class PadCollator:

@@ -1,4 +1,8 @@
-"""The defaults of the losses: one place for the modules and for the flags of ``distill``."""
+"""The weights and settings of all methods, with their defaults: one place for the losses and for the flags.
+
+``pad_features`` alone differs by intent: the modules follow the paper ("include"), ``distill`` leaves padding out
+("exclude").
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,12 @@ from typing import Literal, NamedTuple
 Reduction = Literal["mean_log", "log_mean"]
 
 
-class LossDefaults(NamedTuple):
-    """Weights and settings of L = L_VKD + beta (gamma_i L_I + gamma_l L_L + gamma_g L_G) [eq. 1-11]."""
+class LossSettings(NamedTuple):
+    """Weights and settings of L_VKD, of the structures and of the baselines; a method reads some of them.
+
+    L = L_VKD + beta (gamma_i L_I + gamma_l L_L + gamma_g L_G) [eq. 1-11] is the paper's method. The baselines add
+    their own terms to L_VKD, see ``fsd_fast.losses.baselines``.
+    """
 
     alpha: float = 0.5
     """Of the hard labels in L_VKD."""
@@ -24,8 +32,22 @@ class LossDefaults(NamedTuple):
     """Of L_G, whose Euclidean term is four to five orders of magnitude larger than the other losses."""
     gamma_m: float = 0.5
     """Of the Euclidean term in L_G against the cosine term."""
-    reduction: Reduction = "mean_log"
+    intra_reduction: Reduction = "mean_log"
     """Of L_I over the samples: the paper's."""
+    pkd_weight: float = 100.0
+    """Of PKD's patient term: beta of Sun et al. (2019), who choose it from 10, 100, 500 and 1000."""
+    rkd_distance_weight: float = 25.0
+    """Of RKD's distance-wise term: lambda of Park et al. (2019) for classification."""
+    rkd_angle_weight: float = 50.0
+    """Of RKD's angle-wise term: lambda of Park et al. (2019) for classification."""
+    minilm_weight: float = 1.0
+    """Of MiniLM's self-attention relations."""
+    minilm_relation_heads: int = 48
+    """Relation heads of MiniLM: Wang et al. (2021), for teachers of BERT-base's size."""
 
 
-DEFAULTS = LossDefaults()
+DEFAULTS = LossSettings()
+METHOD = "fsd_ilg"
+"""The method by default: all structures."""
+BACKEND = "auto"
+"""The backend by default: Triton kernels on a GPU, torch operations elsewhere."""

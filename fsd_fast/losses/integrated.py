@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fsd_fast.losses._checks import check_choice
-from fsd_fast.losses.defaults import DEFAULTS, Reduction
+from fsd_fast.losses._checks import check_choice, check_weights
+from fsd_fast.losses.defaults import BACKEND, DEFAULTS, METHOD, Reduction
 from fsd_fast.losses.logits import LogitDistillationLoss
 from fsd_fast.losses.structures import (
     Features,
@@ -16,10 +16,11 @@ from fsd_fast.losses.structures import (
     IntraFeatureLoss,
     LocalInterFeatureLoss,
     PadFeatures,
-    layer_pairs,
+    pair_layers,
 )
+from fsd_fast.sections import section
 
-METHODS: dict[str, tuple[bool, bool, bool]] = {
+STRUCTURES: dict[str, tuple[bool, bool, bool]] = {
     "vkd": (False, False, False),
     "fsd_i": (True, False, False),
     "fsd_l": (False, True, False),
@@ -27,7 +28,7 @@ METHODS: dict[str, tuple[bool, bool, bool]] = {
     "fsd_il": (True, True, False),
     "fsd_ilg": (True, True, True),
 }
-"""Method name -> whether it uses (L_I, L_L, L_G)."""
+"""Method of the paper -> whether it uses (L_I, L_L, L_G)."""
 
 
 class FeatureStructureOutput(NamedTuple):
@@ -62,7 +63,7 @@ class FeatureStructureLoss(nn.Module):
 
     def __init__(
         self,
-        method: str = "fsd_ilg",
+        method: str = METHOD,
         *,
         alpha: float = DEFAULTS.alpha,
         temperature: float = DEFAULTS.temperature,
@@ -71,22 +72,15 @@ class FeatureStructureLoss(nn.Module):
         gamma_l: float = DEFAULTS.gamma_l,
         gamma_g: float = DEFAULTS.gamma_g,
         gamma_m: float = DEFAULTS.gamma_m,
-        reduction: Reduction = DEFAULTS.reduction,
+        reduction: Reduction = DEFAULTS.intra_reduction,
         pad_features: PadFeatures = "include",
-        backend: str = "auto",
+        backend: str = BACKEND,
     ) -> None:
         super().__init__()
-        check_choice("method", method, list(METHODS))
-        for name, weight in (
-            ("beta", beta),
-            ("gamma_i", gamma_i),
-            ("gamma_l", gamma_l),
-            ("gamma_g", gamma_g),
-        ):
-            if not weight >= 0:
-                raise ValueError(f"{name}: expected a weight >= 0, got {weight}")
+        check_choice("method", method, list(STRUCTURES))
+        check_weights(beta=beta, gamma_i=gamma_i, gamma_l=gamma_l, gamma_g=gamma_g)
         self.method = method
-        self.uses_intra, self.uses_local, self.uses_global = METHODS[method]
+        self.uses_intra, self.uses_local, self.uses_global = STRUCTURES[method]
         self.beta, self.gamma_i, self.gamma_l, self.gamma_g = beta, gamma_i, gamma_l, gamma_g
         self.logits = LogitDistillationLoss(alpha, temperature)
         self.intra = IntraFeatureLoss(reduction, pad_features, backend)
@@ -135,10 +129,11 @@ class FeatureStructureLoss(nn.Module):
             TypeError: An argument is not of the expected kind.
             ValueError: Something that the method needs is missing, or shapes do not fit.
         """
-        loss, hard, soft = self.logits.components(student_logits, teacher_logits, labels)
+        with section("loss_vkd"):
+            loss, hard, soft = self.logits.components(student_logits, teacher_logits, labels)
         components = {"loss_vkd": loss, "loss_hard": hard, "loss_soft": soft}
         structures = torch.zeros_like(loss)
-        pairs = layer_pairs(student_features, teacher_features) if self.uses_intra or self.uses_local else []
+        pairs = pair_layers(student_features, teacher_features) if self.uses_intra or self.uses_local else []
         shared: Tensor | None = None
         if self.uses_global:
             needed = (student_penultimate, student_memory, teacher_penultimate, teacher_memory)
@@ -147,8 +142,9 @@ class FeatureStructureLoss(nn.Module):
                     f"method {self.method!r} uses L_G: expected student_penultimate, student_memory, "
                     "teacher_penultimate and teacher_memory"
                 )
-            read = self.global_.structures(*needed, attention_mask)  # type: ignore[arg-type]
-            output, shared = self.global_.combine(read), read.local
+            with section("loss_global"):
+                read = self.global_.structures(*needed, attention_mask)  # type: ignore[arg-type]
+                output, shared = self.global_.combine(read), read.local
             structures = structures + self.gamma_g * output.loss
             components |= {
                 "loss_global": output.loss,
@@ -157,7 +153,8 @@ class FeatureStructureLoss(nn.Module):
                 "global_cosine": output.cosine,
             }
         if self.uses_intra:
-            intra = self.intra(*zip(*pairs, strict=True), attention_mask)
+            with section("loss_intra"):
+                intra = self.intra(*zip(*pairs, strict=True), attention_mask)
             structures = structures + self.gamma_i * intra
             components["loss_intra"] = intra
         if self.uses_local:
@@ -166,10 +163,11 @@ class FeatureStructureLoss(nn.Module):
                 is_penultimate = student_layer is student_penultimate and teacher_layer is teacher_penultimate
                 if shared is not None and is_penultimate:
                     terms.append(shared)
-                elif student_layer.shape[0] == 1:
+                elif student_layer.shape[0] == 1 and not self.local.gather:
                     terms.append(torch.zeros_like(loss))
                 else:
-                    terms.append(self.local(student_layer, teacher_layer, attention_mask))
+                    with section("loss_local"):
+                        terms.append(self.local(student_layer, teacher_layer, attention_mask))
             local = terms[0] if len(terms) == 1 else torch.stack(terms).mean()
             structures = structures + self.gamma_l * local
             components["loss_local"] = local

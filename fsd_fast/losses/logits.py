@@ -25,6 +25,31 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return total / labelled.sum().clamp(min=1)
 
 
+def hard_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of the labels; their mean squared error where there is one logit (a regression).
+
+    Args:
+        logits: [B, C].
+        labels: [B], class numbers; for C = 1 the targets. A sample labelled -100 has no label, as in torch: the
+            cross-entropy is the mean over the others, 0 where there are none.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        TypeError: Class labels are not integers.
+        ValueError: Shapes do not fit, or, on a CPU, a label is no class. (On a GPU torch itself stops there.)
+    """
+    if labels.shape != logits.shape[:1]:
+        raise ValueError(f"labels: expected [B] = [{len(logits)}], got {list(labels.shape)}")
+    logits = logits.float()
+    if logits.shape[1] == 1:
+        return functional.mse_loss(logits[:, 0], labels.to(logits.dtype))
+    if labels.is_floating_point():
+        raise TypeError(f"labels: expected class numbers (an integer dtype), got {labels.dtype}")
+    return _cross_entropy(logits, labels)
+
+
 class LogitDistillationLoss(nn.Module):
     """L_VKD: hard labels and the teacher's softened predictions [eq. 1-3].
 
@@ -64,16 +89,11 @@ class LogitDistillationLoss(nn.Module):
                 f"student_logits, teacher_logits: expected the same [B, C], got {list(student_logits.shape)} "
                 f"and {list(teacher_logits.shape)}"
             )
-        if labels.shape != student_logits.shape[:1]:
-            raise ValueError(f"labels: expected [B] = [{len(student_logits)}], got {list(labels.shape)}")
+        hard = hard_label_loss(student_logits, labels)
         student, teacher = student_logits.float(), teacher_logits.detach().float()
         if student.shape[1] == 1:
-            hard = functional.mse_loss(student[:, 0], labels.to(student.dtype))
             soft = functional.mse_loss(student, teacher)
         else:
-            if labels.is_floating_point():
-                raise TypeError(f"labels: expected class numbers (an integer dtype), got {labels.dtype}")
-            hard = _cross_entropy(student, labels)
             soft = self.temperature**2 * functional.kl_div(
                 functional.log_softmax(student / self.temperature, dim=1),
                 functional.log_softmax(teacher / self.temperature, dim=1),
@@ -88,11 +108,10 @@ class LogitDistillationLoss(nn.Module):
         Args:
             student_logits: [B, C].
             teacher_logits: [B, C]; a constant.
-            labels: [B], class numbers; for C = 1 the targets. A sample labelled -100 has no hard label, as in torch:
-                the hard term is the mean over the others, 0 where there are none.
+            labels: [B], as for ``hard_label_loss``.
 
         Raises:
             TypeError: Class labels are not integers.
-            ValueError: Shapes do not fit, or, on a CPU, a label is no class. (On a GPU torch itself stops there.)
+            ValueError: Shapes do not fit, or a label is no class.
         """
         return self.components(student_logits, teacher_logits, labels)[0]

@@ -6,23 +6,34 @@ calls it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fsd_fast.losses.integrated import FeatureStructureLoss
+
+class Projections(NamedTuple):
+    """The inputs of a layer's self-attention, before they are split into heads."""
+
+    query: Tensor
+    """[B, S, W], W the width of the queries: heads times the width of a head."""
+    key: Tensor
+    """[B, S, W']. Narrower than the queries where several of their heads share one of the keys."""
+    value: Tensor
+    """[B, S, W']."""
 
 
 class Signals(NamedTuple):
     """What one model computed for a batch, as far as an objective requires it."""
 
     logits: Tensor
-    """[B, C]."""
+    """[B, C]; [B, 0] in place of a teacher that the objective does not require."""
     hidden_states: Mapping[int, Tensor]
     """Layer index (0 = embeddings) -> [B, S, D]."""
     memory: Tensor | None = None
     """[K, S * D], the centroids of the model's memory; None where none is required."""
+    projections: Projections | None = None
+    """Queries, keys and values of the last layer; None where they are not required."""
 
 
 class Requirements(NamedTuple):
@@ -36,6 +47,12 @@ class Requirements(NamedTuple):
     """Whether it reads a teacher memory and trains a student memory."""
     minimum_batch: int = 1
     """Samples that a batch must have; the last batch of an epoch may have fewer."""
+    teacher: bool = True
+    """Whether it reads anything of a teacher."""
+    relation_heads: int = 0
+    """Into how many equal parts it splits the queries, keys and values of both last layers; 0: it reads none."""
+    cls_token: bool = False
+    """Whether the first token of a sample must be the tokenizer's [CLS]."""
 
 
 class ObjectiveOutput(NamedTuple):
@@ -68,50 +85,3 @@ class Objective(nn.Module):
             attention_mask: [B, S], 1 = keep.
         """
         raise NotImplementedError
-
-
-class FeatureStructureObjective(Objective):
-    """The methods of the paper: L_VKD plus the structures that the loss uses [eq. 11].
-
-    Args:
-        loss: The integrated loss.
-        layer_pairs: (teacher layer, student layer) pairs that L_I and L_L compare.
-        penultimate: The pair that L_G compares: the last layer but one on both sides.
-    """
-
-    def __init__(
-        self,
-        loss: FeatureStructureLoss,
-        layer_pairs: Sequence[tuple[int, int]],
-        penultimate: tuple[int, int],
-    ) -> None:
-        super().__init__()
-        self.loss = loss
-        self._pairs = list(layer_pairs) if loss.uses_intra or loss.uses_local else []
-        self._penultimate = penultimate if loss.uses_global else None
-        read = [*self._pairs, *([penultimate] if loss.uses_global else [])]
-        self.requires = Requirements(
-            student_layers=tuple(sorted({student for _, student in read})),
-            teacher_layers=tuple(sorted({teacher for teacher, _ in read})),
-            memories=loss.uses_global,
-            minimum_batch=2 if loss.uses_local else 1,
-        )
-
-    def forward(
-        self, student: Signals, teacher: Signals, labels: Tensor, attention_mask: Tensor | None
-    ) -> ObjectiveOutput:
-        """Return the integrated loss and its terms."""
-        last = self._penultimate
-        loss, components = self.loss(
-            student.logits,
-            teacher.logits,
-            labels,
-            [student.hidden_states[layer] for _, layer in self._pairs],
-            [teacher.hidden_states[layer] for layer, _ in self._pairs],
-            attention_mask,
-            student_penultimate=None if last is None else student.hidden_states[last[1]],
-            teacher_penultimate=None if last is None else teacher.hidden_states[last[0]],
-            student_memory=student.memory,
-            teacher_memory=teacher.memory,
-        )
-        return ObjectiveOutput(loss, components)

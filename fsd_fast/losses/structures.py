@@ -1,7 +1,7 @@
 """The structure losses, as modules named as in the paper.
 
     L_I = mean_i -log CKA(X_i, Y_i)              tokens of one sample against each other             [eq. 6]
-    L_L = -log CKA(h_T, h_S)                     samples of the batch against each other             [eq. 7]
+    L_L = -log CKA(h_S, h_T)                     samples of the batch against each other             [eq. 7]
     L_G = gamma_m F^E + (1 - gamma_m) F^C + F_MM samples and centroids of two memories               [eq. 8-10]
 
 Features are hidden states ``[B, S, D]``: B samples, S tokens, D hidden; h is a sample flattened to S * D.
@@ -12,14 +12,15 @@ absolute value around it changes nothing and is not computed.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fsd_fast.losses._checks import check_choice, check_unit_interval
-from fsd_fast.losses.defaults import DEFAULTS, Reduction
+from fsd_fast.losses.defaults import BACKEND, DEFAULTS, Reduction
+from fsd_fast.losses.gather import Gathers, joined_inter_structure, mean_over_processes, own_positions
 from fsd_kernels import GramBasis, InterStructure, frozen_gram, inter_structure, intra_cka
 
 PadFeatures = Literal["include", "exclude"]
@@ -38,7 +39,7 @@ def _as_layers(name: str, features: Features) -> list[Tensor]:
     return layers
 
 
-def layer_pairs(student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:
+def pair_layers(student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:
     """Pair the student's layers with the teacher's, checked: [B, S, D_s] and [B, S, D_t] each."""
     students, teachers = _as_layers("student", student), _as_layers("teacher", teacher)
     if len(students) != len(teachers):
@@ -52,8 +53,8 @@ def layer_pairs(student: Features, teacher: Features) -> list[tuple[Tensor, Tens
     return list(zip(students, teachers, strict=True))
 
 
-class _StructureLoss(nn.Module):
-    """What the structure losses share: the padding policy and the backend."""
+class _StructureLoss(Gathers, nn.Module):
+    """What the structure losses share: padding policy, backend, and whether the batches of processes are joined."""
 
     def __init__(self, pad_features: PadFeatures, backend: str) -> None:
         super().__init__()
@@ -64,9 +65,13 @@ class _StructureLoss(nn.Module):
     def _mask(self, attention_mask: Tensor | None) -> Tensor | None:
         return attention_mask if self.pad_features == "exclude" else None
 
+    @property
+    def _inter_structure(self) -> Callable[..., InterStructure]:
+        return joined_inter_structure if self.gather else inter_structure
+
     def extra_repr(self) -> str:
         """Show the settings in repr."""
-        return f"pad_features={self.pad_features!r}, backend={self.backend!r}"
+        return f"pad_features={self.pad_features!r}, backend={self.backend!r}, gather={self.gather}"
 
 
 class IntraFeatureLoss(_StructureLoss):
@@ -86,9 +91,9 @@ class IntraFeatureLoss(_StructureLoss):
 
     def __init__(
         self,
-        reduction: Reduction = DEFAULTS.reduction,
+        reduction: Reduction = DEFAULTS.intra_reduction,
         pad_features: PadFeatures = "include",
-        backend: str = "auto",
+        backend: str = BACKEND,
     ) -> None:
         super().__init__(pad_features, backend)
         check_choice("reduction", reduction, get_args(Reduction))
@@ -108,7 +113,7 @@ class IntraFeatureLoss(_StructureLoss):
             TypeError: Features are not floating tensors.
             ValueError: Shapes, devices or the numbers of layers do not fit.
         """
-        pairs = layer_pairs(student, teacher)
+        pairs = pair_layers(student, teacher)
         if pairs[0][0].shape[0] == 0:
             return sum(
                 (layer.float().sum() for layer, _ in pairs), start=torch.zeros((), device=pairs[0][0].device)
@@ -118,6 +123,8 @@ class IntraFeatureLoss(_StructureLoss):
         if self.reduction == "mean_log":
             return cka.neg_log.mean()
         distance = cka.distance.mean(dim=1)
+        if self.gather:
+            distance = mean_over_processes(distance, cka.distance.shape[1])
         # Near CKA = 1 the logarithm of 1 - distance would round; near CKA = 0, 1e-8 - 1 would, to -1.
         near = distance < 0.5
         log1p = torch.log1p(1e-8 - torch.where(near, distance, 0.0))
@@ -126,7 +133,7 @@ class IntraFeatureLoss(_StructureLoss):
 
 
 class LocalInterFeatureLoss(_StructureLoss):
-    """L_L = -log CKA(h_T, h_S): how the samples of a batch relate to each other [eq. 7].
+    """L_L = -log CKA(h_S, h_T): how the samples of a batch relate to each other [eq. 7].
 
     Args:
         pad_features: "include": all S positions count. "exclude": positions with attention mask 0 count as zeros.
@@ -136,7 +143,7 @@ class LocalInterFeatureLoss(_StructureLoss):
         ValueError: ``pad_features`` is none of the named values.
     """
 
-    def __init__(self, pad_features: PadFeatures = "include", backend: str = "auto") -> None:
+    def __init__(self, pad_features: PadFeatures = "include", backend: str = BACKEND) -> None:
         super().__init__(pad_features, backend)
 
     def forward(self, student: Features, teacher: Features, attention_mask: Tensor | None = None) -> Tensor:
@@ -152,13 +159,13 @@ class LocalInterFeatureLoss(_StructureLoss):
             ValueError: The batch has one sample (nothing to compare it with), or shapes, devices or the
                 numbers of layers do not fit.
         """
-        pairs = layer_pairs(student, teacher)
-        if pairs[0][0].shape[0] == 1:
+        pairs = pair_layers(student, teacher)
+        if pairs[0][0].shape[0] == 1 and not self.gather:
             raise ValueError(
                 "student: L_L compares the samples of a batch and needs at least 2, got a batch of 1"
             )
         mask = self._mask(attention_mask)
-        values = [inter_structure(*pair, mask=mask, backend=self.backend).local for pair in pairs]
+        values = [self._inter_structure(*pair, mask=mask, backend=self.backend).local for pair in pairs]
         return values[0] if len(values) == 1 else torch.stack(values).mean()
 
 
@@ -178,6 +185,9 @@ class GlobalInterFeatureOutput(NamedTuple):
 class GlobalInterFeatureLoss(_StructureLoss):
     """L_G = gamma_m F^E + (1 - gamma_m) F^C + F_MM: samples against the memory of the training set [eq. 8-10].
 
+    Unless ``backend`` is "reference", the cosine of a sample and a centroid counts as 0 if one is more than 1024 times
+    (in float32) as long as the other.
+
     Args:
         gamma_m: Weight of the Euclidean term against the cosine term, in [0, 1].
         pad_features: "include": all S positions count and features are as wide as the memories. "exclude":
@@ -190,25 +200,32 @@ class GlobalInterFeatureLoss(_StructureLoss):
     """
 
     def __init__(
-        self, gamma_m: float = DEFAULTS.gamma_m, pad_features: PadFeatures = "include", backend: str = "auto"
+        self, gamma_m: float = DEFAULTS.gamma_m, pad_features: PadFeatures = "include", backend: str = BACKEND
     ) -> None:
         super().__init__(pad_features, backend)
         check_unit_interval("gamma_m", gamma_m)
         self.gamma_m = gamma_m
         self._cached_basis: tuple[weakref.ref[Tensor], int, GramBasis] | None = None
 
-    def _basis(self, memory: Tensor, student: Tensor) -> GramBasis:
-        """The teacher memory with its own block of Gamma, computed once for as long as it stays unchanged."""
+    def _basis(self, memory: Tensor, student: Tensor, teacher: Tensor) -> GramBasis:
+        """The teacher memory with its own block of Gamma, computed once for as long as it stays unchanged.
+
+        Where processes join their batches, it is that of this process's columns.
+        """
         cached = self._cached_basis
         if torch.compiler.is_compiling():
             # A compiled graph cannot see whether the memory changed since, so it computes the block every time.
-            basis = frozen_gram(memory, backend=self.backend)
+            basis = self._frozen_gram(memory, teacher)
         elif cached is not None and cached[0]() is memory and cached[1] == memory._version:
             basis = cached[2]
         else:
-            basis = frozen_gram(memory, backend=self.backend)
+            basis = self._frozen_gram(memory, teacher)
             self._cached_basis = (weakref.ref(memory), memory._version, basis)
         return basis if student.dtype != torch.float64 else GramBasis(basis.memory, basis.gram.double())
+
+    def _frozen_gram(self, memory: Tensor, teacher: Tensor) -> GramBasis:
+        rows = own_positions(memory, teacher.shape[2]) if self.gather else memory
+        return frozen_gram(rows, backend=self.backend)
 
     def structures(
         self,
@@ -219,7 +236,7 @@ class GlobalInterFeatureLoss(_StructureLoss):
         attention_mask: Tensor | None = None,
     ) -> InterStructure:
         """Return F_MM, F^E, F^C and, from the same pass over the features, L_L. Arguments as in ``forward``."""
-        ((student, teacher),) = layer_pairs(student, teacher)
+        ((student, teacher),) = pair_layers(student, teacher)
         for name, memory, features in (
             ("student_memory", student_memory, student),
             ("teacher_memory", teacher_memory, teacher),
@@ -240,11 +257,11 @@ class GlobalInterFeatureLoss(_StructureLoss):
                 f"student_memory: expected {teacher_memory.shape[0]} centroids like teacher_memory, "
                 f"got {student_memory.shape[0]}"
             )
-        return inter_structure(
+        return self._inter_structure(
             student,
             teacher,
             student_memory,
-            self._basis(teacher_memory, student),
+            self._basis(teacher_memory, student, teacher),
             self._mask(attention_mask),
             backend=self.backend,
         )

@@ -10,16 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fsd_fast.data import SAMPLE_COLUMN
 from fsd_fast.models.families import STOPS_EARLY, layer_stack
 from fsd_fast.models.fingerprint import model_fingerprint
+from fsd_fast.models.inputs import input_arguments
 from fsd_fast.models.labels import id2label_of, label_order, name_outputs, order_outputs
 from fsd_fast.models.loading import load_weights, read_config
-
-
-def input_arguments(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Pick what a model's forward takes from a batch: everything but the labels and the samples' places."""
-    return {name: value for name, value in inputs.items() if name not in ("labels", SAMPLE_COLUMN)}
+from fsd_fast.models.projections import ProjectionRecorder, record_projections
 
 
 class _Reached(Exception):
@@ -35,12 +31,14 @@ class TeacherDescription:
         fingerprint: sha256 of its parameters, see ``model_fingerprint``.
         num_layers: Number of encoder layers.
         hidden_size: Width D_t of the hidden states.
+        num_labels: C, the number of its outputs.
     """
 
     name: str
     fingerprint: str
     num_layers: int
     hidden_size: int
+    num_labels: int
 
 
 class Teacher:
@@ -60,6 +58,7 @@ class Teacher:
         self.model.config.use_cache = False
         self.name = name
         self.autocast_dtype: torch.dtype | None = None
+        self.projections: ProjectionRecorder | None = None
 
     @classmethod
     def from_pretrained(cls, name_or_path: str) -> Teacher:
@@ -67,7 +66,7 @@ class Teacher:
 
         Raises:
             OSError: There is no such model, or none in safetensors files.
-            ValueError: A weight is missing, the head's too, or its family is none the engine takes.
+            ValueError: A weight is missing, the head's too, or its family is none that fsd_fast takes.
         """
         model, _ = load_weights(name_or_path, read_config(name_or_path), fresh_head=False)
         return cls(model, name_or_path)
@@ -86,6 +85,17 @@ class Teacher:
             order_outputs(self.model, order, self.name)
         name_outputs(self.model, labels)
 
+    def record_projections(self, relation_heads: int) -> None:
+        """Let ``projections`` record the last layer's queries, keys and values from now on.
+
+        Args:
+            relation_heads: Into how many equal parts each will be split.
+
+        Raises:
+            ValueError: The family has no such projections, or they cannot be split so; see ``record_projections``.
+        """
+        self.projections = record_projections(self.model, self.name, relation_heads)
+
     @property
     def num_layers(self) -> int:
         """Number of encoder layers."""
@@ -98,7 +108,13 @@ class Teacher:
 
     def describe(self) -> TeacherDescription:
         """What a memory or a cache records of this teacher; reads every parameter."""
-        return TeacherDescription(self.name, model_fingerprint(self.model), self.num_layers, self.hidden_size)
+        return TeacherDescription(
+            self.name,
+            model_fingerprint(self.model),
+            self.num_layers,
+            self.hidden_size,
+            int(self.model.config.num_labels),
+        )
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Teacher:
         """Move the model and choose the precision of its matrix products; returns self.

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from fsd_fast.losses import Objective, Signals
 from fsd_fast.memory.student_memory import StudentMemory
-from fsd_fast.models.teacher import input_arguments
+from fsd_fast.models.inputs import input_arguments
+from fsd_fast.models.projections import record_projections
 
 
 class DistillationModel(nn.Module):
@@ -25,7 +26,8 @@ class DistillationModel(nn.Module):
         student_memory: Trained by the objective and left behind by the export; None where it requires none.
 
     Raises:
-        ValueError: The objective requires a memory and there is none, or the other way round.
+        ValueError: The objective requires a memory and there is none, or the other way round; or it requires queries,
+            keys and values that the student does not have.
     """
 
     def __init__(
@@ -39,6 +41,8 @@ class DistillationModel(nn.Module):
         self.objective = objective
         self.student_memory = student_memory
         self.config = student.config
+        heads = objective.requires.relation_heads
+        self.projections = record_projections(student, "the student", heads) if heads else None
 
     def gradient_checkpointing_enable(self, *arguments: Any, **keywords: Any) -> None:
         """Pass the request on to the student."""
@@ -84,9 +88,9 @@ class DistillationModel(nn.Module):
         output = self.student(**inputs, output_hidden_states=bool(layers))
         hidden_states = {layer: output.hidden_states[layer] for layer in layers}
         memory = None if self.student_memory is None else self.student_memory.centroids
-        result = self.objective(
-            Signals(output.logits, hidden_states, memory), teacher, labels, attention_mask
-        )
+        projections = None if self.projections is None else self.projections.take()
+        signals = Signals(output.logits, hidden_states, memory, projections)
+        result = self.objective(signals, teacher, labels, attention_mask)
         if self.student_memory is not None and clusters is not None and self.training:
             penultimate = output.hidden_states[self.student.config.num_hidden_layers - 1]
             self.student_memory.follow(penultimate, clusters, attention_mask)

@@ -28,14 +28,14 @@ _FREE_PREFIXES = ("logging_", "log_", "save_", "trackio_", "project")
 _FIXED = frozenset(
     {
         "adam_beta1", "adam_beta2", "adam_epsilon", "command", "data_seed", "dataloader_drop_last",
-        "gradient_accumulation_steps", "learning_rate", "lr_scheduler_kwargs", "lr_scheduler_type",
+        "gradient_accumulation_steps", "heldout_samples", "learning_rate", "lr_scheduler_kwargs", "lr_scheduler_type",
         "max_seq_length", "max_train_samples", "method", "num_centroid", "num_layers", "optim", "optim_args",
-        "per_device_train_batch_size", "seed", "student_layers", "task_name", "train_sampling_strategy",
+        "per_device_train_batch_size", "seed", "student_layers", "subset_seed", "task_name", "train_sampling_strategy",
         "warmup_steps", "weight_decay", "world_size",
     }
 )  # fmt: skip
-# Facts that a checkpoint depends on, beside the flags.
-_FACTS = ("layer_pairs", "num_centroid", "student_layers", "world_size")
+# Facts that a checkpoint depends on, beside the flags. Runs of earlier versions lack some of them.
+_FACTS = ("layer_pairs", "num_centroid", "student_layers", "teacher_fingerprint", "train_data", "world_size")
 
 
 def check_resumed(record: Record, checkpoint: str, allowed: Iterable[str] | None) -> Record:
@@ -64,7 +64,8 @@ def check_resumed(record: Record, checkpoint: str, allowed: Iterable[str] | None
         logger.warning("%s: not found, so it cannot be checked that the run goes on as it began", path)
         return _resumed(record, [], checkpoint, {})
     before = read_record(path)
-    changed = _changes(_comparable(before), _comparable(record))
+    known = [name for name in _FACTS if name in before.facts and name in record.facts]
+    changed = _changes(_comparable(before, known), _comparable(record, known))
     refused = {
         name: values
         for name, values in changed.items()
@@ -80,10 +81,10 @@ def check_resumed(record: Record, checkpoint: str, allowed: Iterable[str] | None
     return _resumed(record, before.facts.get("resumed", []), checkpoint, changed)
 
 
-def _comparable(record: Record) -> dict[str, Any]:
-    """The settings of a run, with what they came to in place of what was left to a default."""
+def _comparable(record: Record, known: Iterable[str]) -> dict[str, Any]:
+    """The settings of a run, with the known facts in place of what was left to a default."""
     arguments = {name: value for name, value in record.arguments.items() if name != "output_dir"}
-    facts = {name: record.facts[name] for name in _FACTS if name in record.facts}
+    facts = {name: record.facts[name] for name in known}
     return {**arguments, **facts, "command": record.command}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -12,15 +12,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fsd_fast.cache.teacher_cache import CachedBatch, TeacherCache
 from fsd_fast.distributed import Collectives
+from fsd_fast.losses import Requirements, Signals
 from fsd_fast.models.caching import compute_batch
 from fsd_fast.models.teacher import Teacher
 
 
 class TeacherSource(Protocol):
-    """Gives the teacher's outputs for a training batch."""
+    """Gives the teacher's signals for a training batch."""
 
     def start(self, device: torch.device, dtype: torch.dtype | None, compiled: dict[str, Any] | None) -> None:
-        """Set where outputs are wanted, before the first batch.
+        """Set where signals are wanted, before the first batch.
 
         Args:
             device: The training device.
@@ -28,15 +29,12 @@ class TeacherSource(Protocol):
             compiled: Arguments of ``torch.compile``; None: the teacher is not compiled.
         """
 
-    def outputs(self, inputs: dict[str, Tensor], sample_index: Tensor) -> CachedBatch:
-        """Logits and hidden states of a batch.
+    def signals(self, inputs: dict[str, Tensor], sample_index: Tensor) -> Signals:
+        """What the objective requires of the teacher for a batch, but for the memory; on the training device.
 
         Args:
             inputs: The teacher's inputs, on the training device.
             sample_index: The samples' places in the training set, int64 [B], on the CPU.
-
-        Returns:
-            Logits [B, C] and hidden states [B, S, D] of the layers that are read, on the training device.
         """
 
 
@@ -45,11 +43,16 @@ class RunningTeacher:
 
     Args:
         teacher: The teacher.
-        layers: Indices of the hidden states that are read.
+        requires: What the objective reads of it.
+
+    Raises:
+        ValueError: The teacher has no queries, keys and values as the objective requires them.
     """
 
-    def __init__(self, teacher: Teacher, layers: Sequence[int]) -> None:
-        self.teacher, self._layers = teacher, tuple(layers)
+    def __init__(self, teacher: Teacher, requires: Requirements) -> None:
+        self.teacher, self._layers = teacher, requires.teacher_layers
+        if requires.relation_heads:
+            teacher.record_projections(requires.relation_heads)
 
     def start(self, device: torch.device, dtype: torch.dtype | None, compiled: dict[str, Any] | None) -> None:
         """Move the teacher; see ``TeacherSource``."""
@@ -57,10 +60,15 @@ class RunningTeacher:
         if compiled is not None:
             self.teacher.compile(**compiled)
 
-    def outputs(self, inputs: dict[str, Tensor], sample_index: Tensor) -> CachedBatch:
+    def signals(self, inputs: dict[str, Tensor], sample_index: Tensor) -> Signals:
         """Run the teacher; see ``TeacherSource``."""
         logits, hidden_states = self.teacher.hidden_states(inputs)
-        return CachedBatch(logits, {layer: hidden_states[layer] for layer in self._layers})
+        recorder = self.teacher.projections
+        return Signals(
+            logits,
+            {layer: hidden_states[layer] for layer in self._layers},
+            projections=None if recorder is None else recorder.take(),
+        )
 
 
 class CachedTeacher:
@@ -90,7 +98,7 @@ class CachedTeacher:
         """Note the device; the precision is the one that the cache is in. See ``TeacherSource``."""
         self._device, self._compiled = device, compiled
 
-    def outputs(self, inputs: dict[str, Tensor], sample_index: Tensor) -> CachedBatch:
+    def signals(self, inputs: dict[str, Tensor], sample_index: Tensor) -> Signals:
         """Read a batch, or compute and write it; see ``TeacherSource``.
 
         Raises:
@@ -107,7 +115,7 @@ class CachedTeacher:
             layer: values.to(self._device, non_blocking=True).float()
             for layer, values in found.hidden_states.items()
         }
-        return CachedBatch(found.logits.to(self._device, non_blocking=True), hidden_states)
+        return Signals(found.logits.to(self._device, non_blocking=True), hidden_states)
 
     def _compute(self, inputs: dict[str, Tensor], sample_index: Tensor) -> CachedBatch:
         if self._teacher is None:

@@ -12,12 +12,17 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from fsd_fast.data import SAMPLE_COLUMN
+from fsd_fast.files import named_write_errors
 from fsd_fast.losses import Signals
 from fsd_fast.memory.teacher_memory import TeacherMemory
+from fsd_fast.sections import section
 from fsd_fast.training.distillation import DistillationModel
 from fsd_fast.training.finite import FiniteCheck
 from fsd_fast.training.manifest import break_seal, checkpoint_folders, remove_checkpoint, seal_checkpoint
+from fsd_fast.training.profile import StepProfile, time_steps
+from fsd_fast.training.stopping import StopAtSignal
 from fsd_fast.training.teacher_source import TeacherSource
+from fsd_fast.training.throughput import Throughput
 
 
 class ClassifierTrainer(Trainer):
@@ -33,13 +38,25 @@ class ClassifierTrainer(Trainer):
     - ``dataloader_drop_last`` drops samples of the training set alone; Trainer would drop them from the evaluation too.
     - A checkpoint counts once its manifest is written; only then are older ones removed, see ``manifest``.
     - Training stops at the first loss or gradient norm that is not finite, see ``FiniteCheck``.
+    - A signal stops it at the end of a step, with a checkpoint, see ``StopAtSignal``.
+    - The log and the results of training say how fast the steps went, see ``Throughput``.
+
+    Args:
+        *arguments: As for Trainer.
+        profile_steps: Optimizer steps to profile, see ``StepProfile``; None: none.
+        **keywords: As for Trainer.
     """
 
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+    def __init__(self, *arguments: Any, profile_steps: int | None = None, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self.model_accepts_loss_kwargs = False
         self.finite = FiniteCheck(str(self.args.output_dir))
         self.add_callback(self.finite)
+        self.add_callback(StopAtSignal())
+        self.throughput = Throughput()
+        self._profiles = profile_steps is not None
+        if profile_steps is not None:
+            self.add_callback(StepProfile(profile_steps, str(self.args.output_dir), self.args.device))
         self._components: dict[str, Tensor] = {}
         self._sample_index: Tensor | None = None
 
@@ -52,9 +69,61 @@ class ClassifierTrainer(Trainer):
         """Run forward and backward on a micro-batch and return its loss, checked to be finite."""
         places = inputs.pop(SAMPLE_COLUMN, None)
         self._sample_index = None if places is None else torch.from_numpy(places)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.throughput.add(inputs)
+        # The forward's parts are sections of their own.
+        with section("backward"):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self.finite.add(self.state.global_step + 1, "the loss", loss, self._sample_index, self._components)
         return loss
+
+    def get_batch_samples(self, *arguments: Any, **keywords: Any) -> Any:
+        """Fetch the micro-batches of the next optimizer step."""
+        with section("data"):
+            return super().get_batch_samples(*arguments, **keywords)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create Trainer's optimizer; its steps are a section of a profile."""
+        optimizer = super().create_optimizer(model)
+        if self._profiles:
+            time_steps(optimizer)
+        return optimizer
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train; the figures returned say how fast the steps went, evaluation and saving left out."""
+        self.throughput.restart()
+        result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        total = self.throughput.total(self._sum_over_processes)
+        result.metrics.update({f"train_step_{name}": value for name, value in total.items()})
+        return result
+
+    def _sum_over_processes(self, counts: Tensor) -> Tensor:
+        return self.accelerator.reduce(counts.to(self.args.device), reduction="sum").cpu()
+
+    def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
+        """Evaluate, while the clock of the throughput stands still."""
+        with self.throughput.paused():
+            return super().evaluate(*arguments, **keywords)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the throughput since the last entry next to the loss."""
+        with section("logging"):
+            if "loss" in logs:
+                logs = {**logs, **self.throughput.recent(self._sum_over_processes)}
+            super().log(logs, start_time)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip the gradient and return its norm before."""
+        with section("gradient clip"):
+            return self.accelerator.clip_grad_norm_(self.clipped_parameters(model), self.args.max_grad_norm)
+
+    def clipped_parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """The parameters whose gradient ``max_grad_norm`` bounds."""
+        return list(model.parameters())
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Check the norm that Trainer logs. Trainer calls this between the backward and the optimizer's step."""
@@ -65,6 +134,11 @@ class ClassifierTrainer(Trainer):
         return norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save, while the clock of the throughput stands still; see ``_save_whole_checkpoint``."""
+        with self.throughput.paused():
+            self._save_whole_checkpoint(model, trial)
+
+    def _save_whole_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint, then its manifest, then remove those beyond ``save_total_limit``.
 
         Trainer would remove old ones, by the age of any folder checkpoint-*, as soon as the new files are written.
@@ -75,7 +149,8 @@ class ClassifierTrainer(Trainer):
             break_seal(folder)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            with named_write_errors(folder):
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
@@ -115,27 +190,30 @@ class ClassifierTrainer(Trainer):
 
 
 class FSDTrainer(ClassifierTrainer):
-    """Trains a ``DistillationModel``; a frozen teacher's signals are added to every training batch.
+    """Trains a ``DistillationModel``, with the signals of a frozen teacher added to every training batch.
 
     Evaluation runs the student alone.
 
     Args:
         *arguments: As for Trainer.
-        teacher: The frozen teacher, or its cache.
+        teacher: The frozen teacher, or its cache; None where the method requires none.
         teacher_memory: The memory that the teacher's features are compared with; None where the method uses none.
         start_memory: Called before the first step of a run that is not resumed, to set where the student memory starts.
         memory_learning_rate: Initial learning rate of the student memory; None: the student's.
-        **keywords: As for Trainer; ``model`` is a ``DistillationModel``.
+        **keywords: As for ``ClassifierTrainer``; ``model`` is a ``DistillationModel``.
 
     The student memory has a parameter group of its own, without weight decay and outside of ``max_grad_norm``: its
     entries are features, and their gradient is of another scale than the weights'. DeepSpeed clips all parameters
     together.
+
+    Raises:
+        ValueError: The method requires a teacher and there is none, or the other way round.
     """
 
     def __init__(
         self,
         *arguments: Any,
-        teacher: TeacherSource,
+        teacher: TeacherSource | None,
         teacher_memory: TeacherMemory | None = None,
         start_memory: Callable[[], None] | None = None,
         memory_learning_rate: float | None = None,
@@ -143,10 +221,16 @@ class FSDTrainer(ClassifierTrainer):
     ) -> None:
         super().__init__(*arguments, **keywords)
         self.distillation: DistillationModel = self.accelerator.unwrap_model(self.model)
-        half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-        compiled = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
+        requires = self.distillation.objective.requires
+        if requires.teacher != (teacher is not None):
+            raise ValueError(
+                f"teacher: the method requires {'one' if requires.teacher else 'none'}, got {teacher}"
+            )
         self.teacher = teacher
-        self.teacher.start(self.args.device, half, compiled if self.args.torch_compile else None)
+        if teacher is not None:
+            half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+            compiled = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
+            teacher.start(self.args.device, half, compiled if self.args.torch_compile else None)
         self._start_memory, self._memory_learning_rate = start_memory, memory_learning_rate
         self.teacher_memory: Tensor | None = None
         self._clusters: Tensor | None = None
@@ -180,9 +264,10 @@ class FSDTrainer(ClassifierTrainer):
 
     def signals(self, inputs: dict[str, Tensor]) -> Signals:
         """Return what the objective requires of the teacher for a batch."""
+        if self.teacher is None:
+            return Signals(torch.empty(len(inputs["input_ids"]), 0, device=self.args.device), {})
         assert self._sample_index is not None
-        logits, hidden_states = self.teacher.outputs(inputs, self._sample_index)
-        return Signals(logits, hidden_states, self.teacher_memory)
+        return self.teacher.signals(inputs, self._sample_index)._replace(memory=self.teacher_memory)
 
     def compute_loss(
         self,
@@ -192,13 +277,15 @@ class FSDTrainer(ClassifierTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the integrated loss of a micro-batch."""
-        signals = self.signals(inputs)
+        with section("teacher"):
+            signals = self.signals(inputs)
         if self._clusters is not None and self._sample_index is not None:
             clusters = self._clusters[self._sample_index]
             # From pinned memory a GPU copies without making the host wait.
             clusters = clusters.pin_memory() if self.args.device.type == "cuda" else clusters
             inputs = {**inputs, "clusters": clusters.to(self.args.device, non_blocking=True)}
-        outputs = model(**inputs, teacher=signals)
+        with section("student"):
+            outputs = model(**inputs, teacher=signals)
         self._components = outputs["components"]
         # Added up on the device: nothing waits for it before the next log entry. A micro-batch counts as Trainer
         # counts its loss, as one of those that share an optimizer step; the last group of an epoch may be smaller.
@@ -232,17 +319,14 @@ class FSDTrainer(ClassifierTrainer):
             optimizer.add_param_group({"params": centroids, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clip the student's gradient; Trainer calls this unless DeepSpeed clips. Returns its norm before."""
+    def clipped_parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """The student's, whose gradient alone is clipped; that of the student memory is checked to be finite."""
         memory = self.distillation.student_memory
-        if memory is not None:
-            for centroids in memory.parameters():
-                if centroids.grad is not None:
-                    norm = torch.linalg.vector_norm(centroids.grad)
-                    self.finite.add(self.state.global_step + 1, "the gradient of the student memory", norm)
-        return self.accelerator.clip_grad_norm_(
-            self.distillation.student.parameters(), self.args.max_grad_norm
-        )
+        for centroids in [] if memory is None else memory.parameters():
+            if centroids.grad is not None and not self.args.fp16:
+                norm = torch.linalg.vector_norm(centroids.grad)
+                self.finite.add(self.state.global_step + 1, "the gradient of the student memory", norm)
+        return list(self.distillation.student.parameters())
 
     def gathered_state(self) -> dict[str, Tensor] | None:
         """Gather the ``DistillationModel`` state; call it on all processes. ZeRO-3 gives it to the first alone."""

@@ -26,10 +26,12 @@ from fsd_fast.losses import METHODS
 from fsd_fast.models.teacher import Teacher
 from fsd_fast.training import checkpoints
 from fsd_fast.training.trainer import FSDTrainer
+from tests.faults.registry import fault
 from tests.tiny import Tiny, history, tiny
 
 __all__ = ["tiny"]
 
+CACHED = [method for method in METHODS if method not in ("finetune", "minilm")]
 SEQUENTIAL = ["--train_sampling_strategy", "sequential"]
 # Three epochs of four batches of seven, the last one of three.
 STEPS, BATCH = 12, 7
@@ -69,6 +71,7 @@ def flags(
     pad_features: str = "exclude",
 ) -> list[str]:
     own = tiny.distillation(folder, method, pad_features, steps=STEPS, batch=BATCH)
+    own += ["--fidelity", "false"]
     return [*own, *([] if cache is None else ["--teacher_cache_dir", str(cache)]), *more]
 
 
@@ -81,7 +84,11 @@ def run_with(name: str, owner: Any, replacement: Any, own: list[str]) -> None:
 
 def trajectory(folder: Path) -> list[dict[str, float]]:
     """Every number that was logged of every step, but the clock's."""
-    return [entry for entry in history(folder) if "loss" in entry]
+    return [
+        {name: value for name, value in entry.items() if not name.endswith("_per_second")}
+        for entry in history(folder)
+        if "loss" in entry
+    ]
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -108,7 +115,7 @@ def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("method", "pad_features"), [*((method, "exclude") for method in METHODS), ("fsd_ilg", "include")]
+    ("method", "pad_features"), [*((method, "exclude") for method in CACHED), ("fsd_ilg", "include")]
 )
 def test_losses_have_the_same_bits_as_without_a_cache(
     tiny: Tiny, tmp_path: Path, ran: list[int], method: str, pad_features: str
@@ -138,15 +145,26 @@ def test_order_makes_no_difference_where_all_batches_are_padded_alike(tiny: Tiny
     check_same(tmp_path / "reading", tmp_path / "without")
 
 
+@pytest.fixture(scope="module")
+def complete(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of all layers, filled in order of length by batches of another size."""
+    folder = tmp_path_factory.mktemp("complete") / "cache"
+    own = ["--teacher_model_name_or_path", str(tiny.teacher), "--teacher_cache_dir", str(folder)]
+    own += ["--layers", "all", "--per_device_batch_size", "5", "--use_cpu", "true"]
+    run("cache", [*tiny.data(), *own])
+    return folder
+
+
 @pytest.mark.parametrize(
-    ("method", "sampling"), [*((method, "random") for method in METHODS), ("fsd_ilg", "group_by_length")]
+    ("method", "sampling"),
+    [("vkd", "random"), ("pkd", "random"), ("fsd_ilg", "random"), ("fsd_ilg", "group_by_length")],
 )
 def test_in_any_order_losses_are_the_same_up_to_rounding(
-    tiny: Tiny, tmp_path: Path, whole: Path, method: str, sampling: str
+    tiny: Tiny, tmp_path: Path, complete: Path, method: str, sampling: str
 ) -> None:
     more = ["--train_sampling_strategy", sampling]
     run("distill", flags(tiny, tmp_path / "without", None, method, *more))
-    run("distill", flags(tiny, tmp_path / "reading", whole / "cache", method, *more))
+    run("distill", flags(tiny, tmp_path / "reading", complete, method, *more))
     for with_cache, without in zip(
         trajectory(tmp_path / "reading"), trajectory(tmp_path / "without"), strict=True
     ):
@@ -165,6 +183,10 @@ def test_a_rounded_cache_gives_the_same_run_while_it_is_filled_and_after(tiny: T
     assert [entry["loss"] for entry in rounded] == pytest.approx([entry["loss"] for entry in exact], rel=0.05)
 
 
+@fault(
+    "a run that fills a teacher cache is killed",
+    "the same command goes on to the same bits",
+)
 @pytest.mark.parametrize("killed_in", [3, 6])
 def test_a_run_that_was_killed_goes_on_with_the_same_bits(
     tiny: Tiny, tmp_path: Path, ran: list[int], killed_in: int
@@ -234,6 +256,10 @@ def test_a_half_written_cache_is_completed(
     check_same(tmp_path / "again", whole / "run")
 
 
+@fault(
+    "the teacher cache is deleted while a run reads it",
+    "the teacher is loaded; the same bits",
+)
 def test_a_cache_that_is_deleted_while_it_is_read_is_not_missed(
     tiny: Tiny, whole: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -252,6 +278,10 @@ def test_a_cache_that_is_deleted_while_it_is_read_is_not_missed(
     assert not cache.exists()
 
 
+@fault(
+    "the disk is full, or the folder gone, while a run fills a teacher cache",
+    "training goes on without writing; the same bits",
+)
 @pytest.mark.parametrize("reason", ["No space left on device", "deleted"])
 def test_training_goes_on_where_the_cache_can_no_longer_be_written(
     tiny: Tiny, whole: Path, tmp_path: Path, reason: str
@@ -276,6 +306,10 @@ def test_training_goes_on_where_the_cache_can_no_longer_be_written(
     assert len(written) == 2
 
 
+@fault(
+    "a teacher cache in a folder that cannot be written",
+    "read if it is whole, else refused before any work",
+)
 def test_a_whole_cache_needs_no_leave_to_write(tiny: Tiny, whole: Path, cache: Path, tmp_path: Path) -> None:
     def denied(path: Any, mode: int) -> bool:
         return Path(path) != cache
@@ -292,6 +326,10 @@ def test_a_whole_cache_needs_no_leave_to_write(tiny: Tiny, whole: Path, cache: P
     assert not (tmp_path / "other").exists()
 
 
+@fault(
+    "another run is filling the teacher cache",
+    "this one reads what is there and writes nothing; the same bits",
+)
 def test_runs_side_by_side_read_what_one_of_them_writes(
     tiny: Tiny, whole: Path, cache: Path, tmp_path: Path, ran: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -331,6 +369,20 @@ def test_what_other_processes_write_is_found_between_epochs(
     check_same(tmp_path / "run", whole / "run")
 
 
+def test_the_teachers_predictions_of_the_evaluation_splits_are_kept_too(
+    tiny: Tiny, cache: Path, tmp_path: Path, ran: list[int]
+) -> None:
+    own = flags(tiny, tmp_path / "first", cache, "fsd_il", "--fidelity", "true")
+    first = run("distill", own)
+    assert sum(ran) == 12
+    with no_teacher():
+        own = flags(tiny, tmp_path / "second", cache, "fsd_il", "--fidelity", "true")
+        second = run("distill", own)
+    assert first["eval_teacher_agreement"] == second["eval_teacher_agreement"]
+    without = run("distill", flags(tiny, tmp_path / "without", None, "fsd_il", "--fidelity", "true"))
+    assert first["eval_teacher_agreement"] == without["eval_teacher_agreement"]
+
+
 # --- what is refused --------------------------------------------------------------------------------------------
 
 
@@ -350,6 +402,16 @@ def test_a_cache_of_another_run_is_refused(
         run("distill", flags(tiny, tmp_path / "run", cache, "fsd_il", *more))
     assert ran == []
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "message"), [("finetune", "reads no teacher"), ("minilm", "reads queries, keys and values")]
+)
+def test_methods_that_read_something_else_are_refused(
+    tiny: Tiny, cache: Path, tmp_path: Path, method: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^teacher_cache_dir: method '{method}' {message}"):
+        run("distill", flags(tiny, tmp_path / "run", cache, method))
 
 
 def test_a_cache_of_another_padding_policy_is_refused(tiny: Tiny, cache: Path, tmp_path: Path) -> None:
@@ -388,6 +450,10 @@ def test_equal_weights_in_other_files_are_the_same_teacher(tiny: Tiny, cache: Pa
     assert not (tmp_path / "run" / "cache").exists()
 
 
+@fault(
+    "the disk has not enough room for the cache",
+    "refused before the teacher runs",
+)
 def test_a_disk_that_is_too_small_is_refused(tiny: Tiny, tmp_path: Path, ran: list[int]) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     with pytest.MonkeyPatch.context() as patch:
@@ -403,6 +469,10 @@ def test_the_room_is_announced(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCap
     assert f"the outputs of 24 of 24 samples are missing in {tmp_path / 'cache'} and will take" in caplog.text
 
 
+@fault(
+    "the teacher's outputs are NaN or infinite",
+    "not cached; the run is refused",
+)
 def test_outputs_that_are_not_finite_are_not_written(tiny: Tiny, tmp_path: Path) -> None:
     hidden_states = Teacher.hidden_states
 

@@ -19,6 +19,7 @@ from fsd_fast.cache.shards import ShardIndex, crc32
 from fsd_fast.cache.teacher_cache import CachedBatch, TeacherCache
 from fsd_fast.untrusted import seal
 from tests.damage import HOSTILE, VALUES, header_mutated, mutated, within_a_second
+from tests.faults.registry import fault
 
 S, D, C, N, LAYER = 4, 8, 2, 40, 5
 IDENTITY = CacheIdentity(
@@ -65,6 +66,10 @@ def read_cache(folder: Path, index: torch.Tensor) -> tuple[CachedBatch | None, l
     return found, [str(each.message) for each in caught]
 
 
+@fault(
+    "a shard of the teacher cache is cut, mutated or exchanged",
+    "whole, or left out and computed again",
+)
 @pytest.mark.parametrize("change", [mutated, header_mutated])
 def test_a_mutated_shard_is_whole_or_left_out(
     tmp_path: Path, change: Callable[[bytes, random.Random], bytes]
@@ -154,6 +159,10 @@ def check_refused(folder: Path, index: torch.Tensor, batch: CachedBatch) -> bool
     return False
 
 
+@fault(
+    "the record of a teacher cache is cut or mutated",
+    "whole, or refused in one line",
+)
 def test_a_mutated_record_of_a_cache_is_whole_or_refused(tmp_path: Path) -> None:
     index, batch = filled_cache(tmp_path)
     path = tmp_path / "teacher_cache.json"

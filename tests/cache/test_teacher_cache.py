@@ -18,6 +18,7 @@ from fsd_fast import files
 from fsd_fast.cache import teacher_cache
 from fsd_fast.cache.identity import CacheIdentity
 from fsd_fast.cache.teacher_cache import CachedBatch, TeacherCache
+from tests.faults.registry import fault
 
 S, D, C, N = 6, 4, 3, 20
 LAYERS = (2, 5)
@@ -344,6 +345,10 @@ def test_every_checksum_can_be_compared(tmp_path: Path) -> None:
     assert cache.missing().tolist() == sorted([int(index[0]), N - 1])
 
 
+@fault(
+    "a writer of the teacher cache is killed",
+    "what it left half-written is not looked at",
+)
 def test_what_a_killed_writer_leaves_is_not_looked_at(tmp_path: Path) -> None:
     filled(tmp_path)
     for name in (".0123.safetensors.tmp", ".0123.safetensors", ".teacher_cache.json.tmp"):

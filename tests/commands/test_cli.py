@@ -109,7 +109,7 @@ def test_unknown_method_in_a_json_file(refused, tiny, tmp_path):
     path = tmp_path / "run.json"
     path.write_text(json.dumps(values))
     message = refused("distill", [str(path)])
-    assert f"{path}: method: expected one of vkd, fsd_i" in message
+    assert f"{path}: method: expected one of finetune, vkd, fsd_i" in message
 
 
 @pytest.mark.parametrize(
@@ -535,12 +535,16 @@ def test_rank_before_the_command(monkeypatch):
 
 
 def test_defaults_are_the_papers(tmp_path):
-    data, _, own, training = parse(
+    data, _, _, memory, loss, training = parse(
         "distill",
         ["--teacher_model_name_or_path", "t", "--output_dir", str(tmp_path / "run"), "--use_cpu", "true"],
     )
-    assert (own.alpha, own.temperature, own.beta, own.gamma_i, own.gamma_l) == (0.5, 10.0, 4.0, 1.0, 1.0)
-    assert (own.method, own.layer_pairs, own.student_memory_init) == ("fsd_ilg", "penultimate", "clusters")
+    assert (loss.alpha, loss.temperature, loss.beta, loss.gamma_i, loss.gamma_l) == (0.5, 10.0, 4.0, 1.0, 1.0)
+    assert (loss.method, loss.intra_reduction, memory.student_memory_init) == (
+        "fsd_ilg",
+        "mean_log",
+        "clusters",
+    )
     assert (data.max_seq_length, training.per_device_train_batch_size) == (128, 32)
     assert not (tmp_path / "run").exists()
 

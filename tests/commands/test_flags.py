@@ -25,6 +25,7 @@ NEEDED = {
     "cache": {"teacher_cache_dir": "cache", "teacher_model_name_or_path": "teacher"},
     "distill": {"output_dir": "run", "teacher_model_name_or_path": "teacher", "use_cpu": True},
     "evaluate": {"model_name_or_path": "teacher"},
+    "sweep": {"config_file": "sweep.yaml", "output_dir": "run"},
 }
 
 
@@ -97,12 +98,12 @@ BAD_JSON_VALUES = [
     ("distill", "gamma_g", str(10**400), "expected a finite number"),
     ("distill", "gamma_i", "1e999", "expected a finite number"),
     ("distill", "temperature", "1e30", "expected at least 0.001 and at most 1000000, got 1e+30"),
-    ("distill", "teacher_model_name_or_path", "null", "expected text, got null"),
+    ("memory", "teacher_model_name_or_path", "null", "expected text, got null"),
     ("distill", "teacher_model_name_or_path", '"a\\u0000b"', "without NUL"),
     ("distill", "teacher_model_name_or_path", '"\\ud800"', "expected UTF-8 text"),
     ("distill", "output_dir", '""', "expected text, got ''"),
     ("distill", "output_dir", '["run"]', "expected text, got a list"),
-    ("distill", "method", '"fsd_x"', "expected one of vkd, fsd_i"),
+    ("distill", "method", '"fsd_x"', "expected one of finetune, vkd, fsd_i"),
     ("distill", "eval_strategy", '"sometimes"', "expected one of no, steps, epoch"),
     ("distill", "optim", '"sdg"', "names, such as sgd, got 'sdg'"),
     ("distill", "report_to", "[1]", "expected text or a list of texts, got a list"),
@@ -220,9 +221,9 @@ def test_flags_and_json_give_the_same_values(commands, tmp_path):
     assert cli.main(["distill", *hyphens]) == 0
     first, *others = commands
     assert others == [first, first]
-    data, _, own, run = first
-    assert (own.beta, own.copy_teacher, own.method, data.max_train_samples) == (2.0, True, "fsd_il", 7)
-    assert isinstance(own.beta, float)
+    data, own, _, _, loss, run = first
+    assert (loss.beta, own.copy_teacher, loss.method, data.max_train_samples) == (2.0, True, "fsd_il", 7)
+    assert isinstance(loss.beta, float)
     assert (run.learning_rate, run.max_steps, run.report_to) == (1.0, 6, [])
     assert run.lr_scheduler_kwargs == {"num_cycles": 0.25}
 
@@ -251,8 +252,8 @@ def test_several_reporters(commands, monkeypatch):
 def test_flags_behind_a_json_file_override_it(commands, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({**NEEDED["distill"], "beta": 3, "alpha": 0.25}))
     assert cli.main(["distill", "run.json", "--beta", "2", "--output_dir", "other"]) == 0
-    _, _, own, run = commands[0]
-    assert (own.beta, own.alpha, run.output_dir) == (2.0, 0.25, "other")
+    *_, loss, run = commands[0]
+    assert (loss.beta, loss.alpha, run.output_dir) == (2.0, 0.25, "other")
 
 
 def test_a_flag_that_overrides_is_named_as_a_flag(refused, tmp_path):
@@ -284,6 +285,7 @@ def test_output_folders_that_cannot_be_written(refused, tmp_path, monkeypatch):
     for command, name in (
         ("distill", "output_dir"),
         ("memory", "output_dir"),
+        ("cache", "teacher_cache_dir"),
         ("evaluate", "output_dir"),
         ("demo", "output_dir"),
     ):
@@ -393,7 +395,7 @@ VALUES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["teacher", "memory", "cache", "distill", "evaluate", "demo"])
+@pytest.mark.parametrize("command", ["teacher", "memory", "distill", "evaluate", "demo"])
 def test_any_flags_end_well(commands, tmp_path, capsys, command):
     generator = random.Random(command)
     names = [*command_flags(command), "unknown_flag"]

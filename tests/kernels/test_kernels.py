@@ -556,8 +556,8 @@ def op_calls(dtype: torch.dtype, masked: bool) -> dict[str, tuple[Any, ...]]:
         ),
         "inter_structure_forward": (
             flat.clone().requires_grad_(),
-            teacher.flatten(1),
             memory.clone().requires_grad_(),
+            teacher.flatten(1),
             given_memory,
             frozen_gram(given_memory).gram,
             mask,
@@ -675,9 +675,8 @@ def ran(monkeypatch: pytest.MonkeyPatch, backend: str | None) -> set[str]:
         used.add(chosen)
         return _backend.implementation(op, chosen)
 
-    for op in ("intra_cka", "gram", "structure"):
-        # By module: as an attribute of the package the name is the op's function.
-        monkeypatch.setattr(importlib.import_module(f"fsd_kernels.{op}"), "implementation", spy)
+    for name in ("intra_cka.api", "gram.api", "structure.api", "_op"):
+        monkeypatch.setattr(importlib.import_module(f"fsd_kernels.{name}"), "implementation", spy)
     student, memory = bert_features(2, 3, 4), centroids(2, 3, 4)
     intra_cka(student, student, backend=backend)
     inter_structure(student, student, memory, memory, backend=backend)

@@ -44,7 +44,7 @@ if RUNS_KERNELS:
     def round_kernel(x_ptr, y_ptr, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         index = tl.arange(0, BLOCK)
         x = tl.load(x_ptr + index, mask=index < size)
-        tl.store(y_ptr + index, shared.nearest_tf32(x), mask=index < size)
+        tl.store(y_ptr + index, shared.round_to_tf32(x), mask=index < size)
 
 
 QUICK = settings(

@@ -268,7 +268,7 @@ def test_every_tuned_configuration_is_right(
     for count in (1, 132):
         multiprocessors(count)
         config = kernels.assign_config(20, 5, 170, torch.float32, "ieee", kernels.target_of(points.device))
-        by_width = {other.block_f: other for other in kernels._neighbours(config)}
+        by_width = {other.block_f: other for other in shared.neighbours(config, "block_f")}
         assert len(by_width) > 1
         for other in by_width.values():
             monkeypatch.setattr(kernels, "pick", lambda key, configs, run, chosen=other: chosen)

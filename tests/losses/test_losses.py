@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 import fsd_fast.losses.structures
-from fsd_fast.commands.distill import DistillationArguments
+from fsd_fast.commands.loss_flags import LossArguments
 from fsd_fast.losses import (
-    METHODS,
+    STRUCTURES,
     FeatureStructureLoss,
     FeatureStructureObjective,
     GlobalInterFeatureLoss,
@@ -313,7 +313,7 @@ def terms(module: FeatureStructureLoss, given: dict[str, Any]) -> dict[str, Tens
 
 
 @pytest.mark.parametrize("pad_features", ["include", "exclude"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", STRUCTURES)
 def test_integrated_loss_is_equation_11(method: str, pad_features: Any) -> None:
     module = FeatureStructureLoss(method, pad_features=pad_features, **WEIGHTS)
     given = arguments()
@@ -715,7 +715,7 @@ def test_labels_that_are_no_class_are_refused(label):
 
 
 def test_modules_and_flags_have_the_same_defaults():
-    flags = {field.name: field.default for field in dataclasses.fields(DistillationArguments)}
+    flags = {field.name: field.default for field in dataclasses.fields(LossArguments)}
     for module in (FeatureStructureLoss, LogitDistillationLoss, GlobalInterFeatureLoss, IntraFeatureLoss):
         for name, parameter in inspect.signature(module).parameters.items():
             if name not in ("pad_features", "reduction"):
@@ -733,6 +733,6 @@ def test_an_objective_asks_for_what_its_method_reads():
         "fsd_il": Requirements((1, 2), (2, 4), False, 2),
         "fsd_ilg": Requirements((1, 2, 3), (2, 4, 5), True, 2),
     }
-    assert wanted.keys() == METHODS.keys()
+    assert wanted.keys() == STRUCTURES.keys()
     for method, requires in wanted.items():
         assert FeatureStructureObjective(FeatureStructureLoss(method), pairs, last).requires == requires

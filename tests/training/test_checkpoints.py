@@ -13,6 +13,7 @@ from fsd_fast.commands import run
 from fsd_fast.files import exclusive_folder
 from fsd_fast.training.checkpoints import find_checkpoint
 from fsd_fast.training.manifest import MANIFEST_FILE, checkpoint_faults, checkpoint_folders, seal_checkpoint
+from tests.faults.registry import fault
 from tests.tiny import history, losses, tiny
 
 __all__ = ["tiny"]
@@ -88,6 +89,10 @@ DAMAGES = {
 }  # fmt: skip
 
 
+@fault(
+    "a file of the newest checkpoint is missing, truncated, empty, or has a flipped bit (18 kinds)",
+    "named in one line, and the newest whole one is taken; asked for by name it is refused",
+)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_passed_over(cut_off, caplog, damage):
     name, act = DAMAGES[damage]
@@ -109,6 +114,10 @@ def test_a_run_goes_on_from_an_older_whole_checkpoint_to_the_same_bits(tiny, who
     assert checkpoint_faults(cut_off / "checkpoint-4") is None
 
 
+@fault(
+    "every checkpoint is damaged",
+    "refused in one line that lists each fault; auto starts anew",
+)
 def test_without_a_whole_checkpoint(cut_off):
     for folder in checkpoint_folders(cut_off):
         flip(folder / "model.safetensors")
@@ -118,6 +127,10 @@ def test_without_a_whole_checkpoint(cut_off):
     assert all(str(folder) in str(error.value) for folder in checkpoint_folders(cut_off))
 
 
+@fault(
+    "the state of the optimizer, the schedule or the random numbers is missing",
+    "refused; --allow_partial_resume goes on without and says so",
+)
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_partial_resume_is_asked_for_and_said(tiny, cut_off, caplog, name):
     shutil.rmtree(cut_off / "checkpoint-2")
@@ -143,6 +156,10 @@ class Stop(BaseException):
 WRITES = ("save_model", "_save_optimizer_and_scheduler", "_save_rng_state", "seal")
 
 
+@fault(
+    "a kill at each stage of writing a checkpoint",
+    "the older one is taken and the run goes on to the same bits",
+)
 @pytest.mark.parametrize("point", WRITES)
 @pytest.mark.parametrize("limit", ["1", "5"])
 def test_a_kill_while_a_checkpoint_is_written(tiny, whole, tmp_path, monkeypatch, point, limit):
@@ -168,6 +185,10 @@ def test_a_kill_while_a_checkpoint_is_written(tiny, whole, tmp_path, monkeypatch
     assert get_last_checkpoint(str(folder)) == str(folder / "checkpoint-6")
 
 
+@fault(
+    "a folder checkpoint-analysis of the user's lies among the checkpoints",
+    "it stays; older checkpoints go, the best one stays",
+)
 def test_old_checkpoints_go_by_their_step_and_the_best_stays(tiny, tmp_path):
     folder = tmp_path / "run"
     (folder / "checkpoint-analysis").mkdir(parents=True)
@@ -186,6 +207,10 @@ def test_checkpoints_without_the_optimizer_are_not_resumed(tiny, tmp_path):
         find_checkpoint(str(folder), "last")
 
 
+@fault(
+    "a manifest names a file outside of its checkpoint",
+    "refused",
+)
 def test_a_manifest_that_leads_out_of_its_folder_is_refused(cut_off):
     folder = cut_off / "checkpoint-4"
     path = folder / MANIFEST_FILE

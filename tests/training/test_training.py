@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, BertModel
 from fsd_fast.commands import distill as commands
 from fsd_fast.commands import run
 from fsd_fast.commands.parsing import parse
-from fsd_fast.losses import METHODS
+from fsd_fast.losses import STRUCTURES as FSD_METHODS
 from fsd_fast.models.families import layer_stack
 from fsd_fast.models.fingerprint import model_fingerprint
 from fsd_fast.models.student import load_classifier
@@ -71,7 +71,7 @@ def trainers(monkeypatch):
 
 
 @pytest.mark.parametrize("pad_features", ["exclude", "include"])
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", list(FSD_METHODS))
 def test_the_whole_road(tiny, tmp_path, method, pad_features):
     figures = run("distill", tiny.distillation(tmp_path / "run", method, pad_features))
     entries = [entry for entry in history(tmp_path / "run") if "loss" in entry]
