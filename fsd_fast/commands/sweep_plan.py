@@ -28,7 +28,7 @@ _SET_BY_SWEEP = {
     "memory_path": "the sweep builds the memory",
     "teacher_logits_dir": "the sweep has one for all runs",
     "fidelity": "a row says how far its student follows the teacher",
-    "feature_cache_dir": "runs that share features share a memory already",
+    "teacher_cache_dir": "runs of a sweep may read different layers, and a cache holds the same for all",
     "overwrite_output_dir": "finished runs are kept and others are continued",
     "resume_from_checkpoint": "finished runs are kept and others are continued",
     "allow_changes": "runs with other settings are other runs",

@@ -21,7 +21,7 @@ _FREE = frozenset(
         "early_stopping_patience", "early_stopping_threshold", "eval_on_start", "eval_steps", "eval_strategy",
         "greater_is_better", "include_num_input_tokens_seen",
         "load_best_model_at_end", "max_eval_samples", "max_steps", "metric_for_best_model", "num_train_epochs",
-        "per_device_eval_batch_size", "report_to", "run_name", "skip_memory_metrics",
+        "per_device_eval_batch_size", "report_to", "run_name", "skip_memory_metrics", "teacher_cache_dir",
     }
 )  # fmt: skip
 _FREE_PREFIXES = ("logging_", "log_", "save_", "trackio_", "project")

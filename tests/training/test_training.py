@@ -12,8 +12,8 @@ from fsd_fast.commands import distill as commands
 from fsd_fast.commands import run
 from fsd_fast.commands.parsing import parse
 from fsd_fast.losses import STRUCTURES as FSD_METHODS
-from fsd_fast.memory.features import model_fingerprint
 from fsd_fast.models.families import layer_stack
+from fsd_fast.models.fingerprint import model_fingerprint
 from fsd_fast.models.student import load_classifier
 from fsd_fast.models.teacher import Teacher
 from fsd_fast.training.record import read_record
@@ -242,12 +242,12 @@ def test_the_teacher_stays_as_it_is(tiny, tmp_path, trainers):
     flags = without_source(tiny.distillation(tmp_path / "run", steps=3))
     run("distill", [*flags, "--copy_teacher", "true"])
     (trainer,) = trainers
-    assert model_fingerprint(trainer.teacher.model) == before
-    assert all(p.grad is None and not p.requires_grad for p in trainer.teacher.model.parameters())
-    assert not trainer.teacher.model.training
+    assert model_fingerprint(trainer.teacher.teacher.model) == before
+    assert all(p.grad is None and not p.requires_grad for p in trainer.teacher.teacher.model.parameters())
+    assert not trainer.teacher.teacher.model.training
     # Nothing that walks the trained module reaches it.
     own = {id(p) for p in trainer.distillation.parameters()}
-    assert not own & {id(p) for p in trainer.teacher.model.parameters()}
+    assert not own & {id(p) for p in trainer.teacher.teacher.model.parameters()}
 
 
 def test_a_teacher_that_could_learn_is_refused(tiny):
