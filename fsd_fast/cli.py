@@ -6,12 +6,15 @@
 ``memory``     cluster the teacher's features into its memory
 ``distill``    train a student next to its teacher
 ``evaluate``   score a saved classifier
+``predict``    write a classifier's predictions for a test set
+``sweep``      many runs from one file, and a table of results
+``table``      mean, deviation and differences of a sweep's results
 ``demo``       all of it on the built-in task, with a table at the end
 ``env``        versions, devices and backends of this machine
 =============  ====================================================================
 
 The exit status is 0; 2 where the input is refused, which is before any work; 1 where the work fails; 130 after an
-interrupt. See ``fsd_fast.commands.failures`` for what is printed then.
+interrupt, 143 after SIGTERM. See ``fsd_fast.commands.failures`` for what is printed then.
 """
 
 from __future__ import annotations
@@ -22,10 +25,8 @@ from collections.abc import Sequence
 
 from fsd_fast import __version__
 from fsd_fast.commands import COMMANDS, prepare
-from fsd_fast.commands.failures import fail
+from fsd_fast.commands.failures import fail, stop
 from fsd_fast.commands.launcher import rank, split_launcher_rank
-
-INTERRUPTED = 130
 
 
 def _usage() -> str:
@@ -53,10 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work = prepare(command, listed[1:])
         working = True
         figures = work()
-    except KeyboardInterrupt:
-        if rank() == 0:
-            print(f"fsd-fast {command}: interrupted", file=sys.stderr, flush=True)
-        return INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        return stop(command, interrupt)
     except Exception as error:
         return fail(command, error, working)
     from fsd_fast.distributed import end_process, leave_processes

@@ -107,6 +107,64 @@ class Collectives:
         return result  # type: ignore[return-value]
 
 
+def exchange_integers(*values: int) -> list[tuple[int, ...]]:
+    """Give every process all processes' integers, in the order of their ranks, without waiting for a GPU."""
+    group = _cpu_group()
+    if group is None:
+        return [values]
+    own = torch.tensor(values, dtype=torch.int64)
+    found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, own, group=group)
+    return [tuple(each.tolist()) for each in found]
+
+
+_cpu_groups: dict[Any, Any] = {}
+
+
+def _cpu_group() -> Any:
+    """All processes, communicating through the CPU; None where there is one alone. All call it together at first."""
+    if Collectives().world_size == 1:
+        return None
+    world = dist.group.WORLD
+    if world not in _cpu_groups:
+        _cpu_groups.clear()  # what belonged to a process group that was left
+        _cpu_groups[world] = dist.new_group(backend="gloo")
+    return _cpu_groups[world]
+
+
+class LateAny:
+    """Tells whether a flag is set in any process, one call late, so that nobody waits for the others or for a GPU.
+
+    All processes get the same answer to the same call. The flags travel through the CPU, whatever else the processes
+    communicate through.
+    """
+
+    def __init__(self) -> None:
+        self._group = _cpu_group()
+        self._flag = torch.zeros((), dtype=torch.int32)
+        self._work: Any = None
+
+    def exchange(self, flag: bool) -> bool:
+        """Give this process's flag; return whether any process gave a set one in the call before this.
+
+        With one process the answer is its own flag, at once.
+        """
+        if self._group is None:
+            return flag
+        found = self.finish()
+        self._flag.fill_(int(flag))
+        self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return found
+
+    def finish(self) -> bool:
+        """Wait for the exchange that is under way, and return its answer."""
+        if self._work is None:
+            return False
+        self._work.wait()
+        self._work = None
+        return bool(self._flag)
+
+
 def leave_processes() -> bool:
     """Leave the process group, if this process is in one, at the end of its work; tell whether it had others in it."""
     if not (dist.is_available() and dist.is_initialized()):

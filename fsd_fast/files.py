@@ -15,14 +15,18 @@ import re
 import secrets
 import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from safetensors import SafetensorError
+
 from fsd_fast.untrusted import shorten
 
 LOCK_FILE = ".lock"
+# What torch says where it cannot write: the file of its source that writes, or C++'s own words.
+_TORCH_WRITER = re.compile("inline_container|iostream")
 _TEMPORARY = re.compile(r"\..+\.(?P<host>[^.]+)\.(?P<process>\d+)\.[0-9a-f]{8}\.tmp")
 
 
@@ -61,6 +65,25 @@ def write_atomically(path: Path, content: bytes, *, sync: bool = True) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def named_write_errors(folder: Path) -> Iterator[None]:
+    """Name the folder where safetensors or torch fail to write a file in it; their own words name neither.
+
+    Raises:
+        OSError: In place of their errors.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{folder} could not be written: {error}") from error
+    except RuntimeError as error:
+        if _TORCH_WRITER.search(str(error)) is None:
+            raise
+        raise OSError(
+            f"{folder} could not be written: is the disk full, or the folder gone? ({error})"
+        ) from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

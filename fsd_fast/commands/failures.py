@@ -2,6 +2,7 @@
 
 - ``fsd-fast COMMAND: error: ...``, exit status 2: the input was refused before any work.
 - ``fsd-fast COMMAND: failed: ...``, exit status 1: the work could not be finished.
+- ``fsd-fast COMMAND: stopped by SIGTERM: ...``, exit status 143 (130 for SIGINT): it can be continued.
 
 ``FSD_DEBUG=1`` prints the traceback above the line. Errors in the work that no input explains (``AttributeError``,
 ``KeyError``, ...) are faults of the program: their traceback is always printed, since a long run may not be repeated
@@ -21,7 +22,7 @@ import traceback
 
 from fsd_fast.commands.launcher import local_rank, rank
 
-REFUSED, FAILED = 2, 1
+REFUSED, FAILED, INTERRUPTED = 2, 1, 130
 
 _FAULTS = (AssertionError, AttributeError, LookupError, NameError, NotImplementedError, TypeError)
 # Their message stands alone; that of another error follows its type's name.
@@ -55,13 +56,23 @@ def fail(command: str, error: Exception, working: bool) -> int:
     return status
 
 
+def stop(command: str, interrupt: KeyboardInterrupt) -> int:
+    """Print that a command was stopped, and return the exit status; ends a process of several as ``fail`` does."""
+    if rank() == 0:
+        print(f"fsd-fast {command}: {str(interrupt) or 'interrupted'}", file=sys.stderr, flush=True)
+    status = int(getattr(interrupt, "status", INTERRUPTED))
+    _leave(status)
+    return status
+
+
 def message_of(error: BaseException) -> str:
     """Return what an error says as one line: its own words, and its type where they need it."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     else:
         text = str(error)
-    text = " ".join(text.split())
+    # Arguments may hold bytes that are no UTF-8, which Python keeps as halves of characters.
+    text = " ".join(text.encode(errors="backslashreplace").decode().split())
     if not isinstance(error, _SELF_EXPLAINING) or not text:
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import os
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 from transformers import TrainingArguments
 
 from fsd_fast.commands import load_command
-from fsd_fast.commands.launcher import check_deepspeed
+from fsd_fast.commands.deepspeed_config import check_config
+from fsd_fast.commands.launcher import check_deepspeed, check_launch
 from fsd_fast.commands.training_checks import check_optimisation, check_training
 from fsd_fast.commands.training_flags import CHOICES, RANGES, REFUSED_BY, Refusal, refusal_of
 from fsd_fast.commands.values import FlagType, shown
@@ -77,7 +78,7 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Any, ...]:
     """Parse a command's flags into its dataclasses.
 
     The first argument may be a JSON file: flags as an object, or the record of a run, which repeats it. Flags that
-    follow override the file.
+    follow override the file. Or it may be the value of the command's positional flag.
 
     Args:
         command: A key of ``COMMANDS``.
@@ -96,6 +97,8 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Any, ...]:
     given: dict[str, Given] = {}
     if listed and listed[0].endswith(".json"):
         given = _from_file(command, listed.pop(0), flags)
+    elif listed and not listed[0].startswith("-"):
+        given = {name: Given(listed.pop(0), name) for name in _positional(flags)}
     given |= _from_command_line(command, listed, flags)
     missing = [f"--{name}" for name, flag in flags.items() if flag.required and name not in given]
     if missing:
@@ -103,11 +106,13 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Any, ...]:
     values = {name: _checked(flags[name], entry) for name, entry in given.items()}
     groups = load_command(command).ARGUMENTS
     # All of it before the dataclasses are made: making TrainingArguments starts the process group.
+    check_launch(command)
     if values.get("deepspeed") is not None:
         check_deepspeed(command)
     _check_folders(values, flags)
     if any(issubclass(group, TrainingArguments) for group in groups):
         check_training(values, {name: entry.name for name, entry in given.items()})
+        _check_deepspeed_config(values, flags)
         check_output_dir(
             values["output_dir"],
             values.get("resume_from_checkpoint"),
@@ -123,6 +128,42 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Any, ...]:
     return made
 
 
+def check_values(command: str, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Check some flags of a command that come from another kind of file than the command itself reads.
+
+    Args:
+        command: A key of ``COMMANDS``.
+        values: Flag name -> JSON value, or the text that a command line would have.
+        where: What messages begin with: the file, and the place in it.
+
+    Returns:
+        The values, converted to the flags' types.
+
+    Raises:
+        ValueError: A flag is unknown, and the nearest one is named; or its value is of another type or out of range.
+    """
+    flags = command_flags(command)
+    _refuse_unknown(values, flags, command, where)
+    checked = {}
+    for name, value in values.items():
+        # YAML takes 1e-4 for text.
+        typed = flags[name].values.from_text([value]) if isinstance(value, str) else value
+        checked[name] = _checked(flags[name], Given(typed, f"{where}: {name}"))
+    return checked
+
+
+def _refuse_unknown(values: Mapping[str, Any], flags: dict[str, Flag], command: str, where: str) -> None:
+    unknown = sorted(set(values) - set(flags))
+    if unknown:
+        raise ValueError(
+            f"{where}: unknown keys {', '.join(unknown)}{_nearest(unknown, flags)}; see fsd-fast {command} --help"
+        )
+
+
+def _positional(flags: dict[str, Flag]) -> list[str]:
+    return [name for name, flag in flags.items() if flag.field.metadata.get("positional")]
+
+
 def _from_file(command: str, file: str, flags: dict[str, Flag]) -> dict[str, Given]:
     values = read_json_object(Path(file), wide_integers=True)
     if Record.is_record(values):
@@ -130,11 +171,7 @@ def _from_file(command: str, file: str, flags: dict[str, Flag]) -> dict[str, Giv
         if record.command != command:
             raise ValueError(f"{file}: expected the record of {command!r}, got the one of {record.command!r}")
         values = record.arguments
-    unknown = sorted(set(values) - set(flags))
-    if unknown:
-        raise ValueError(
-            f"{file}: unknown keys {', '.join(unknown)}{_nearest(unknown, flags)}; see fsd-fast {command} --help"
-        )
+    _refuse_unknown(values, flags, command, file)
     resume = values.get("resume_from_checkpoint")
     if isinstance(resume, bool):  # what JSON makes of "--resume_from_checkpoint true"
         values["resume_from_checkpoint"] = "last" if resume else None
@@ -178,9 +215,10 @@ def _nearest(unknown: Sequence[str], flags: dict[str, Flag], dashes: str = "") -
 
 
 def _parser(command: str, flags: dict[str, Flag]) -> _Parser:
+    first = _positional(flags)
     parser = _Parser(
         prog=f"fsd-fast {command}",
-        usage=f"fsd-fast {command} [FILE.json] [flags]",
+        usage=f"fsd-fast {command} [{first[0].upper() if first else 'FILE.json'}] [flags]",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -223,6 +261,15 @@ def _checked(flag: Flag, given: Given) -> Any:
         return flag.values.check(given.value)
     except ValueError as error:
         raise ValueError(f"{given.name}: {error}") from None
+
+
+def _check_deepspeed_config(values: dict[str, Any], flags: dict[str, Flag]) -> None:
+    given = values.get("deepspeed")
+    if given is None:
+        return
+    content = given if isinstance(given, dict) else read_json_object(Path(given))
+    where = "--deepspeed" if isinstance(given, dict) else str(given)
+    check_config(content, lambda name: values.get(name, flags[name].field.default), where)
 
 
 def _check_folders(values: dict[str, Any], flags: dict[str, Flag]) -> None:

@@ -19,6 +19,7 @@ class Refusal(NamedTuple):
     accepted: Any = None
 
 
+_TEST = "test rows are for 'evaluate' and 'predict'"
 _UPLOAD = "nothing is uploaded; upload the run's folder with the Hub's own tools"
 _FSDP = "FSDP is not supported; shard with --deepspeed"
 _LIGER = "Liger's kernels are for language models"
@@ -52,17 +53,29 @@ REFUSED: dict[str, Refusal] = {
     "do_train": Refusal("this command trains; 'evaluate' scores without training", True),
     "do_eval": Refusal("this command evaluates when training ends; --max_eval_samples shortens that", True),
     "do_predict": Refusal("the labelled splits alone are read; test splits have no labels", False),
+    "enable_jit_checkpoint": Refusal("SIGTERM saves a checkpoint in any case", False),
     "local_rank": Refusal("the launcher gives each process its rank", -1),
 }
 """Refused for every command that trains."""
 
 REFUSED_BY: dict[str, dict[str, Refusal]] = {
+    "teacher": {"test_file": Refusal(_TEST)},
     "distill": {
+        "test_file": Refusal(_TEST),
         "label_smoothing_factor": Refusal("the teacher's logits are the soft labels", 0.0),
         "auto_find_batch_size": Refusal("a smaller batch is another loss: L_L compares its samples", False),
     },
-    "memory": {"max_eval_samples": Refusal("a memory is made of the training set alone")},
+    "memory": {
+        "max_eval_samples": Refusal("a memory is made of the training set alone"),
+        "test_file": Refusal(_TEST),
+    },
     "evaluate": {"max_train_samples": Refusal("the evaluation splits alone are scored")},
+    "predict": {
+        **dict.fromkeys(("max_train_samples", "subset_seed"), Refusal("test sets alone are read")),
+        **dict.fromkeys(("train_file", "validation_file"), Refusal("test sets alone are read")),
+        "heldout_samples": Refusal("test sets alone are read", 0),
+        "max_eval_samples": Refusal("a test set is predicted as a whole"),
+    },
 }
 """Refused for one command beside those of ``REFUSED``."""
 
@@ -104,7 +117,7 @@ HONOURED: dict[str, str] = {
     **dict.fromkeys(("eval_strategy", "eval_steps", "eval_delay", "eval_on_start"), _EVALUATE),
     "eval_accumulation_steps": _EVALUATE,
     **dict.fromkeys(("save_strategy", "save_steps", "save_total_limit", "save_only_model"), _SAVE),
-    **dict.fromkeys(("save_on_each_node", "enable_jit_checkpoint"), _SAVE),
+    "save_on_each_node": _SAVE,
     **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), _SAVE),
     **dict.fromkeys(("data_seed", "dataloader_drop_last", "dataloader_num_workers"), _LOADER),
     **dict.fromkeys(("dataloader_pin_memory", "dataloader_persistent_workers"), _LOADER),

@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from fsd_fast.data import Task
 from fsd_fast.distributed import Collectives
-from fsd_fast.files import exclusive_folder, write_json
+from fsd_fast.files import exclusive_folder, named_write_errors, write_json
 from fsd_fast.metrics import MAIN_METRIC, main_metric_first
 from fsd_fast.models.labels import id2label_of
+from fsd_fast.shutdown import stoppable
 from fsd_fast.training.export import export_student, model_card
 from fsd_fast.training.manifest import checkpoint_folders, remove_checkpoint
 from fsd_fast.training.record import RECORD_FILE, Record, write_record
@@ -30,19 +31,21 @@ def finish_run(
     tokenizer: PreTrainedTokenizerBase,
     title: str,
     record: Record,
+    score: Callable[[], dict[str, float]] | None = None,
 ) -> dict[str, float]:
     """Train, evaluate and export; every process takes part, the first one writes.
 
     ``state`` gathers the weights, on all processes together; ZeRO-3 leaves them on the first one alone. The record is
-    written before the first step, so that a run that is cut off can be told from other files, and repeated.
+    written before the first step, so that a run that is cut off can be told from other files, and repeated. ``score``
+    evaluates the trained model; without it Trainer does, with the metrics alone.
 
     Raises:
         BlockingIOError: Another run is writing the folder.
-        InterruptedError: Training stopped before its last step, as it does after SIGTERM with
-            ``--enable_jit_checkpoint``. Nothing is exported.
+        RuntimeError: There was no batch to train on. Nothing is exported.
+        Stopped: By a signal, with a checkpoint. Nothing is exported. After the last step signals come too late.
     """
     folder = Path(str(trainer.args.output_dir))
-    with _locked(folder, trainer):
+    with _locked(folder, trainer), stoppable():
         if trainer.is_world_process_zero():
             if resume is None:
                 # A run that starts anew must not be continued from the checkpoints of the one before.
@@ -50,12 +53,11 @@ def finish_run(
                     remove_checkpoint(old)
             write_record(folder / RECORD_FILE, record)
         result = trainer.train(resume_from_checkpoint=resume)
-        if trainer.state.global_step < trainer.state.max_steps:
-            raise InterruptedError(
-                f"training stopped at step {trainer.state.global_step} of {trainer.state.max_steps} and nothing was "
-                "exported; where a checkpoint was saved, --resume_from_checkpoint last continues from it"
+        if trainer.state.global_step == 0:
+            raise RuntimeError(
+                f"no step was made, so nothing is exported: the {train_samples} training samples are less than a batch"
             )
-        metrics = _final_metrics(trainer)
+        metrics = _final_metrics(trainer, score)
         train_metrics = {**result.metrics, "train_samples": train_samples}
         # Trainer counts operations by the model's own formula, which a distillation has none of.
         if not train_metrics.get("total_flos"):
@@ -65,7 +67,8 @@ def finish_run(
             assert weights is not None
             scores = {name: value for name, value in metrics.items() if _is_score(name)}
             card = model_card(title, task_name, record.settings, scores, id2label_of(student.config))
-            export_student(student, weights, tokenizer, folder, card)
+            with named_write_errors(folder):
+                export_student(student, weights, tokenizer, folder, card)
         # Not combined by Trainer, which would read what an earlier run may have left half-written.
         trainer.save_metrics("train", train_metrics, combined=False)
         trainer.save_metrics("eval", metrics, combined=False)
@@ -90,13 +93,18 @@ def _locked(folder: Path, trainer: Trainer) -> Iterator[None]:
         yield
 
 
-def _final_metrics(trainer: Trainer) -> dict[str, float]:
-    """Evaluate the trained model, unless the loop has just done so after its last step."""
+def _final_metrics(trainer: Trainer, score: Callable[[], dict[str, float]] | None) -> dict[str, float]:
+    """Evaluate the trained model, unless Trainer is to and the loop has just done so after its last step."""
     last = [
         entry
         for entry in trainer.state.log_history
         if entry["step"] == trainer.state.global_step and any(name.startswith("eval_") for name in entry)
     ]
+    if score is not None:
+        metrics = {**score(), "epoch": trainer.state.epoch or 0.0}
+        if not last:
+            trainer.log(metrics)
+        return metrics
     if not last or trainer.args.load_best_model_at_end:
         return trainer.evaluate()
     return {name: value for entry in last for name, value in entry.items() if name != "step"}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from fsd_fast.data import SAMPLE_COLUMN
+from fsd_fast.files import named_write_errors
 from fsd_fast.losses import Signals
 from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.models.teacher import Teacher
@@ -20,6 +22,7 @@ from fsd_fast.training.distillation import DistillationModel
 from fsd_fast.training.finite import FiniteCheck
 from fsd_fast.training.manifest import break_seal, checkpoint_folders, remove_checkpoint, seal_checkpoint
 from fsd_fast.training.profile import StepProfile, time_steps
+from fsd_fast.training.stopping import StopAtSignal
 from fsd_fast.training.throughput import Throughput
 
 
@@ -36,6 +39,7 @@ class ClassifierTrainer(Trainer):
     - ``dataloader_drop_last`` drops samples of the training set alone; Trainer would drop them from the evaluation too.
     - A checkpoint counts once its manifest is written; only then are older ones removed, see ``manifest``.
     - Training stops at the first loss or gradient norm that is not finite, see ``FiniteCheck``.
+    - A signal stops it at the end of a step, with a checkpoint, see ``StopAtSignal``.
     - The log and the results of training say how fast the steps went, see ``Throughput``.
 
     Args:
@@ -49,6 +53,7 @@ class ClassifierTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.finite = FiniteCheck(str(self.args.output_dir))
         self.add_callback(self.finite)
+        self.add_callback(StopAtSignal())
         self.throughput = Throughput()
         self._profiles = profile_steps is not None
         if profile_steps is not None:
@@ -144,7 +149,8 @@ class ClassifierTrainer(Trainer):
             break_seal(folder)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            with named_write_errors(folder):
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
@@ -163,9 +169,20 @@ class ClassifierTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Read all samples of an evaluation split."""
+        with self._every_sample():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Read all samples whose predictions are wanted."""
+        with self._every_sample():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _every_sample(self) -> Iterator[None]:
+        """Keep ``dataloader_drop_last`` away from what is no training."""
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            yield
         finally:
             self.args.dataloader_drop_last = drop_last
 
@@ -284,6 +301,7 @@ class FSDTrainer(ClassifierTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the integrated loss of a micro-batch."""
+        self.distillation.objective.set_progress(self.state.global_step / max(1, self.state.max_steps))
         with section("teacher"):
             signals = self.signals(inputs)
         if self._clusters is not None and self._sample_index is not None:

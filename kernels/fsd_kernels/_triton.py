@@ -108,7 +108,7 @@ _ROUNDS = tl.constexpr(not INTERPRETED)
 
 
 @triton.jit
-def nearest_tf32(x):  # type: ignore[no-untyped-def]
+def round_to_tf32(x):  # type: ignore[no-untyped-def]
     """float32 rounded to the 10 bits of mantissa that tf32 has, ties away from 0; NaN stays NaN."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(x == x, ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), x)
@@ -122,7 +122,7 @@ def operand(x, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore
     multiplies in float32, so that no mistake hides behind a rounding of 1e-3.
     """
     if _ROUNDS and PRECISION == "tf32" and DOT_TYPE == tl.float32:
-        x = nearest_tf32(x)
+        x = round_to_tf32(x)
     return x.to(DOT_TYPE)
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fsd_kernels._triton import Target
 
 OPS = ("intra", "local", "global", "inter", "fsd_ilg", "kmeans")
+"""What is costed: losses and k-means, each made of one or more of the registered ops."""
 
 _FLOAT32 = 4
 

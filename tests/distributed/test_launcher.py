@@ -1,19 +1,15 @@
 """The commands under the deepspeed launcher: two processes on the CPU, ZeRO 2 and ZeRO 3."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from fsd_fast.commands import run
+from tests.launch import finish, remove_build_locks, run_deepspeed, run_torchrun, start_deepspeed
 from tests.tiny import (
     CENTROIDS,
     HIDDEN,
@@ -29,59 +25,15 @@ from tests.tiny import (
 
 __all__ = ["tiny"]
 
-BIN = Path(sys.executable).parent
 pytestmark = [
     pytest.mark.launcher,
     pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed builds its CPU communication with g++"),
 ]
 
 
-# DeepSpeed's CPU communication is built here once; a build that was killed leaves a lock that others wait for.
-EXTENSIONS = ROOT / ".cache" / "torch_extensions"
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _no_lock_left_behind():
-    for lock in EXTENSIONS.rglob("lock"):
-        lock.unlink()
-
-
-def launch(arguments, port):
-    """Run a command in two processes that must succeed, and return what it printed."""
-    done = launch_once(arguments, port)
-    assert done.returncode == 0, done.stdout[-6000:]
-    return done.stdout
-
-
-def launch_once(arguments, port):
-    """Start train_ds.py in two processes as the README says, on the CPU, and wait for its end."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    environment |= {
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "TORCH_EXTENSIONS_DIR": str(EXTENSIONS),
-        "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",  # ninja, next to this Python
-    }
-    command = [
-        *(str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(port)),
-        *("train_ds.py", *arguments),
-    ]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, _ = process.communicate(timeout=300)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, _ = process.communicate()
-        pytest.fail(f"no end after 300 s:\n{out[-6000:]}")
-    return subprocess.CompletedProcess(command, process.returncode, out)
+    remove_build_locks()
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +53,14 @@ CHECKPOINTS = ["--save_strategy", "steps", "--save_steps", "2", "--save_total_li
 @pytest.fixture(scope="module")
 def zero2(tiny, steady, tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero2") / "run"
-    return folder, launch(distillation(tiny, steady, folder, 4, "--deepspeed", "ds_config.json"), 29610)
+    return folder, run_deepspeed(2, distillation(tiny, steady, folder, 4, "--deepspeed", "ds_config.json"))
 
 
 @pytest.fixture(scope="module")
 def zero3(tiny, steady, tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero3") / "run"
     flags = distillation(tiny, steady, folder, 4, "--deepspeed", "ds_config_zero3.json", *CHECKPOINTS)
-    return folder, launch(flags, 29620)
+    return folder, run_deepspeed(2, flags)
 
 
 def close(one, other, tolerance):
@@ -138,7 +90,7 @@ def test_weight_decay_leaves_the_student_memory_alone_under_deepspeed(tiny, stea
     }
     (tmp_path / "with_optimizer.json").write_text(json.dumps(config))
     flags = distillation(tiny, steady, tmp_path / "run", 4, "--weight_decay", "0.1", "--deepspeed")
-    done = launch_once([*flags, str(tmp_path / "with_optimizer.json")], 29680)
+    done = finish(start_deepspeed(2, [*flags, str(tmp_path / "with_optimizer.json")]))
     assert done.returncode != 0
     assert "weight_decay: the optimizer of the DeepSpeed configuration would let" in done.stdout
     assert not (tmp_path / "run").exists()
@@ -179,7 +131,7 @@ def test_resuming_from_a_zero_3_checkpoint(tiny, steady, zero3, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(full / "checkpoint-2", folder / "checkpoint-2")
     flags = distillation(tiny, steady, folder, 4, "--deepspeed", "ds_config_zero3.json", *CHECKPOINTS)
-    launch([*flags, "--resume_from_checkpoint", "last"], 29630)
+    run_deepspeed(2, [*flags, "--resume_from_checkpoint", "last"])
     assert losses(folder) == pytest.approx(losses(full), rel=1e-5)
     close(load_file(folder / "model.safetensors"), load_file(full / "model.safetensors"), 1e-5)
 
@@ -187,7 +139,7 @@ def test_resuming_from_a_zero_3_checkpoint(tiny, steady, zero3, tmp_path):
 def test_a_memory_does_not_depend_on_the_number_of_processes(tiny, tmp_path):
     # Each process has 12 samples, in batches of 5, 5 and 2.
     cached = ["--feature_cache_dir", str(tmp_path / "cache"), "--per_device_batch_size", "5"]
-    launch(["memory", *memory_flags(tiny, tmp_path / "memory"), *cached], 29640)
+    run_deepspeed(2, ["memory", *memory_flags(tiny, tmp_path / "memory"), *cached])
     one = load_file(tiny.memory_exclude / "memory.safetensors")["centroids"]
     two = load_file(tmp_path / "memory" / "memory.safetensors")["centroids"]
     assert one.shape == (CENTROIDS, SEQUENCE * HIDDEN)
@@ -205,25 +157,6 @@ def test_a_memory_does_not_depend_on_the_number_of_processes(tiny, tmp_path):
     assert (third["teacher_passes"], third["cluster_sizes"]) == (0, first["cluster_sizes"])
 
 
-def launch_with_torchrun(processes, arguments, port):
-    """Start train_ds.py in so many processes with torchrun, on the CPU, and return what it printed."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    command = [*(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes))]
-    command += ["--master_port", str(port), "train_ds.py", *arguments]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
-    return done.stdout
-
-
 @pytest.mark.parametrize("processes", [2, 3])
 def test_an_evaluation_is_the_same_on_several_processes(tiny, tmp_path, processes):
     # 12 samples in batches of 5: the last round is ragged, and some processes get samples twice.
@@ -231,7 +164,7 @@ def test_an_evaluation_is_the_same_on_several_processes(tiny, tmp_path, processe
     alone = run("evaluate", [*flags, "--per_device_eval_batch_size", "12"])
     folder = tmp_path / "together"
     more = ["--per_device_eval_batch_size", "5", "--output_dir", str(folder)]
-    launch_with_torchrun(processes, ["evaluate", *flags, *more], 29660 + processes)
+    run_torchrun(processes, ["evaluate", *flags, *more])
     together = json.loads((folder / "evaluate_results.json").read_text())
     assert together["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-6)
     assert together["eval_accuracy"] == alone["eval_accuracy"]
@@ -265,7 +198,7 @@ def test_a_teacher_is_the_same_on_two_processes(tiny, steady, tmp_path):
         if processes == 1:
             run("teacher", flags)
         else:
-            launch_with_torchrun(processes, ["teacher", *flags], 29670)
+            run_torchrun(processes, ["teacher", *flags])
         logs.append([entry for entry in history(folder) if "loss" in entry])
     for alone, together in zip(*logs, strict=True):
         assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)

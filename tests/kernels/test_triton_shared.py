@@ -18,7 +18,7 @@ from tests.interpreted import DEVICE, on_triton, round_like
 def round_kernel(x_ptr, y_ptr, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     index = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + index, mask=index < size)
-    tl.store(y_ptr + index, shared.nearest_tf32(x), mask=index < size)
+    tl.store(y_ptr + index, shared.round_to_tf32(x), mask=index < size)
 
 
 @on_triton

@@ -19,6 +19,7 @@ from fsd_fast.cache.feature_cache import FeatureCache, FeatureIdentity
 from fsd_fast.commands import run
 from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.models.teacher import Teacher
+from tests.faults.registry import fault
 from tests.tiny import SEQUENCE, memory_flags, tiny
 
 __all__ = ["tiny"]
@@ -210,6 +211,10 @@ def test_a_damaged_shard_is_never_loaded(tmp_path: Path, damage: Any) -> None:
     assert torch.equal(again, expected()[index, : again.shape[1]])
 
 
+@fault(
+    "a writer of the feature cache is killed",
+    "what it left half-written is not looked at",
+)
 def test_what_a_killed_writer_leaves_is_not_looked_at(tmp_path: Path) -> None:
     filled(tmp_path)
     for name in (".0123.safetensors.tmp", ".0123.safetensors", ".features.json.tmp"):
@@ -238,6 +243,10 @@ def test_a_full_disk_leaves_whole_shards_only(tmp_path: Path, monkeypatch: pytes
     assert not cache.holds(second[0][:1])
 
 
+@fault(
+    "the disk has not enough room for the cache",
+    "refused before the teacher runs",
+)
 def test_room_is_asked_for_before_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100 * D * 4)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -381,6 +390,10 @@ def _other_teacher(tiny: Any, folder: Path) -> str:
     return str(folder / "teacher")
 
 
+@fault(
+    "features are NaN or infinite",
+    "not cached; the build is refused",
+)
 def test_features_that_are_not_finite_are_not_kept(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

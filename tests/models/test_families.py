@@ -26,6 +26,7 @@ from fsd_fast.models.whole_weights import whole_weights
 from fsd_fast.training import export
 from fsd_fast.training.distillation import DistillationModel
 from fsd_fast.training.export import check_export
+from tests.faults.registry import fault
 from tests.tiny import (
     TRAINING,
     memory_flags,
@@ -332,6 +333,10 @@ def test_a_teacher_without_a_head_is_refused_with_the_command_that_makes_one(tin
     assert f"fsd-fast teacher --task_name X --model_name_or_path {tiny.backbone} --output_dir ..." in message
 
 
+@fault(
+    "a model lacks a layer or weights",
+    "refused in one line that names them",
+)
 def test_missing_weights_are_refused(tiny, tmp_path):
     def drop(weights):
         for name in [name for name in weights if ".layer.2." in name]:
@@ -396,12 +401,20 @@ def test_settings_out_of_bounds_are_refused_at_once(tiny, tmp_path, settings, wo
         load_classifier(str(folder), ("a", "b"))
 
 
+@fault(
+    "a configuration asks for a billion layers",
+    "refused at once",
+)
 def test_a_list_for_a_billion_layers_is_never_made(tmp_path):
     folder = edit(save_tiny("ModernBERT", tmp_path), num_hidden_layers=10**9)
     with pytest.raises(ValueError, match="num_hidden_layers: expected 1 to 1,000"):
         read_config(str(folder))
 
 
+@fault(
+    "a model has pickled weights alone",
+    "refused with advice; nothing is unpickled",
+)
 def test_pickles_are_not_read(tiny, tmp_path):
     folder = shutil.copytree(tiny.teacher, tmp_path / "teacher")
     (folder / "model.safetensors").unlink()
@@ -412,6 +425,10 @@ def test_pickles_are_not_read(tiny, tmp_path):
     assert "save_pretrained" in message
 
 
+@fault(
+    "the weights of a model are damaged",
+    "refused in one line",
+)
 def test_damaged_weights_are_refused(tiny, tmp_path):
     folder = shutil.copytree(tiny.teacher, tmp_path / "teacher")
     content = (folder / "model.safetensors").read_bytes()
@@ -444,6 +461,10 @@ def test_missing_files_are_named(tiny, tmp_path, missing):
     assert ("config.json" if missing == "config" else "no tokenizer; expected tokenizer.json") in message
 
 
+@fault(
+    "files of a tokenizer are missing",
+    "refused in one line that names them",
+)
 def test_half_a_tokenizer_is_refused(tmp_path):
     folder = save_tiny("RoBERTa", tmp_path)
     (folder / "tokenizer.json").unlink()
@@ -457,6 +478,10 @@ def test_half_a_tokenizer_is_refused(tmp_path):
         load_tokenizer(str(folder))
 
 
+@fault(
+    "a model's configuration asks for its own code",
+    "never run",
+)
 def test_code_of_a_model_is_never_run(tmp_path):
     folder = edit(save_tiny("BERT", tmp_path), auto_map={"AutoModelForSequenceClassification": "evil.Model"})
     (folder / "evil.py").write_text("raise SystemExit('this ran')\n")

@@ -18,7 +18,7 @@ from benchmarks.tables import markdown
 from fsd_fast.commands import COMMANDS, load_command
 from fsd_fast.commands.parsing import command_flags
 from fsd_fast.losses import METHODS
-from tools import flags_page, readme_tables
+from tools import faults_page, flags_page, readme_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -55,6 +55,12 @@ def slug(heading: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------- generated
+
+
+def test_the_table_of_faults_is_generated() -> None:
+    page = faults_page.PAGE.read_text(encoding="utf-8")
+    assert page == faults_page.page(page), "docs/faults.md: run python -m tools.faults_page"
+    assert len(list(faults_page.faults())) >= 30
 
 
 def test_flags_page_is_generated() -> None:
@@ -156,6 +162,12 @@ def test_a_page_s_loop_runs_and_trains_student_and_memory(page: str) -> None:
         assert tensor.grad.abs().sum() > 0
     assert isinstance(names["teacher"], torch.Tensor)
     assert names["teacher"].grad is None
+
+
+@pytest.mark.parametrize("page", ["docs/memory.md", "docs/method.md"])
+def test_other_code_on_pages_runs(page: str) -> None:
+    for code in python_blocks(ROOT / page):
+        exec(compile(code, page, "exec"), {})
 
 
 def test_the_guide_s_loss_runs_as_an_objective() -> None:

@@ -20,6 +20,7 @@ import pytest
 from fsd_fast import files
 from fsd_fast.files import LOCK_FILE, exclusive_folder, is_scratch, remove_stale_temporaries, write_atomically
 from fsd_fast.untrusted import check_seal, integer, list_of, map_of, number, object_of, read_json_object, seal
+from tests.faults.registry import fault
 
 FORK = multiprocessing.get_context("fork")
 
@@ -49,6 +50,10 @@ def test_processes_that_write_one_file_do_not_disturb_each_other(tmp_path: Path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["shard"]
 
 
+@fault(
+    "a symbolic link lies where a file is about to be written",
+    "replaced, not followed",
+)
 def test_no_symbolic_link_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     victim = tmp_path / "victim"
     victim.write_text("mine")
@@ -87,6 +92,10 @@ def test_files_respect_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
     assert (tmp_path / "record.json").stat().st_mode & 0o777 == mode
 
 
+@fault(
+    "dead processes have left temporary files",
+    "removed; those of living ones stay",
+)
 def test_what_dead_processes_leave_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
@@ -136,6 +145,10 @@ def _hold(folder: Path, ready: Any) -> None:
         time.sleep(60)
 
 
+@fault(
+    "the holder of a lock is killed",
+    "the folder is free at once",
+)
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     ready = FORK.Event()
     holder = FORK.Process(target=_hold, args=(tmp_path, ready))
@@ -174,6 +187,10 @@ def test_no_two_processes_ever_hold_a_lock_that_comes_and_goes(tmp_path: Path) -
     assert (tmp_path / "total").read_text() == "120"
 
 
+@fault(
+    "the file system has no locks",
+    "used, with a warning",
+)
 def test_a_file_system_without_locks_is_used_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +211,10 @@ def test_a_file_system_without_locks_is_used_with_a_warning(
 # --- damaged files ----------------------------------------------------------------------------------------------
 
 
+@fault(
+    "JSON that is half, deep, huge, has duplicate keys, NaN or integers beyond 64 bits",
+    "one line that names the file",
+)
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -13,6 +13,8 @@ from fsd_fast.commands import run
 from fsd_fast.files import exclusive_folder
 from fsd_fast.training.checkpoints import find_checkpoint
 from fsd_fast.training.manifest import MANIFEST_FILE, checkpoint_faults, checkpoint_folders, seal_checkpoint
+from fsd_fast.untrusted import seal
+from tests.faults.registry import fault
 from tests.tiny import history, losses, tiny
 
 __all__ = ["tiny"]
@@ -84,10 +86,14 @@ DAMAGES = {
     "trainer_state.json empty": ("trainer_state.json", lambda path: path.write_text("")),
     "manifest missing": (MANIFEST_FILE, os.unlink),
     "manifest truncated": (MANIFEST_FILE, truncate),
-    "manifest of another format": (MANIFEST_FILE, lambda path: path.write_text('{"format": 2}')),
+    "manifest of another format": (MANIFEST_FILE, lambda path: path.write_text('{"format": 3}')),
 }  # fmt: skip
 
 
+@fault(
+    "a file of the newest checkpoint is missing, truncated, empty, or has a flipped bit (18 kinds)",
+    "named in one line, and the newest whole one is taken; asked for by name it is refused",
+)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_passed_over(cut_off, caplog, damage):
     name, act = DAMAGES[damage]
@@ -109,6 +115,10 @@ def test_a_run_goes_on_from_an_older_whole_checkpoint_to_the_same_bits(tiny, who
     assert checkpoint_faults(cut_off / "checkpoint-4") is None
 
 
+@fault(
+    "every checkpoint is damaged",
+    "refused in one line that lists each fault; auto starts anew",
+)
 def test_without_a_whole_checkpoint(cut_off):
     for folder in checkpoint_folders(cut_off):
         flip(folder / "model.safetensors")
@@ -118,6 +128,10 @@ def test_without_a_whole_checkpoint(cut_off):
     assert all(str(folder) in str(error.value) for folder in checkpoint_folders(cut_off))
 
 
+@fault(
+    "the state of the optimizer, the schedule or the random numbers is missing",
+    "refused; --allow_partial_resume goes on without and says so",
+)
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_partial_resume_is_asked_for_and_said(tiny, cut_off, caplog, name):
     shutil.rmtree(cut_off / "checkpoint-2")
@@ -136,6 +150,22 @@ def test_a_partial_resume_takes_no_damaged_weights(cut_off):
     assert found == str(cut_off / "checkpoint-2")
 
 
+def test_a_changed_manifest_is_found(cut_off):
+    path = cut_off / "checkpoint-4" / MANIFEST_FILE
+    manifest = json.loads(path.read_text())
+    del manifest["files"]["optimizer.pt"]
+    path.write_text(json.dumps(manifest))
+    assert "its checksum is not that of its fields" in checkpoint_faults(path.parent).reasons[0]
+
+
+def test_a_manifest_of_version_0_2_0_is_read(cut_off):
+    path = cut_off / "checkpoint-4" / MANIFEST_FILE
+    manifest = json.loads(path.read_text()) | {"format": 1}
+    del manifest["checksum"]
+    path.write_text(json.dumps(manifest))
+    assert checkpoint_faults(path.parent) is None
+
+
 class Stop(BaseException):
     """A kill: nothing that cleans up after errors sees it."""
 
@@ -143,6 +173,10 @@ class Stop(BaseException):
 WRITES = ("save_model", "_save_optimizer_and_scheduler", "_save_rng_state", "seal")
 
 
+@fault(
+    "a kill at each stage of writing a checkpoint",
+    "the older one is taken and the run goes on to the same bits",
+)
 @pytest.mark.parametrize("point", WRITES)
 @pytest.mark.parametrize("limit", ["1", "5"])
 def test_a_kill_while_a_checkpoint_is_written(tiny, whole, tmp_path, monkeypatch, point, limit):
@@ -168,6 +202,10 @@ def test_a_kill_while_a_checkpoint_is_written(tiny, whole, tmp_path, monkeypatch
     assert get_last_checkpoint(str(folder)) == str(folder / "checkpoint-6")
 
 
+@fault(
+    "a folder checkpoint-analysis of the user's lies among the checkpoints",
+    "it stays; older checkpoints go, the best one stays",
+)
 def test_old_checkpoints_go_by_their_step_and_the_best_stays(tiny, tmp_path):
     folder = tmp_path / "run"
     (folder / "checkpoint-analysis").mkdir(parents=True)
@@ -186,12 +224,17 @@ def test_checkpoints_without_the_optimizer_are_not_resumed(tiny, tmp_path):
         find_checkpoint(str(folder), "last")
 
 
+@fault(
+    "a manifest names a file outside of its checkpoint",
+    "refused",
+)
 def test_a_manifest_that_leads_out_of_its_folder_is_refused(cut_off):
     folder = cut_off / "checkpoint-4"
     path = folder / MANIFEST_FILE
     manifest = json.loads(path.read_text())
     manifest["files"]["../checkpoint-2/optimizer.pt"] = manifest["files"]["optimizer.pt"]
-    path.write_text(json.dumps(manifest))
+    del manifest["checksum"]
+    path.write_text(json.dumps(seal(manifest)))
     assert "lies outside" in checkpoint_faults(folder).reasons[0]
 
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, BertTokenizer
 from fsd_fast.models.student import load_classifier
 from fsd_fast.training import export
 from fsd_fast.training.export import export_student, model_card
+from tests.faults.registry import fault
 from tests.tiny import save_backbone
 
 LABELS = ("entailment", "not_entailment")
@@ -40,6 +41,10 @@ def test_files_have_the_mode_of_the_umask(student, tmp_path, mask, mode):
     assert set(modes.values()) == {mode}, modes
 
 
+@fault(
+    "an export over an earlier one is killed at any of its files",
+    "no mixture of the two: the folder has no weights, and evaluate refuses it",
+)
 def test_an_export_killed_at_any_file_leaves_no_weights(student, tmp_path, monkeypatch):
     folder = write(student, tmp_path / "run")
     files = {path.name for path in folder.iterdir()}
@@ -71,6 +76,10 @@ def test_a_refused_export_leaves_the_earlier_one(student, tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@fault(
+    "a killed export has left its scratch folder",
+    "the next export removes it",
+)
 def test_what_a_killed_export_left_is_cleared(student, tmp_path):
     folder = tmp_path / "run"
     (folder / ".export-k3x9").mkdir(parents=True)
@@ -89,6 +98,10 @@ def test_weights_of_an_earlier_model_in_parts_are_removed(student, tmp_path):
     assert all(torch.equal(loaded[name], value) for name, value in student[0].state_dict().items())
 
 
+@fault(
+    "names with HTML, Markdown or folders go into the model card",
+    "it shows them as plain text, and names no folder",
+)
 def test_the_card_is_plain_text_and_names_no_folder():
     rows = {
         "teacher_model_name_or_path": "/home/someone/secret/teacher-12",

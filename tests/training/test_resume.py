@@ -6,6 +6,7 @@ import math
 import pytest
 
 from fsd_fast.commands import run
+from tests.faults.registry import fault
 from tests.tiny import TRAINING, history, memory_flags, tiny
 
 __all__ = ["tiny"]
@@ -37,6 +38,10 @@ def record(folder):
     return json.loads((folder / "fsd_arguments.json").read_text())
 
 
+@fault(
+    "a run is resumed with other settings",
+    "refused in one line that lists each with both values",
+)
 @pytest.mark.parametrize(
     ("flag", "value", "was", "now"),
     [

@@ -14,6 +14,7 @@ from fsd_fast.commands import teacher as teacher_command
 from fsd_fast.data import TASKS
 from fsd_fast.metrics import hard_label_loss
 from fsd_fast.training.trainer import ClassifierTrainer, FSDTrainer
+from tests.faults.registry import fault
 from tests.tiny import COMMON, TRAINING, history, save_backbone, tiny, write_mnli, write_rte, write_stsb
 
 __all__ = ["tiny"]
@@ -155,6 +156,10 @@ SAVING = [
 ]
 
 
+@fault(
+    "a loss becomes NaN",
+    "the run stops at that step in one line; nothing of it is logged or saved",
+)
 @pytest.mark.parametrize("logging", ["1", "5"])
 @pytest.mark.parametrize("name", ["teacher", "distill"])
 def test_training_stops_at_the_first_loss_that_is_not_finite(tiny, tmp_path, monkeypatch, name, logging):

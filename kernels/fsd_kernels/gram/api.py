@@ -5,10 +5,11 @@
 Here m are the K rows of a memory, h the flattened features of B samples, and mu their means over rows. Without a
 memory, Z = [h_1 - mu_h, ..., h_B - mu_h, mu_h].
 
-Rows are centred before they are rounded or multiplied, so that a large offset common to all samples does not drown the
-differences between them. The rows of the means keep what centring removes: every raw inner product, norm and distance
-is a sum of entries of Gamma. The last row is mu_h - mu_m, and not mu_h, because distances then stay exact if features
-and memory share the offset. The diagonal blocks are the centred Gram matrices of CKA.
+A large offset common to all samples must not drown the differences between them: rows are centred before they are
+rounded or multiplied. "eager" centres Gamma instead, in float64, if the offset is small. The rows of the means keep
+what centring removes: every raw inner product, norm and distance is a sum of entries of Gamma. The last row is mu_h -
+mu_m, and not mu_h, because distances then stay exact if features and memory share the offset. The diagonal blocks are
+the centred Gram matrices of CKA.
 """
 
 from __future__ import annotations
@@ -108,8 +109,8 @@ def gram(
         backend: "auto", "triton", "eager" or "reference".
 
     Returns:
-        [N, N] with N = (K + 1) + (B + 1), or B + 1 without a memory. float32; float64 for float64 features, and from
-        "eager", whose float64 sums would lose to rounding what the losses near CKA = 1 depend on.
+        [N, N] with N = (K + 1) + (B + 1), or B + 1 without a memory. float32, or float64 for float64 features; "eager"
+        always returns float64, because rounding to float32 would cost the losses digits.
 
     Raises:
         TypeError: An argument is not a floating tensor.

@@ -6,7 +6,7 @@ Per layer pair and sample, with K_c = C K C the teacher's and L_c = C L C the st
     |K_c|^2 = rho^2 |L_c|^2 + |R|^2,   CKA = rho |L_c| / |K_c|
     1 - CKA = (|R| / |K_c|)^2 / (1 + CKA)               no difference of two numbers near 1
     G = d CKA / d L_c = R / (|K_c| |L_c|)
-    dY = 2 c G Y,   c = dCKA_upstream - dNegLog_upstream / CKA
+    dY = 2 c G Y,   c = -(d loss / d(1 - CKA)) - (d loss / d(-log CKA)) / CKA
 
 Features are multiplied first and their Gram matrix is centred, so that they are read once. This would lose digits if
 the mean token had more energy than the differences between tokens; the tokens of such a sample are centred before they
@@ -307,7 +307,7 @@ def forward(
             found = _results(defined, products, rest_norms, factors)
             if not all(finite):
                 found = [each if good else (math.nan,) * 3 for each, good in zip(found, finite, strict=True)]
-            values += [(distance, neg_log) for distance, neg_log, _ in found]
+            values += [each[:2] for each in found]
             result *= result.new_tensor([factor for *_, factor in found])[:, None, None]
             _balance(result, kept)
     distance, neg_log = gradient.new_tensor(values).view(pairs, batch, 2).unbind(dim=2)

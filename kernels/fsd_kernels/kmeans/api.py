@@ -4,9 +4,9 @@
 
     l_i = argmin_k ||x_i - c_k||^2,    s_k = sum of x_i over l_i = k,    n_k = number of i with l_i = k
 
-Shapes: points x ``[N, F]``, centroids c ``[K, F]``, labels l ``[N]``, sums s ``[K, F]``, counts n ``[K]``. Points may
-be narrower than the centroids, as in a batch padded only to its own longest sample: the missing columns count as zero
-and are never materialised. No op has gradients, since nothing is trained through clustering.
+Shapes: points x ``[N, F_p]``, centroids c ``[K, F]``, labels l ``[N]``, sums s ``[K, F]``, counts n ``[K]``. F_p <= F:
+points may be narrower than the centroids, as in a batch padded only to its own longest sample. The missing columns
+count as zero and are never materialised. No op has gradients, since nothing is trained through clustering.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The between-sample structures: ``inter_structure`` of features, ``structure`` of two Gamma matrices.
 
 L_L compares the samples of a batch with each other, F_MM the centroids of two memories with each other, and F^E and F^C
-each sample with each centroid. All four are sums over entries of Gamma (``fsd_kernels.gram``): the features are read
-once forward and once backward, whichever of the four are used.
+each sample with each centroid. All four are sums over entries of Gamma (``fsd_kernels.gram``): one Gram matrix
+of each side forward and one product backward serve all of them.
 
 ``inter_structure`` runs ``gram`` of both sides and ``structure`` as one op, because each further op costs as much as
 the products of a small batch. ``structure`` serves features that no process holds whole: Gamma of all features is the
@@ -31,7 +31,7 @@ class InterStructure(NamedTuple):
     memory_cka: Tensor
     """F_MM = -log CKA of the two memories."""
     distance: Tensor
-    """F^E = mean (d_T - d_S)^2 over samples and centroids, d the Euclidean distance."""
+    """F^E = mean (d_S - d_T)^2 over samples and centroids, d the Euclidean distance."""
     cosine: Tensor
     """F^C = the same with the cosine similarity."""
 
@@ -186,7 +186,9 @@ def inter_structure(
         backend: "auto", "triton", "eager" or "reference" (the paper's formulas on the features themselves).
 
     Returns:
-        ``InterStructure``; without memories its last three are 0. A kept feature that is NaN or infinite, or so large
+        ``InterStructure``; without memories its last three are 0. "eager" and "triton" read them off Gamma, with the
+        limits of ``structure``: short distances and norms, and cosines of vectors of very different lengths, count as
+        0; "reference" has none. A kept feature that is NaN or infinite, or so large
         that squares overflow (about 1e19 in float32), makes value and gradient NaN, never 0.
 
     Raises:

@@ -72,7 +72,7 @@ def _without_rounding(squares: Tensor, sizes: Tensor, rounding: float) -> tuple[
 
 
 class _Distances:
-    """Euclidean and cosine distances between samples and centroids, [B, K], read off one side's Gamma."""
+    """Euclidean distances and 1 - cosines between samples and centroids, [B, K], read off one side's Gamma."""
 
     def __init__(self, gamma: Tensor, num_centroid: int, rounding: float) -> None:
         k, m = num_centroid, slice(0, num_centroid)
@@ -103,7 +103,7 @@ class _Distances:
         self.r = torch.where(self.defined, self.u_minus_v / (self.a + self.b), 0.0)
         self.double_ab = torch.where(self.defined, 2 * self.a * self.b, 1.0)
         # The cosine with the zero vector is 0, and so is that with a vector so short that it counts as zero.
-        self.cosine = torch.where(self.defined, (self.square - self.r.square()) / self.double_ab, 1.0)
+        self.one_minus_cos = torch.where(self.defined, (self.square - self.r.square()) / self.double_ab, 1.0)
 
 
 def _scatter(d_q: Tensor, d_u: Tensor, d_v: Tensor, num_centroid: int) -> Tensor:
@@ -160,12 +160,12 @@ def forward(student: Tensor, teacher: Tensor, num_centroid: int, rounding: float
     zero_u, zero_v = student.new_zeros(batch), student.new_zeros(num_centroid)
     gradients[2] = _scatter(d_square, zero_u, zero_v, num_centroid)
 
-    error = distances.cosine - teacher_distances.cosine
+    error = distances.one_minus_cos - teacher_distances.one_minus_cos
     values[3] = error.square().mean()
     d_cosine = torch.where(distances.defined, 2 * error / pairs, 0.0)
     a, b = torch.where(distances.defined, distances.a, 1.0), torch.where(distances.defined, distances.b, 1.0)
-    d_u = (-d_cosine * (distances.r / b + distances.cosine) / (2 * a.square())).sum(dim=1)
-    d_v = (d_cosine * (distances.r / a - distances.cosine) / (2 * b.square())).sum(dim=0)
+    d_u = (-d_cosine * (distances.r / b + distances.one_minus_cos) / (2 * a.square())).sum(dim=1)
+    d_v = (d_cosine * (distances.r / a - distances.one_minus_cos) / (2 * b.square())).sum(dim=0)
     gradients[3] = _scatter(d_cosine / distances.double_ab, d_u, d_v, num_centroid)
     return values, gradients
 

@@ -2,9 +2,9 @@
 
 With h the flattened features of B samples [B, F], m the K centroids of a memory [K, F], T teacher, S student:
 
-    L_L  = -log CKA(h_T, h_S)                                  local inter-feature, rows are samples
-    F_MM = -log CKA(m_T, m_S)                                  rows are centroids
-    F^E  = mean_ij (d(h_T_i, m_T_j) - d(h_S_i, m_S_j))^2       d: Euclidean distance
+    L_L  = -log CKA(h_S, h_T)                                  local inter-feature, rows are samples
+    F_MM = -log CKA(m_S, m_T)                                  rows are centroids
+    F^E  = mean_ij (d(h_S_i, m_S_j) - d(h_T_i, m_T_j))^2       d: Euclidean distance
     F^C  = the same with d: cosine similarity
 
 Gradients come from autograd. ``structure`` states the same four on Gamma matrices (see ``fsd_kernels.gram``).
