@@ -15,6 +15,7 @@ EXTRAS = {
         "accelerate>=1.10",
         "datasets>=4.0",
         "huggingface_hub>=1.0",
+        "pyyaml>=6",
         "safetensors>=0.5",
         "scikit-learn>=1.6",
         "scipy>=1.13",

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fsd_fast.clustering.kmeans import MiniBatchKMeans
+    from fsd_fast.clustering.mini_batch_kmeans import MiniBatchKMeans
     from fsd_fast.losses import (
         FeatureStructureLoss,
         GlobalInterFeatureLoss,
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         IntraFeatureLoss,
         LocalInterFeatureLoss,
         LogitDistillationLoss,
+        RelationalLoss,
     )
     from fsd_fast.memory.student_memory import StudentMemory
     from fsd_fast.memory.teacher_memory import TeacherMemory
@@ -36,6 +37,7 @@ __all__ = [
     "LocalInterFeatureLoss",
     "LogitDistillationLoss",
     "MiniBatchKMeans",
+    "RelationalLoss",
     "StudentMemory",
     "Teacher",
     "TeacherMemory",
@@ -44,7 +46,7 @@ __all__ = [
 _MODULES = {
     "DistillationModel": "training.distillation",
     "FSDTrainer": "training.trainer",
-    "MiniBatchKMeans": "clustering.kmeans",
+    "MiniBatchKMeans": "clustering.mini_batch_kmeans",
     "StudentMemory": "memory.student_memory",
     "Teacher": "models.teacher",
     "TeacherMemory": "memory.teacher_memory",

@@ -7,12 +7,18 @@ With predictions p and labels y over N samples:
 - pearson, spearmanr: correlation of p and y, and of their ranks
 - combined_score: the mean of a task's metrics, where it has more than one
 
+Fidelity compares a student's outputs with its teacher's on the same samples, whatever the labels are:
+
+- teacher_agreement: mean of [argmax z_S = argmax z_T]; for a regression the Pearson correlation of both outputs
+- teacher_kl: mean KL(softmax(z_T) || softmax(z_S)) in nats; classifications only
+- teacher_mse: mean (z_S - z_T)^2; regressions only
+
 Classes are predicted as the argmax of the logits `[N, C]`; a regression's score is its one logit.
 """
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import logsumexp
+from scipy.special import log_softmax, logsumexp
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
@@ -103,3 +109,42 @@ def compute_metrics(task: Task, predictions: npt.ArrayLike, labels: npt.ArrayLik
     if len(result) > 1:
         result["combined_score"] = float(np.mean(list(result.values())))
     return result
+
+
+def fidelity(task: Task, student: npt.ArrayLike, teacher: npt.ArrayLike) -> dict[str, float]:
+    """Compare a student's predictions with its teacher's, in float64.
+
+        teacher_agreement   mean_i [argmax z_S,i = argmax z_T,i]; regression: Pearson correlation of z_S and z_T
+        teacher_kl          mean_i sum_c p_T,ic (log p_T,ic - log p_S,ic), p = softmax(z)
+        teacher_mse         mean_i (z_S,i - z_T,i)^2
+
+    Args:
+        task: Tells classes from a regression.
+        student: Logits `[N, C]`; for a regression `[N, 1]` or `[N]`.
+        teacher: Logits of the same samples in the same order.
+
+    Returns:
+        The agreement, and the divergence that suits the task.
+
+    Raises:
+        ValueError: The shapes differ, there are no samples, or an output is NaN or infinite.
+    """
+    ours, theirs = (np.asarray(values, dtype=np.float64) for values in (student, teacher))
+    if ours.shape != theirs.shape or not ours.size:
+        raise ValueError(
+            f"student, teacher: expected outputs of the same samples, got {list(ours.shape)} and {list(theirs.shape)}"
+        )
+    if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+        raise ValueError(f"outputs of task {task.name!r} hold NaN or infinite values; expected finite ones")
+    if task.is_regression:
+        ours, theirs = ours.reshape(-1), theirs.reshape(-1)
+        return {
+            "teacher_agreement": _correlation("pearson", ours, theirs),
+            "teacher_mse": float(np.mean((ours - theirs) ** 2)),
+        }
+    log_student, log_teacher = log_softmax(ours, axis=1), log_softmax(theirs, axis=1)
+    divergence = (np.exp(log_teacher) * (log_teacher - log_student)).sum(axis=1)
+    return {
+        "teacher_agreement": float(np.mean(ours.argmax(axis=1) == theirs.argmax(axis=1))),
+        "teacher_kl": float(np.mean(divergence)),
+    }

@@ -1,7 +1,7 @@
 """The table of model families in docs/families.md: ``python -m tools.families`` writes it anew.
 
 Each family is tried on a model of random weights, 2 layers deep and 32 wide: loaded as a teacher with its classes in
-another order, read for a memory, cut to one layer, exported and loaded again. What is refused is refused by the engine
+another order, read for a memory, cut to one layer, exported and loaded again. What is refused is refused by fsd_fast
 itself, in the words of its error.
 """
 
@@ -191,8 +191,8 @@ def page(table: list[str]) -> str:
 _BEFORE = """# Model families
 
 A family is what `model_type` in a model's config.json says. Each was tried on a tiny model of random weights: loaded
-as a teacher with its classes in another order, read for a memory, cut to fewer layers, exported and loaded again. A
-family that is not listed is tried on a few tokens when it is loaded, and refused unless it gives a hidden state
+as a teacher with its classes in another order, read for a memory, cut to fewer layers, exported and loaded again. Every
+model, its family listed or not, is tried on a few tokens when it is loaded, and refused unless it gives a hidden state
 `[B, S, D]` for the embeddings and for each layer.
 
 | family | `model_type` | teacher | student with fewer layers | memory | export |

@@ -228,7 +228,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "def _gram_tile_kernel",
             "(block_i + 1) * BLOCK_N <= head",
             "block_i * BLOCK_N <= head",
-            "tiles with features skipped as known",
+            "tiles with features skipped as given",
         ),
         Mutation(
             "def _load_means",
@@ -309,7 +309,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "tl.where(apart | True, error",
             "gradient at distance 0",
         ),
-        Mutation("def _pair_terms", "r / b + own_cosine", "r / b - own_cosine", "sign in d/du"),
+        Mutation("def _pair_terms", "r / b + cosine", "r / b - cosine", "sign in d/du"),
         Mutation(
             "def _structure_stats_kernel",
             "rows_e += tl.sum(d_q_e, axis=1)",

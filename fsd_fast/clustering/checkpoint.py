@@ -1,16 +1,17 @@
-"""What a clustering has worked out so far, on disk, so that a killed run continues where it was.
+"""The checkpoint of a clustering: what it has computed so far, on disk, so that a killed one continues where it was.
 
-    <folder>/rank<r>.json                        the key, the tally, and how far each stage has come
+    <folder>/rank<r>.json                        the keys, the tally, and how far each stage has come
     <folder>/rank<r>-<stage>-<n>.safetensors     a chunk: tensors of a stage, saved together
 
 Each process saves the work that it does alone: its passes over the points and, on the first process, k-means of the
-sketches. Collective steps are replayed, so processes may have stopped at different points. The key is everything the
-numbers depend on; equal keys give equal bits. The JSON holds the sha256 of the chunks and of itself and is written
-after them, each file under its name only when it is complete: a half-written file is never read.
+sketches. Collective steps are replayed, so processes may have stopped at different points. Two keys, one known at the
+start and one after the first pass, hold everything that the numbers depend on; equal keys give equal bits. The JSON
+holds the sha256 of the chunks and of itself and is written after them, each file under its name only when it is
+complete: a half-written file is never read.
 
 A pass over the points reads
 
-    stage = state.stage("pass_2")
+    stage = checkpoint.stage("pass_2")
     sums = stage.restore("sums", zeros)
     for batch in stage.unread(stream):
         ...
@@ -43,6 +44,7 @@ from fsd_fast.untrusted import (
     FLAG,
     OBJECT,
     SHA256,
+    TEXT,
     check_seal,
     integer,
     list_of,
@@ -54,8 +56,14 @@ from fsd_fast.untrusted import (
     seal,
 )
 
-Tensors = Callable[[], Mapping[str, Tensor]]
-_FORMAT = 3
+Snapshot = Callable[[], Mapping[str, Tensor]]
+"""Gives the tensors of a stage that are to be saved, when they are to be saved."""
+SAVE_EVERY = 200
+"""Batches between two savings of a pass, by default."""
+_FORMAT = 4
+_ANEW = (
+    "start anew (memory: --overwrite_output_dir true; in Python: discard_checkpoint) or choose another folder"
+)
 _CHUNK = object_of({"number": integer(0), "bytes": integer(0), "sha256": SHA256})
 _STAGE = object_of(
     {
@@ -68,7 +76,13 @@ _STAGE = object_of(
     }
 )
 _MANIFEST = object_of(
-    {"key": OBJECT, "tally": map_of(integer(0)), "stages": map_of(_STAGE), CHECKSUM: SHA256}
+    {
+        "key": OBJECT,
+        "later_key": map_of(TEXT),
+        "tally": map_of(integer(0)),
+        "stages": map_of(_STAGE),
+        CHECKSUM: SHA256,
+    }
 )
 
 
@@ -115,9 +129,14 @@ class Stage:
     """
 
     def __init__(
-        self, state: ClusteringState, name: str, record: Mapping[str, Any], chunks: list[Chunk], append: bool
+        self,
+        checkpoint: ClusteringCheckpoint,
+        name: str,
+        record: Mapping[str, Any],
+        chunks: list[Chunk],
+        append: bool,
     ) -> None:
-        self._state, self._name, self._append = state, name, append
+        self._checkpoint, self._name, self._append = checkpoint, name, append
         self._earlier = float(record.get("seconds", 0.0))
         self._started = time.perf_counter()
         self.batches: int = record.get("batches", 0)
@@ -129,8 +148,8 @@ class Stage:
     @property
     def where(self) -> str:
         """The file that says how far this stage has come, for errors."""
-        folder = self._state.folder
-        return f"{'' if folder is None else self._state.manifest(folder)}: stage {self._name}"
+        folder = self._checkpoint.folder
+        return f"{'' if folder is None else self._checkpoint.manifest(folder)}: stage {self._name}"
 
     def restore(self, name: str, otherwise: Tensor) -> Tensor:
         """The tensor saved last under a name, on the device of ``otherwise``, which stands in for it.
@@ -158,15 +177,15 @@ class Stage:
         if not self.complete:
             yield from stream.read(self.batches, self.rows)
 
-    def batch_done(self, batch: PointBatch, tensors: Tensors) -> None:
-        """Count a batch that has been worked in; save ``tensors()`` now and then.
+    def batch_done(self, batch: PointBatch, snapshot: Snapshot) -> None:
+        """Count a batch that has been worked in; save ``snapshot()`` now and then.
 
         Raises:
-            Stopped: A signal asked for it; ``tensors()`` are saved.
+            Stopped: A signal asked for it; ``snapshot()`` is saved.
         """
         self.batches, self.rows = batch.batch_number + 1, batch.end
-        if stop_requested() is not None or self.batches % self._state.save_every == 0:
-            self.save(tensors)
+        if stop_requested() is not None or self.batches % self._checkpoint.save_every == 0:
+            self.save(snapshot)
         self.stop_if_requested()
 
     def stop_if_requested(self) -> None:
@@ -177,23 +196,23 @@ class Stage:
         """
         number = stop_requested()
         if number is not None:
-            folder = self._state.folder
+            folder = self._checkpoint.folder
             kept = "nothing was saved" if folder is None else f"saved in {folder}"
             raise Stopped(number, f"batch {self.batches} of stage {self._name}, {kept}")
 
-    def finish(self, tensors: Tensors) -> None:
-        """Save ``tensors()`` as the whole of this stage, unless it was complete when it was found."""
+    def finish(self, snapshot: Snapshot) -> None:
+        """Save ``snapshot()`` as the whole of this stage, unless it was complete when it was found."""
         if not self.complete:
             self.complete = True
-            self.save(tensors)
+            self.save(snapshot)
 
-    def save(self, tensors: Tensors) -> None:
+    def save(self, snapshot: Snapshot) -> None:
         """Save how far this stage has come: in place of its chunks so far, or as one more.
 
         Raises:
             OSError: The folder cannot be written; what was saved before stays.
         """
-        if self._state.folder is not None:
+        if self._checkpoint.folder is not None:
             record = {
                 "batches": self.batches,
                 "rows": self.rows,
@@ -201,15 +220,15 @@ class Stage:
                 "metadata": self.metadata,
                 "seconds": self._earlier + time.perf_counter() - self._started,
             }
-            self._state.write(self._name, record, tensors(), self._append)
+            self._checkpoint.write(self._name, record, snapshot(), self._append)
 
 
-class ClusteringState:
-    """The state of one clustering and one process.
+class ClusteringCheckpoint:
+    """The checkpoint of one clustering and one process.
 
     Args:
         folder: Where it is kept; None: nowhere, and every stage starts from its beginning.
-        key: What the numbers depend on (JSON values). Must be that of the state found, if there is one.
+        key: What the numbers depend on (JSON values). Must be that of the checkpoint found, if there is one.
         save_every: Batches between two savings of a pass.
         rank: Of this process.
 
@@ -217,8 +236,8 @@ class ClusteringState:
         tally: Counts of whatever its user counts, saved along with every stage.
 
     Raises:
-        ValueError: The folder holds the state of another clustering (the fields that differ are listed), or a damaged
-            one.
+        ValueError: The folder holds the checkpoint of another clustering (the fields that differ are listed), or a
+            damaged one.
     """
 
     def __init__(
@@ -226,7 +245,7 @@ class ClusteringState:
         folder: Path | None,
         key: Mapping[str, Any] | None = None,
         *,
-        save_every: int = 200,
+        save_every: int = SAVE_EVERY,
         rank: int = 0,
     ) -> None:
         if save_every < 1:
@@ -236,10 +255,13 @@ class ClusteringState:
         self._rank = rank
         # As it comes back from the file: tuples become lists.
         self._key: dict[str, Any] = json.loads(json.dumps({"format": _FORMAT, **(key or {})}))
+        self._later_key: dict[str, str] = {}
         self._stages: dict[str, dict[str, Any]] = {}
         self.tally: Counter[str] = Counter()
         if folder is not None and self.manifest(folder).is_file():
-            self._stages, self.tally = self._read(self.manifest(folder))
+            content = self._read(self.manifest(folder))
+            self._later_key, self._stages = content["later_key"], content["stages"]
+            self.tally = Counter(content["tally"])
         self._earlier = {name: record["seconds"] for name, record in self._stages.items()}
 
     def manifest(self, folder: Path) -> Path:
@@ -249,8 +271,7 @@ class ClusteringState:
     def _chunk_path(self, folder: Path, stage: str, number: int) -> Path:
         return folder / f"rank{self._rank}-{stage}-{number}.safetensors"
 
-    def _read(self, path: Path) -> tuple[dict[str, dict[str, Any]], Counter[str]]:
-        anew = "start anew with --overwrite_output_dir true, or choose another folder"
+    def _read(self, path: Path) -> dict[str, Any]:
         try:
             content = read_json_object(path)
             found = content.get("key")
@@ -260,14 +281,29 @@ class ClusteringState:
             elif not isinstance(found, dict):
                 raise ValueError(f"{path}: key: expected an object")
         except ValueError as error:
-            raise ValueError(f"{error}. It is not the state of an interrupted clustering: {anew}") from None
-        different = differences(found, self._key)
+            raise ValueError(
+                f"{error}. It is not the checkpoint of an interrupted clustering: {_ANEW}"
+            ) from None
+        self._check_same(found, self._key)
+        return content
+
+    def _check_same(self, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+        different = differences(found, expected)
         if different:
             raise ValueError(
-                f"{path.parent} is what another, interrupted run left: {different}. Continue it with "
-                f"its own settings, {anew}"
+                f"{self.folder} is what another, interrupted run left: {different}. Continue it with "
+                f"its own settings, {_ANEW}"
             )
-        return content["stages"], Counter(content["tally"])
+
+    def set_later_key(self, key: Mapping[str, str]) -> None:
+        """Give what the numbers depend on from here on, known only now; it is saved with the next stage.
+
+        Raises:
+            ValueError: The checkpoint found had another one (the fields that differ are listed).
+        """
+        if self._later_key:
+            self._check_same(self._later_key, key)
+        self._later_key = dict(key)
 
     def earlier_seconds(self, stage: str) -> float:
         """Seconds that runs before this one spent in a stage and its sub-stages, up to their last saving."""
@@ -311,14 +347,19 @@ class ClusteringState:
         write_atomically(self._chunk_path(self.folder, name, number), content)
         chunk = {"number": number, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         self._stages[name] = {**record, "chunks": [*old, chunk] if append else [chunk]}
-        manifest = seal({"key": self._key, "tally": dict(self.tally), "stages": self._stages})
-        write_atomically(self.manifest(self.folder), json.dumps(manifest, indent=1).encode())
+        manifest = {
+            "key": self._key,
+            "later_key": self._later_key,
+            "tally": dict(self.tally),
+            "stages": self._stages,
+        }
+        write_atomically(self.manifest(self.folder), json.dumps(seal(manifest), indent=1).encode())
         if not append:
             for replaced in old:
                 self._chunk_path(self.folder, name, replaced["number"]).unlink(missing_ok=True)
 
 
-NOT_SAVED = ClusteringState(None)
+NOT_SAVED = ClusteringCheckpoint(None)
 """Keeps nothing."""
 
 
@@ -330,8 +371,8 @@ def _read_chunk(path: Path, listed: Mapping[str, Any]) -> bytes | None:
     return content if hashlib.sha256(content).hexdigest() == listed["sha256"] else None
 
 
-def discard_state(folder: Path) -> None:
-    """Remove a state, on all processes together; a folder that is not there is no error."""
+def discard_checkpoint(folder: Path) -> None:
+    """Remove the checkpoints of all processes, which call this together; a folder that is not there is no error."""
     collectives = Collectives()
 
     def remove() -> None:

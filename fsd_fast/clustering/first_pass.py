@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fsd_fast.clustering.checkpoint import NOT_SAVED, Chunk, ClusteringState, Stage
+from fsd_fast.clustering.checkpoint import NOT_SAVED, Chunk, ClusteringCheckpoint, Stage
 from fsd_fast.clustering.sketch import CountSketch
 from fsd_fast.clustering.stream import PointBatch, PointStream
 from fsd_fast.distributed import Collectives
@@ -170,7 +170,7 @@ def first_pass(
     make_sketch: Callable[[int], CountSketch],
     n_clusters: int,
     collectives: Collectives,
-    state: ClusteringState = NOT_SAVED,
+    checkpoint: ClusteringCheckpoint = NOT_SAVED,
 ) -> FirstPass:
     """Read the points once: check them, index them, and keep a sketch of each.
 
@@ -179,14 +179,14 @@ def first_pass(
         make_sketch: Gives the sketch of points with F features.
         n_clusters: K.
         collectives: The processes.
-        state: Where the pass is saved, as stage "pass_1".
+        checkpoint: Where the pass is saved, as stage "pass_1".
 
     Raises:
         ValueError: Fewer points than clusters, or a sample index that two points share.
     """
 
     def read() -> _Record:
-        stage = state.stage(_STAGE, append=True)
+        stage = checkpoint.stage(_STAGE, append=True)
         record = _Record(stage, make_sketch, stream.features)
         for batch in stage.unread(stream):
             record.add(batch, stream.features or batch.points.shape[1])
@@ -230,7 +230,7 @@ def fetch_rows(
     sample_index: Tensor,
     like: Tensor,
     collectives: Collectives,
-    state: ClusteringState = NOT_SAVED,
+    checkpoint: ClusteringCheckpoint = NOT_SAVED,
     stage_name: str = "fetch",
 ) -> Tensor:
     """Read the points once more and return the ones wanted.
@@ -241,7 +241,7 @@ def fetch_rows(
         sample_index: Of this process's points in the order of the stream, int64 ``[n]``.
         like: Gives F and the device.
         collectives: The processes.
-        state: Where the pass is saved.
+        checkpoint: Where the pass is saved.
         stage_name: Its name there.
 
     Returns:
@@ -250,7 +250,7 @@ def fetch_rows(
     shape = [wanted.shape[0], like.shape[-1]]
 
     def read() -> Tensor:
-        stage = state.stage(stage_name)
+        stage = checkpoint.stage(stage_name)
         rows = stage.restore("rows", torch.zeros(shape, dtype=torch.float32, device=like.device))
         for batch in stage.unread(stream):
             here = sample_index[batch.offset : batch.end]

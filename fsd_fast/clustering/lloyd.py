@@ -4,7 +4,7 @@
     update   c_k = (sum of x_i over l_i = k) / n_k,  at the end of the epoch
 
 Sums are kept in float64. An empty cluster moves to the point that is farthest from its own centroid.
-``fsd_fast.clustering.streaming`` runs the same epochs over a stream and over any number of processes.
+``fsd_fast.clustering.lloyd_of_stream`` runs the same epochs over a stream and over any number of processes.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ class LloydSettings:
 
 
 EPOCH_FIELDS = {
-    "iteration": integer(1),
+    "epoch": integer(1),
     "inertia": number(0),
     "empty_clusters": integer(0),
     "reseeded": integer(0),
     "shift": number(0),
     "seconds": number(0),
 }
-"""The fields of ``IterationStats``, as JSON values."""
+"""The fields of ``EpochStats``, as JSON values."""
 
 
 @dataclass
-class IterationStats:
+class EpochStats:
     """One epoch: ``inertia`` is measured against the centroids that the epoch started from."""
 
-    iteration: int
+    epoch: int
     inertia: float
     empty_clusters: int
     reseeded: int
@@ -73,7 +73,7 @@ class LloydResult:
     counts: Tensor
     labels: Tensor
     inertia: float
-    stats: list[IterationStats] = field(default_factory=list)
+    stats: list[EpochStats] = field(default_factory=list)
 
 
 @dataclass
@@ -102,10 +102,10 @@ class LloydRun:
         settled: The last epoch left all centroids where they were.
     """
 
-    def __init__(self, settings: LloydSettings, progress: Callable[[IterationStats], None] | None) -> None:
+    def __init__(self, settings: LloydSettings, progress: Callable[[EpochStats], None] | None) -> None:
         self._settings, self._progress = settings, progress
         self._lowest, self._stale = float("inf"), 0
-        self.stats: list[IterationStats] = []
+        self.stats: list[EpochStats] = []
         self.settled = False
 
     def update(self, epoch: Epoch, centroids: Tensor, empty: int, reseeded: int, started: float) -> Tensor:
@@ -116,7 +116,7 @@ class LloydRun:
         shift = float(torch.linalg.vector_norm(updated - centroids, dtype=torch.float64))
         self.settled = torch.equal(updated, centroids)
         seconds = time.perf_counter() - started
-        self.stats.append(IterationStats(len(self.stats) + 1, epoch.inertia, empty, reseeded, shift, seconds))
+        self.stats.append(EpochStats(len(self.stats) + 1, epoch.inertia, empty, reseeded, shift, seconds))
         if self._progress is not None:
             self._progress(self.stats[-1])
         return updated
@@ -127,7 +127,7 @@ class LloydRun:
         fall = self._lowest - last.inertia
         self._stale = 0 if fall > 0 else self._stale + 1
         self._lowest = min(self._lowest, last.inertia)
-        small = last.iteration > 1 and not last.reseeded and fall < settings.tol * last.inertia
+        small = last.epoch > 1 and not last.reseeded and fall < settings.tol * last.inertia
         patience = settings.max_no_improvement
         return self.settled or small or (patience is not None and self._stale >= patience)
 
@@ -179,7 +179,7 @@ def kmeans_in_memory(
     init: str | Tensor = "k-means++",
     generator: torch.Generator,
     settings: LloydSettings,
-    progress: Callable[[IterationStats], None] | None = None,
+    progress: Callable[[EpochStats], None] | None = None,
 ) -> LloydResult:
     """One run of k-means on points in memory, by this process alone.
 
@@ -216,7 +216,7 @@ def lloyd_in_memory(
     points: Tensor,
     centroids: Tensor,
     settings: LloydSettings,
-    progress: Callable[[IterationStats], None] | None = None,
+    progress: Callable[[EpochStats], None] | None = None,
 ) -> LloydResult:
     """Alternate assignment and update until the centroids stay where they are.
 

@@ -76,10 +76,10 @@ def k_means_plus_plus(points: Tensor, n_clusters: int, generator: torch.Generato
         last rows are drawn uniformly from those not yet chosen.
     """
     rows = points.shape[0]
-    norms = torch.linalg.vector_norm(points, dim=1).square_()
+    squared_norms = torch.linalg.vector_norm(points, dim=1).square_()
 
     def squared_distances(candidates: Tensor) -> Tensor:  # [N, candidates]
-        scale = norms[:, None] + norms[candidates]
+        scale = squared_norms[:, None] + squared_norms[candidates]
         distances = torch.addmm(scale, points, points[candidates].t(), alpha=-2)
         return distances.masked_fill_(distances <= _ROUNDING * scale, 0)
 

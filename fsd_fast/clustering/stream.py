@@ -39,7 +39,7 @@ class PointBatch:
     A source gives the first two; the stream checks them and fills in the others.
 
     Attributes:
-        points: ``[b, F_p]``, floating.
+        points: ``[b, F_p]``, floating, F_p <= F: missing columns are zero.
         sample_index: int64 ``[b]`` on the CPU, or None where the source gives no indices.
         offset: Points of this process before this batch.
         batch_number: Batches of the source before this one, empty ones included.

@@ -16,10 +16,10 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Cluster
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from fsd_fast.clustering.lloyd import IterationStats, LloydSettings, kmeans_in_memory
+from fsd_fast.clustering.lloyd import EpochStats, LloydSettings, kmeans_in_memory
+from fsd_fast.clustering.lloyd_of_stream import kmeans_of_stream
 from fsd_fast.clustering.seeding import new_generator
 from fsd_fast.clustering.stream import PointSource, PointStream, Resumable
-from fsd_fast.clustering.streaming import kmeans_of_stream
 from fsd_fast.distributed import Collectives
 from fsd_kernels.kmeans import nearest
 
@@ -43,7 +43,7 @@ class StreamKMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMix
         random_state: Seed of the local generator, or a ``numpy.random.RandomState`` that gives it; None: a new one
             every time.
         backend: Of the k-means kernels, see ``fsd_kernels``.
-        progress: Called after each epoch of ``fit`` with its ``IterationStats``.
+        progress: Called after each epoch of ``fit`` with its ``EpochStats``.
 
     Attributes:
         cluster_centers_: ``[K, F]`` float32.
@@ -51,7 +51,7 @@ class StreamKMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMix
         inertia_: Sum of squared distances to the nearest centroid, over all processes.
         n_iter_: Epochs.
         counts_: int64 ``[K]``: sizes of the clusters.
-        iteration_stats_: One ``IterationStats`` per epoch.
+        epoch_stats_: One ``EpochStats`` per epoch.
         n_features_in_: F.
 
     Under ``torch.distributed``, ``fit`` takes the points of this process only, and gives the same centroids on all.
@@ -69,7 +69,7 @@ class StreamKMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMix
         max_no_improvement: int | None = 10,
         random_state: int | np.random.RandomState | None = None,
         backend: str | None = None,
-        progress: Callable[[IterationStats], None] | None = None,
+        progress: Callable[[EpochStats], None] | None = None,
     ) -> None:
         self.n_clusters = n_clusters
         self.init = init
@@ -91,7 +91,10 @@ class StreamKMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMix
         return len(self.cluster_centers_)
 
     def fit(self, X: Any, y: object = None, *, features: int | None = None) -> StreamKMeans:
-        """Cluster the points. A stream is read once or twice for the start, once per epoch and once for the labels.
+        """Cluster the points.
+
+        A stream is read once to check it, once for the start unless ``init`` is centroids, once per epoch, once more
+        for an epoch that finds empty clusters, and once for the labels unless the last epoch moved nothing.
 
         Args:
             X: The points. With sample indices, the result is the same however the samples are spread over processes;
@@ -138,7 +141,7 @@ class StreamKMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMix
         self._set(is_array, cluster_centers_=run.centroids, labels_=run.labels, counts_=run.counts)
         self.inertia_ = run.inertia
         self.n_iter_ = len(run.stats)
-        self.iteration_stats_ = run.stats
+        self.epoch_stats_ = run.stats
         self._generator = generator
         return self
 

@@ -1,10 +1,10 @@
 """k-means of very wide points in two passes: cluster their sketches, then average the points.
 
     pass 1   y_i = sketch(x_i), F features down to w;   k-means of all y_i to convergence, in memory  ->  l_i
-    pass 2   c_k = (sum of x_i over l_i = k) / n_k,   inertia = sum_i ||x_i - m||^2 - sum_k n_k ||c_k - m||^2
+    pass 2   c_k = (sum of x_i over l_i = k) / n_k,   inertia = sum_i ||x_i - mu||^2 - sum_k n_k ||c_k - mu||^2
 
-with m the mean of all points, known from pass 1, which keeps the difference free of cancellation. Epochs of
-exact Lloyd may follow (``refine``). What is expensive, computing x_i, is done twice however many iterations
+with mu the mean of all points, known from pass 1, which keeps the difference free of cancellation. Epochs of
+exact Lloyd may follow (``refine``). What is expensive, computing x_i, is done twice however many epochs
 k-means takes.
 """
 
@@ -21,21 +21,26 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fsd_fast.clustering.checkpoint import NOT_SAVED, ClusteringState
+from fsd_fast.clustering.checkpoint import NOT_SAVED, ClusteringCheckpoint
 from fsd_fast.clustering.first_pass import FirstPass, first_pass
-from fsd_fast.clustering.lloyd import IterationStats, LloydSettings
+from fsd_fast.clustering.lloyd import EpochStats, LloydSettings
+from fsd_fast.clustering.lloyd_of_stream import kmeans_of_stream, lloyd_of_stream
 from fsd_fast.clustering.seeding import new_generator
 from fsd_fast.clustering.sketch import CountSketch
-from fsd_fast.clustering.sketch_kmeans import cluster_sketches
+from fsd_fast.clustering.sketch_clustering import cluster_sketches
 from fsd_fast.clustering.stream import PointBatch, PointSource, PointStream
-from fsd_fast.clustering.streaming import kmeans_of_stream, lloyd
 from fsd_fast.distributed import Collectives
+from fsd_kernels import resolve_backend
 from fsd_kernels.kmeans import assign, update_
 
 # The norms of a sample in the two passes may differ by the rounding of a feature cache, not by more.
 _NORM_TOLERANCE = 1e-2
 
 ALGORITHMS = ("sketch", "lloyd")
+SKETCH_WIDTH = 2048
+"""w, by default."""
+RESTARTS = 4
+"""Restarts of k-means in the sketch, by default."""
 
 
 @dataclass
@@ -50,9 +55,9 @@ class StreamClustering:
         inertia: Sum of squared distances of all points to the centroids of their clusters, exact in F.
         num_samples: N, over all processes.
         sketch_inertia: The same sum in the sketch, of the best restart; 0 without a sketch.
-        iterations: Epochs of k-means in the sketch, of each restart.
+        epochs: How many epochs each restart of k-means in the sketch took.
         sketch_stats: The figures of each epoch of the restart that was kept; inertia in the sketch.
-        refine_stats: The figures of the exact epochs: those after pass 2, or all without a sketch.
+        exact_stats: The figures of the exact epochs: those after pass 2, or all without a sketch.
         seconds: Wall-clock time of "pass_1", "sketch_clustering", "pass_2" and "refine", earlier runs of a
             continued clustering included; of "lloyd" without a sketch.
     """
@@ -64,9 +69,9 @@ class StreamClustering:
     inertia: float
     num_samples: int
     sketch_inertia: float
-    iterations: list[int]
-    sketch_stats: list[IterationStats]
-    refine_stats: list[IterationStats] = field(default_factory=list)
+    epochs: list[int]
+    sketch_stats: list[EpochStats]
+    exact_stats: list[EpochStats] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -77,20 +82,22 @@ def cluster_stream(
     seed: int,
     algorithm: str = "sketch",
     features: int | None = None,
-    sketch_width: int = 2048,
-    restarts: int = 4,
+    sketch_width: int = SKETCH_WIDTH,
+    restarts: int = RESTARTS,
     refine: int = 0,
-    max_iter: int = 300,
-    batch_size: int = 1024,
+    max_iter: int = LloydSettings.max_iter,
+    batch_size: int = LloydSettings.batch_size,
     backend: str | None = None,
     progress: Callable[[str], None] | None = None,
-    epoch_progress: Callable[[int, IterationStats], None] | None = None,
-    state: ClusteringState = NOT_SAVED,
+    epoch_progress: Callable[[int, EpochStats], None] | None = None,
+    checkpoint: ClusteringCheckpoint = NOT_SAVED,
 ) -> StreamClustering:
-    """Cluster a stream in two passes, plus ``refine`` + 1 if ``refine`` is not 0.
+    """Cluster a stream in two passes, more with ``refine``.
 
-    With ``algorithm="lloyd"``: exact k-means from one start, a pass per epoch and up to three more; nothing is saved
-    in ``state``, and the sketch's arguments are ignored.
+    ``refine`` adds a pass per epoch and, unless the last one left the centroids where they were, a pass for the labels:
+    4 passes in all for one epoch, 5 for two. With ``algorithm="lloyd"`` k-means is exact from one start: two passes for
+    the start, one per epoch, and one for the labels as above; nothing is saved in ``checkpoint``, and the sketch's
+    arguments are ignored. In both, an epoch that finds empty clusters takes one more pass, which fetches far points.
 
     Args:
         points: This process's points, see ``fsd_fast.clustering.stream``. Every pass must give the same points
@@ -100,14 +107,14 @@ def cluster_stream(
         algorithm: "sketch" or "lloyd".
         features: F, where batches may be narrower than it; None: all batches are as wide as the first.
         sketch_width: w. The relative error of a squared distance is about sqrt(2 / w): 3 percent for 2048.
-        restarts: Runs of k-means in the sketch; the one with the lowest inertia is kept.
-        refine: Epochs of exact Lloyd in F afterwards.
-        max_iter: Epochs of one run of k-means in the sketch at most.
+        restarts: Of k-means in the sketch; the one with the lowest inertia is kept.
+        refine: Epochs of exact Lloyd in F afterwards, at most.
+        max_iter: Epochs of one restart at most, or of exact k-means.
         batch_size: Rows at a time in the sketch, and where ``points`` is a tensor.
         backend: Of the k-means kernels.
         progress: Called with the name of each stage as it begins.
         epoch_progress: Called on the first process with the restart (from 0) and the figures of its latest epoch.
-        state: Where the work is saved: a killed clustering, started again with the same points and arguments,
+        checkpoint: Where the work is saved: a killed clustering, started again with the same points and arguments,
             continues there and ends with the same bits.
 
     Raises:
@@ -126,7 +133,7 @@ def cluster_stream(
             raise ValueError(f"{name}: expected at least {minimum}, got {value}")
     stream = PointStream(points, batch_size=batch_size, features=features, narrower=features is not None)
     settings = LloydSettings(max_iter=max_iter, batch_size=batch_size, backend=backend)
-    clustering = _Clustering(stream, n_clusters, seed, settings, state, progress)
+    clustering = _Clustering(stream, n_clusters, seed, settings, checkpoint, progress)
     if algorithm == "lloyd":
         return clustering.exactly()
     result = clustering.by_sketches(sketch_width, restarts, epoch_progress)
@@ -144,11 +151,11 @@ class _Clustering:
         n_clusters: int,
         seed: int,
         settings: LloydSettings,
-        state: ClusteringState,
+        checkpoint: ClusteringCheckpoint,
         progress: Callable[[str], None] | None,
     ) -> None:
         self._stream, self._n_clusters, self._seed = stream, n_clusters, seed
-        self._settings, self._state, self._progress = settings, state, progress
+        self._settings, self._checkpoint, self._progress = settings, checkpoint, progress
         self._collectives = Collectives()
         self._seconds: dict[str, float] = {}
 
@@ -159,7 +166,7 @@ class _Clustering:
             self._progress(stage)
         started = time.perf_counter()
         yield
-        self._seconds[stage] = time.perf_counter() - started + self._state.earlier_seconds(stage)
+        self._seconds[stage] = time.perf_counter() - started + self._checkpoint.earlier_seconds(stage)
 
     def exactly(self) -> StreamClustering:
         """Lloyd's algorithm among the points themselves."""
@@ -179,9 +186,9 @@ class _Clustering:
             found.inertia,
             int(found.counts.sum()),
             sketch_inertia=0.0,
-            iterations=[],
+            epochs=[],
             sketch_stats=[],
-            refine_stats=found.stats,
+            exact_stats=found.stats,
             seconds=self._seconds,
         )
 
@@ -189,7 +196,7 @@ class _Clustering:
         self,
         sketch_width: int,
         restarts: int,
-        epoch_progress: Callable[[int, IterationStats], None] | None,
+        epoch_progress: Callable[[int, EpochStats], None] | None,
     ) -> StreamClustering:
         """Sketch the points, cluster the sketches, and average the points of each cluster."""
         with self._timed("pass_1"):
@@ -198,8 +205,9 @@ class _Clustering:
                 lambda width: CountSketch(width, sketch_width, self._seed),
                 self._n_clusters,
                 self._collectives,
-                self._state,
+                self._checkpoint,
             )
+        self._collectives.run_on_all_ranks(lambda: self._check_kernels(first.mean.device))
         with self._timed("sketch_clustering"):
             labels, best = cluster_sketches(
                 first,
@@ -209,7 +217,7 @@ class _Clustering:
                 restarts=restarts,
                 settings=self._settings,
                 progress=epoch_progress,
-                state=self._state,
+                checkpoint=self._checkpoint,
             )
         with self._timed("pass_2"):
             sums, counts, scatter = self._exact_sums(first, labels)
@@ -223,25 +231,30 @@ class _Clustering:
                 inertia,
                 first.num_samples,
                 best.inertia,
-                best.iterations,
+                best.epochs,
                 best.stats,
                 seconds=self._seconds,
             )
+
+    def _check_kernels(self, device: torch.device) -> None:
+        """Refuse to continue a saved clustering with kernels other than those it has used so far."""
+        backend = resolve_backend(self._settings.backend, device, "kmeans")
+        self._checkpoint.set_later_key({"backend": backend, "device": device.type})
 
     def refine_(self, result: StreamClustering, epochs: int) -> None:
         """Go on from a result with epochs of exact Lloyd."""
         with self._timed("refine"):
             settings = dataclasses.replace(self._settings, max_iter=epochs, tol=0, max_no_improvement=None)
-            refined = lloyd(
+            refined = lloyd_of_stream(
                 self._stream,
                 result.centroids,
                 result.sample_index,
                 self._collectives,
                 settings,
-                state=self._state,
+                checkpoint=self._checkpoint,
             )
         result.centroids, result.counts, result.labels = refined.centroids, refined.counts, refined.labels
-        result.inertia, result.refine_stats = refined.inertia, refined.stats
+        result.inertia, result.exact_stats = refined.inertia, refined.stats
 
     def _exact_sums(self, first: FirstPass, labels: Tensor) -> tuple[Tensor, Tensor, float]:
         """Read the points again: sums ``[K, F]`` float64, counts ``[K]`` and scatter of all processes."""
@@ -250,7 +263,7 @@ class _Clustering:
         center = first.mean.float()[None]
 
         def read() -> tuple[Tensor, Tensor, Tensor]:
-            stage = self._state.stage("pass_2")
+            stage = self._checkpoint.stage("pass_2")
             shape = (self._n_clusters, first.mean.shape[0])
             sums = stage.restore("sums", torch.zeros(shape, dtype=torch.float64, device=device))
             counts = stage.restore("counts", torch.zeros(shape[0], dtype=torch.int64, device=device))

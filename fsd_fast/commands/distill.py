@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from fsd_fast.commands._common import (
@@ -20,16 +18,15 @@ from fsd_fast.commands._common import (
     evaluation_sets,
     load_data,
     metrics_of,
+    read_task,
 )
 from fsd_fast.commands.flags import LEARNING_RATES, DataArguments, RunArguments, flag
 from fsd_fast.commands.loss_flags import LossArguments, check_settings
+from fsd_fast.commands.memory_flags import Memories, StudentMemoryArguments, check_memory_flags, open_memories
 from fsd_fast.commands.values import Range
-from fsd_fast.data import Task, get_task, resolve_model, samples_digest
+from fsd_fast.data import Task, resolve_model, samples_digest
 from fsd_fast.losses import METHODS, Objective, Setup
-from fsd_fast.memory.features import memory_identity, model_fingerprint
-from fsd_fast.memory.start import check_training_set, start_from_clusters
-from fsd_fast.memory.student_memory import StudentMemory
-from fsd_fast.memory.teacher_memory import TeacherMemory
+from fsd_fast.memory.features import model_fingerprint
 from fsd_fast.models.layers import parse_layer_pairs, penultimate_pair
 from fsd_fast.models.loading import load_tokenizer, read_config
 from fsd_fast.models.student import load_classifier, parameter_count
@@ -37,10 +34,12 @@ from fsd_fast.models.teacher import Teacher
 from fsd_fast.models.whole_weights import whole_weights
 from fsd_fast.training.checkpoints import find_checkpoint
 from fsd_fast.training.distillation import DistillationModel, export_state
+from fsd_fast.training.early_stopping import early_stopping
 from fsd_fast.training.export import check_export
 from fsd_fast.training.record import RECORD_FILE, make_record, read_record
 from fsd_fast.training.resume import check_resumed
 from fsd_fast.training.run import choose_best_metric, finish_run
+from fsd_fast.training.teacher_logits import TeacherLogits, score_splits
 from fsd_fast.training.trainer import FSDTrainer
 from fsd_kernels import resolve_backend
 
@@ -49,10 +48,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class DistillationArguments:
-    """The ``distill`` command: student, teacher and memory."""
+    """The ``distill`` command: student and teacher."""
 
     teacher_model_name_or_path: str | None = flag(
-        "The fine-tuned teacher. Method 'finetune' reads only what it says of the student's start and depth.",
+        "The fine-tuned teacher. Method 'finetune' needs none and is only compared with it.",
         None,
     )
     model_name_or_path: str | None = flag(
@@ -64,26 +63,14 @@ class DistillationArguments:
     student_layers: int | None = flag(
         "Layers of the student. Default: half of the teacher's.", None, numbers=Range(minimum=1)
     )
-    memory_path: str | None = flag("Folder that 'memory' wrote; needed by fsd_g and fsd_ilg.", None)
-    student_memory_init: Literal["clusters", "normal", "teacher"] = flag(
-        "Start of the student memory. clusters: the means of the student's own features over the teacher's clusters. "
-        "normal: random numbers (the paper). teacher: the teacher's centroids (same width only).",
-        "clusters",
+    fidelity: bool = flag(
+        "Compare the student's predictions with the teacher's on the evaluation splits when training ends.",
+        True,
     )
-    student_memory_update: Literal["gradient", "ema"] = flag(
-        "How the student memory is trained. gradient: by L_G (the paper). ema: each centroid is the running mean of "
-        "the student's features in its cluster.",
-        "gradient",
-    )
-    student_memory_decay: float = flag(
-        "ema: weight that a centroid keeps for each new sample of its cluster.",
-        0.95,
-        numbers=Range(above=0, below=1),
-    )
-    memory_learning_rate: float | None = flag(
-        "gradient: initial learning rate of the student memory; it falls linearly to 0. Default: the student's.",
+    teacher_logits_dir: str | None = flag(
+        "Folder for the teacher's logits on those splits: written once, read by other runs with the same teacher.",
         None,
-        numbers=LEARNING_RATES,
+        writes=True,
     )
 
 
@@ -96,7 +83,7 @@ class DistillRunArguments(RunArguments):
     )
 
 
-ARGUMENTS = (DataArguments, DistillationArguments, LossArguments, DistillRunArguments)
+ARGUMENTS = (DataArguments, DistillationArguments, StudentMemoryArguments, LossArguments, DistillRunArguments)
 
 
 @dataclass(frozen=True)
@@ -111,6 +98,7 @@ class _Models:
 def prepare(
     data_arguments: DataArguments,
     arguments: DistillationArguments,
+    memory: StudentMemoryArguments,
     loss: LossArguments,
     run: DistillRunArguments,
 ) -> Work:
@@ -118,42 +106,32 @@ def prepare(
     resume = find_checkpoint(
         str(run.output_dir), run.resume_from_checkpoint, allow_partial=run.allow_partial_resume
     )
-    task = get_task(data_arguments.task_name)
+    task, splits = read_task(data_arguments)
     choose_best_metric(run, task)
     method = loss.method
-    check_settings(method, arguments, loss)
+    check_settings(method, memory, loss)
     _check_device(loss.backend, run)
     set_seed(run.seed)
     teacher_path = _teacher_path(arguments, method)
     source = _student_source(arguments, teacher_path)
     setup, student_layers = _setup(data_arguments, arguments, loss, teacher_path or source, source)
     objective = METHODS[method].build(loss.settings(), setup)
-    _check_batches(objective, arguments, method, run)
-    if not objective.requires.teacher:
+    _check_batches(objective, method, run)
+    if objective.requires.memories:
+        check_memory_flags(memory, method, run)
+    if not objective.requires.teacher and not arguments.fidelity:
         teacher_path = None
     models = _load_models(data_arguments, task, teacher_path, source, student_layers)
     _check_cls_token(objective, method, models.tokenizer, source)
-    teacher_memory, student_memory = _memories(data_arguments, arguments, objective, models, run.seed)
-    data = load_data(data_arguments, models.tokenizer)
-    start_memory = None
-    if resume is None:
-        start_memory = _memory_start(arguments, run, models.student, data, teacher_memory, student_memory)
-    trainer = FSDTrainer(
-        model=DistillationModel(models.student, objective, student_memory),
-        args=run,
-        train_dataset=data.train,
-        eval_dataset=evaluation_sets(data),
-        data_collator=data.collator,
-        processing_class=models.tokenizer,
-        compute_metrics=metrics_of(task),
-        teacher=models.teacher,
-        teacher_memory=teacher_memory,
-        start_memory=start_memory,
-        profile_steps=run.profile,
-        memory_learning_rate=arguments.memory_learning_rate,
-    )
-    facts = _facts(setup, student_layers, models, student_memory, data)
-    record = make_record("distill", data_arguments, arguments, loss, run, **facts)
+    data = load_data(data_arguments, task, splits, models.tokenizer)
+    memories = None
+    if objective.requires.memories and models.teacher is not None:
+        memories = open_memories(memory, data_arguments, task, run, models.teacher, models.student)
+        if resume is None:
+            memories = memories.with_start(memory, data, run, models.student)
+    trainer = _trainer(run, models, objective, data, memory, memories)
+    facts = _facts(setup, student_layers, models, memories, data)
+    record = make_record("distill", data_arguments, arguments, memory, loss, run, **facts)
     if resume is not None:
         record = check_resumed(record, resume, run.allow_changes)
     return functools.partial(
@@ -166,8 +144,51 @@ def prepare(
         len(data.train),
         models.tokenizer,
         f"{student_layers}-layer student for {task.name}, "
-        + (f"distilled by {method}" if models.teacher else "trained without a teacher"),
+        + (f"distilled by {method}" if objective.requires.teacher else "trained without a teacher"),
         record,
+        functools.partial(
+            score_splits, trainer, data.evaluation, task, _teacher_logits(arguments, models, trainer, data)
+        ),
+    )
+
+
+def _trainer(
+    run: DistillRunArguments,
+    models: _Models,
+    objective: Objective,
+    data: TaskData,
+    memory: StudentMemoryArguments,
+    memories: Memories | None,
+) -> FSDTrainer:
+    return FSDTrainer(
+        model=DistillationModel(models.student, objective, None if memories is None else memories.student),
+        args=run,
+        train_dataset=data.train,
+        eval_dataset=evaluation_sets(data),
+        data_collator=data.collator,
+        processing_class=models.tokenizer,
+        compute_metrics=metrics_of(data.task),
+        callbacks=early_stopping(run.early_stopping_patience, run.early_stopping_threshold),
+        teacher=models.teacher if objective.requires.teacher else None,
+        teacher_memory=None if memories is None else memories.teacher,
+        start_memory=None if memories is None else memories.start,
+        memory_learning_rate=memory.memory_learning_rate,
+        profile_steps=run.profile,
+    )
+
+
+def _teacher_logits(
+    arguments: DistillationArguments, models: _Models, trainer: FSDTrainer, data: TaskData
+) -> TeacherLogits | None:
+    """The teacher's logits that the student's are compared with when training ends."""
+    if not arguments.fidelity or models.teacher is None:
+        return None
+    return TeacherLogits(
+        models.teacher,
+        data.collator,
+        batch_size=trainer.args.per_device_eval_batch_size,
+        device=trainer.args.device,
+        folder=arguments.teacher_logits_dir,
     )
 
 
@@ -197,14 +218,14 @@ def _setup(
 
 
 def _facts(
-    setup: Setup, student_layers: int, models: _Models, student_memory: StudentMemory | None, data: TaskData
+    setup: Setup, student_layers: int, models: _Models, memories: Memories | None, data: TaskData
 ) -> dict[str, Any]:
     """What the record of the run says beside its flags."""
     teacher = models.teacher
     return {
         "student_layers": student_layers,
         "layer_pairs": ",".join(f"{of_teacher}:{of_student}" for of_teacher, of_student in setup.layer_pairs),
-        "num_centroid": None if student_memory is None else len(student_memory.centroids),
+        "num_centroid": None if memories is None else memories.teacher.identity.num_centroid,
         "parameters": parameter_count(models.student),
         "teacher_parameters": None if teacher is None else parameter_count(teacher.model),
         "teacher_fingerprint": None if teacher is None else model_fingerprint(teacher.model)[:16],
@@ -269,29 +290,12 @@ def _student_source(arguments: DistillationArguments, teacher_path: str | None) 
     return resolve_model(arguments.model_name_or_path)
 
 
-def _check_batches(
-    objective: Objective, arguments: DistillationArguments, method: str, run: RunArguments
-) -> None:
-    """Check what the objective needs of a batch, of the optimizer, and of the memory flags."""
+def _check_batches(objective: Objective, method: str, run: RunArguments) -> None:
+    """Check that a batch has as many samples as the objective compares."""
     if run.per_device_train_batch_size < objective.requires.minimum_batch:
         raise ValueError(
             f"per_device_train_batch_size: method {method!r} compares the samples of a batch and needs "
             f"at least {objective.requires.minimum_batch}, got {run.per_device_train_batch_size}"
-        )
-    if not objective.requires.memories:
-        return
-    if arguments.memory_path is None:
-        users = ", ".join(name for name, entry in METHODS.items() if "memory_path" in entry.settings)
-        raise ValueError(
-            f"memory_path: methods {users} need a teacher memory; build one with the 'memory' command, "
-            f"got method {method!r} without --memory_path"
-        )
-    # An optimizer of DeepSpeed's configuration takes all parameters as one group; Trainer's own has one without decay.
-    deepspeed = getattr(run, "hf_deepspeed_config", None)
-    if run.weight_decay and deepspeed is not None and "optimizer" in deepspeed.config:
-        raise ValueError(
-            f"weight_decay: the optimizer of the DeepSpeed configuration would let the student memory decay too, got "
-            f"{run.weight_decay}; take its 'optimizer' out, as in ds_config.json, and Trainer's AdamW is used"
         )
 
 
@@ -324,59 +328,3 @@ def _load_models(
         student = load_classifier(source, task.labels, student_layers)
     check_export(student, tokenizer)
     return _Models(tokenizer, teacher, student)
-
-
-def _memories(
-    data_arguments: DataArguments,
-    arguments: DistillationArguments,
-    objective: Objective,
-    models: _Models,
-    seed: int,
-) -> tuple[TeacherMemory | None, StudentMemory | None]:
-    """Load the teacher memory and start the student memory, or (None, None) where the objective requires none."""
-    if not objective.requires.memories or arguments.memory_path is None or models.teacher is None:
-        return None, None
-    memory = TeacherMemory.from_pretrained(arguments.memory_path)
-    expected = memory_identity(
-        models.teacher,
-        get_task(data_arguments.task_name),
-        data_arguments.max_seq_length,
-        data_arguments.pad_features,
-        memory.identity.num_centroid,
-    )
-    memory.identity.check(expected, arguments.memory_path)
-    student_memory = StudentMemory(
-        memory.identity.num_centroid,
-        data_arguments.max_seq_length,
-        int(models.student.config.hidden_size),
-        init="normal" if arguments.student_memory_init == "clusters" else arguments.student_memory_init,
-        teacher_memory=memory,
-        generator=torch.Generator().manual_seed(seed),
-        decay=arguments.student_memory_decay if arguments.student_memory_update == "ema" else None,
-        pad_features=data_arguments.pad_features,
-    )
-    return memory, student_memory
-
-
-def _memory_start(
-    arguments: DistillationArguments,
-    run: RunArguments,
-    student: PreTrainedModel,
-    data: TaskData,
-    teacher_memory: TeacherMemory | None,
-    student_memory: StudentMemory | None,
-) -> Callable[[], None] | None:
-    """What sets the start of the student memory once training begins, where that needs the student's features."""
-    if arguments.student_memory_init != "clusters" or teacher_memory is None or student_memory is None:
-        return None
-    check_training_set(teacher_memory, data.train, str(arguments.memory_path))
-    return functools.partial(
-        start_from_clusters,
-        student_memory,
-        teacher_memory,
-        student,
-        data.train,
-        data.collator,
-        batch_size=run.per_device_eval_batch_size,
-        device=run.device,
-    )

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from fsd_fast.commands.flags import flag
 from fsd_fast.commands.values import Range
 from fsd_fast.losses import DEFAULTS, METHODS, LossSettings
+from fsd_fast.losses.defaults import BACKEND, METHOD
 
 # The squares that Adam keeps of gradients weighted like this stay within float32.
 _WEIGHTS = Range(minimum=0, maximum=1e6)
@@ -21,7 +22,7 @@ class LossArguments:
     method: str = flag(
         "The loss. Letters i, l, g of the fsd methods stand for the structures L_I, L_L, L_G. A method refuses the "
         "settings that it does not read.",
-        "fsd_ilg",
+        METHOD,
         choices=tuple(METHODS),
     )
     layer_pairs: str | None = flag(
@@ -47,6 +48,29 @@ class LossArguments:
     intra_reduction: Literal["mean_log", "log_mean"] = flag(
         "L_I: mean over samples of -log CKA (the paper), or -log of the mean CKA (the released code).",
         DEFAULTS.intra_reduction,
+    )
+    measure: Literal["cka", "gram"] = flag(
+        "How L_I and L_L compare structures. cka: -log CKA (the paper). gram: the squared distance of normalised Gram "
+        "matrices.",
+        DEFAULTS.measure,
+    )
+    estimator: Literal["biased", "unbiased"] = flag(
+        "CKA in L_I and L_L. biased: the paper's. unbiased: 1 - CKA from the unbiased estimator of HSIC.",
+        DEFAULTS.estimator,
+    )
+    distance_scale: Literal["none", "mean"] = flag(
+        "Distances in L_G. none: as they are (the paper). mean: divided by their mean, on each side; L_G then is of "
+        "the other losses' size, and gamma_g near 1 fits.",
+        DEFAULTS.distance_scale,
+    )
+    structure_schedule: Literal["constant", "linear", "cosine"] = flag(
+        "Weight of all terms beside L_VKD over the training, after the warm-up: constant, or falling to 0.",
+        DEFAULTS.structure_schedule,
+    )
+    structure_warmup_ratio: float = flag(
+        "Part of the training in which that weight rises linearly from 0 to 1.",
+        DEFAULTS.structure_warmup_ratio,
+        numbers=Range(minimum=0, maximum=1),
     )
     pkd_weight: float = flag(
         "Weight of pkd's normalised [CLS] states against L_VKD.", DEFAULTS.pkd_weight, numbers=_WEIGHTS
@@ -75,7 +99,7 @@ class LossArguments:
         DEFAULTS.gather_features,
     )
     backend: Literal["auto", "triton", "eager", "reference"] = flag(
-        "Kernels of the structure losses.", "auto"
+        "Kernels of the structure losses.", BACKEND
     )
 
     def settings(self) -> LossSettings:

@@ -14,14 +14,14 @@ from accelerate import PartialState
 from torch import Tensor
 
 from fsd_fast.cache.feature_cache import FeatureCache
-from fsd_fast.clustering.checkpoint import discard_state
-from fsd_fast.commands._common import TaskData, Work, check_model, check_outputs, load_data
+from fsd_fast.clustering.checkpoint import discard_checkpoint
+from fsd_fast.commands._common import TaskData, Work, check_model, check_outputs, load_data, read_task
 from fsd_fast.commands.flags import DataArguments, flag
 from fsd_fast.commands.values import Range
-from fsd_fast.data import get_task, resolve_model
+from fsd_fast.data import resolve_model
 from fsd_fast.distributed import Collectives
 from fsd_fast.files import exclusive_folder
-from fsd_fast.memory.build import STATE_FOLDER
+from fsd_fast.memory.build import CHECKPOINT_FOLDER
 from fsd_fast.memory.features import (
     FeatureBatch,
     MemoryIdentity,
@@ -51,7 +51,10 @@ class MemoryArguments:
     )
     per_device_batch_size: int = flag("Samples of one teacher pass.", 32, numbers=Range(minimum=1))
     memory_refine: int = flag(
-        "Exact Lloyd epochs after the two passes; each is one more pass.", 0, numbers=Range(minimum=0)
+        "Exact Lloyd epochs after the two passes, at most. Passes in all: 4 for one epoch, 5 for two, and one more for "
+        "each epoch that finds an empty cluster.",
+        0,
+        numbers=Range(minimum=0),
     )
     feature_cache_dir: str | None = flag(
         "Folder for the teacher's features: written as the teacher runs, read instead of running it again, now and "
@@ -64,7 +67,7 @@ class MemoryArguments:
         "Seed of the sketch and of the first centroids.", 42, numbers=Range(minimum=0, maximum=2**32 - 1)
     )
     use_cpu: bool = flag("Use the CPU even where there is a GPU.", False)
-    overwrite_output_dir: bool = flag("Replace a memory that is already there.", False)
+    overwrite_output_dir: bool = flag("Start anew: replace a memory and discard an unfinished build.", False)
 
 
 ARGUMENTS = (DataArguments, MemoryArguments)
@@ -73,13 +76,13 @@ ARGUMENTS = (DataArguments, MemoryArguments)
 def prepare(data_arguments: DataArguments, arguments: MemoryArguments) -> Work:
     """Check the input; return the work that builds the teacher memory."""
     _check_free(arguments)
-    task = get_task(data_arguments.task_name)
+    task, splits = read_task(data_arguments, needs=("train",))
     path = resolve_model(arguments.teacher_model_name_or_path)
     tokenizer = load_tokenizer(path)
     check_model(path, tokenizer, task, data_arguments.max_seq_length)
     teacher = Teacher.from_pretrained(path)
     check_outputs(teacher, task)
-    data = load_data(data_arguments, tokenizer)
+    data = load_data(data_arguments, task, splits, tokenizer)
     identity = memory_identity(
         teacher, task, data_arguments.max_seq_length, data_arguments.pad_features, arguments.num_centroid
     )
@@ -97,7 +100,7 @@ def prepare(data_arguments: DataArguments, arguments: MemoryArguments) -> Work:
 
 def _check_free(arguments: MemoryArguments) -> None:
     """Check that no finished memory is there; an unfinished one is continued where it was killed."""
-    if not (Path(arguments.output_dir) / STATE_FOLDER).is_dir():
+    if not (Path(arguments.output_dir) / CHECKPOINT_FOLDER).is_dir():
         check_output_dir(arguments.output_dir, None, arguments.overwrite_output_dir, can_resume=False)
 
 
@@ -200,9 +203,9 @@ class _Builder:
     def build(self) -> dict[str, float]:
         """Build the memory, save it, and draw it if that was asked for; return its figures."""
         with self._locks:
-            state_folder = self._folder / STATE_FOLDER
+            checkpoint_folder = self._folder / CHECKPOINT_FOLDER
             if self._arguments.overwrite_output_dir:
-                discard_state(state_folder)
+                discard_checkpoint(checkpoint_folder)
             if self._cache is not None:
                 create = self._cache.create if self._process.is_main_process else lambda: None
                 Collectives().run_on_all_ranks(create)
@@ -213,12 +216,12 @@ class _Builder:
                 refine=self._arguments.memory_refine,
                 num_samples=len(self._sample_index),
                 tokens=self._tokens,
-                state_dir=state_folder,
+                checkpoint_dir=checkpoint_folder,
                 layout=self._layout(),
             )
             if self._process.is_main_process:
                 self._save(memory)
-            discard_state(state_folder)
+            discard_checkpoint(checkpoint_folder)
         return {
             "memory_inertia": memory.inertia,
             "memory_samples": float(len(self._data.train)),

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import os
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -78,7 +78,7 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Any, ...]:
     """Parse a command's flags into its dataclasses.
 
     The first argument may be a JSON file: flags as an object, or the record of a run, which repeats it. Flags that
-    follow override the file.
+    follow override the file. Or it may be the value of the command's positional flag.
 
     Args:
         command: A key of ``COMMANDS``.
@@ -97,6 +97,8 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Any, ...]:
     given: dict[str, Given] = {}
     if listed and listed[0].endswith(".json"):
         given = _from_file(command, listed.pop(0), flags)
+    elif listed and not listed[0].startswith("-"):
+        given = {name: Given(listed.pop(0), name) for name in _positional(flags)}
     given |= _from_command_line(command, listed, flags)
     missing = [f"--{name}" for name, flag in flags.items() if flag.required and name not in given]
     if missing:
@@ -126,6 +128,42 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Any, ...]:
     return made
 
 
+def check_values(command: str, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Check some flags of a command that come from another kind of file than the command itself reads.
+
+    Args:
+        command: A key of ``COMMANDS``.
+        values: Flag name -> JSON value, or the text that a command line would have.
+        where: What messages begin with: the file, and the place in it.
+
+    Returns:
+        The values, converted to the flags' types.
+
+    Raises:
+        ValueError: A flag is unknown, and the nearest one is named; or its value is of another type or out of range.
+    """
+    flags = command_flags(command)
+    _refuse_unknown(values, flags, command, where)
+    checked = {}
+    for name, value in values.items():
+        # YAML takes 1e-4 for text.
+        typed = flags[name].values.from_text([value]) if isinstance(value, str) else value
+        checked[name] = _checked(flags[name], Given(typed, f"{where}: {name}"))
+    return checked
+
+
+def _refuse_unknown(values: Mapping[str, Any], flags: dict[str, Flag], command: str, where: str) -> None:
+    unknown = sorted(set(values) - set(flags))
+    if unknown:
+        raise ValueError(
+            f"{where}: unknown keys {', '.join(unknown)}{_nearest(unknown, flags)}; see fsd-fast {command} --help"
+        )
+
+
+def _positional(flags: dict[str, Flag]) -> list[str]:
+    return [name for name, flag in flags.items() if flag.field.metadata.get("positional")]
+
+
 def _from_file(command: str, file: str, flags: dict[str, Flag]) -> dict[str, Given]:
     values = read_json_object(Path(file), wide_integers=True)
     if Record.is_record(values):
@@ -133,11 +171,7 @@ def _from_file(command: str, file: str, flags: dict[str, Flag]) -> dict[str, Giv
         if record.command != command:
             raise ValueError(f"{file}: expected the record of {command!r}, got the one of {record.command!r}")
         values = record.arguments
-    unknown = sorted(set(values) - set(flags))
-    if unknown:
-        raise ValueError(
-            f"{file}: unknown keys {', '.join(unknown)}{_nearest(unknown, flags)}; see fsd-fast {command} --help"
-        )
+    _refuse_unknown(values, flags, command, file)
     resume = values.get("resume_from_checkpoint")
     if isinstance(resume, bool):  # what JSON makes of "--resume_from_checkpoint true"
         values["resume_from_checkpoint"] = "last" if resume else None
@@ -181,9 +215,10 @@ def _nearest(unknown: Sequence[str], flags: dict[str, Flag], dashes: str = "") -
 
 
 def _parser(command: str, flags: dict[str, Flag]) -> _Parser:
+    first = _positional(flags)
     parser = _Parser(
         prog=f"fsd-fast {command}",
-        usage=f"fsd-fast {command} [FILE.json] [flags]",
+        usage=f"fsd-fast {command} [{first[0].upper() if first else 'FILE.json'}] [flags]",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )

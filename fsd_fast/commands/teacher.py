@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import torch
 from transformers import set_seed
 
-from fsd_fast.commands._common import Work, check_model, evaluation_sets, load_data, metrics_of
+from fsd_fast.commands._common import Work, check_model, evaluation_sets, load_data, metrics_of, read_task
 from fsd_fast.commands.flags import DataArguments, RunArguments, flag
 from fsd_fast.commands.values import Range
-from fsd_fast.data import get_task, resolve_model, samples_digest
+from fsd_fast.data import resolve_model, samples_digest
 from fsd_fast.models.loading import load_tokenizer
 from fsd_fast.models.student import load_classifier, parameter_count
 from fsd_fast.models.whole_weights import whole_weights
 from fsd_fast.training.checkpoints import find_checkpoint
+from fsd_fast.training.early_stopping import early_stopping
 from fsd_fast.training.export import check_export
 from fsd_fast.training.record import make_record
 from fsd_fast.training.resume import check_resumed
@@ -45,7 +46,7 @@ def prepare(data_arguments: DataArguments, arguments: TeacherArguments, run: Run
     resume = find_checkpoint(
         str(run.output_dir), run.resume_from_checkpoint, allow_partial=run.allow_partial_resume
     )
-    task = get_task(data_arguments.task_name)
+    task, splits = read_task(data_arguments)
     choose_best_metric(run, task)
     if run.label_smoothing_factor and task.is_regression:
         raise ValueError(
@@ -59,7 +60,7 @@ def prepare(data_arguments: DataArguments, arguments: TeacherArguments, run: Run
     with whole_weights():
         model = load_classifier(path, task.labels, arguments.num_layers)
     check_export(model, tokenizer)
-    data = load_data(data_arguments, tokenizer)
+    data = load_data(data_arguments, task, splits, tokenizer)
     trainer = ClassifierTrainer(
         model=model,
         args=run,
@@ -68,6 +69,7 @@ def prepare(data_arguments: DataArguments, arguments: TeacherArguments, run: Run
         data_collator=data.collator,
         processing_class=tokenizer,
         compute_metrics=metrics_of(task),
+        callbacks=early_stopping(run.early_stopping_patience, run.early_stopping_threshold),
         profile_steps=run.profile,
     )
 

@@ -6,10 +6,12 @@ from fsd_fast.data.digest import samples_digest
 from fsd_fast.data.glue import read_glue_folder
 from fsd_fast.data.load import load_task_dataset
 from fsd_fast.data.reviews import load_reviews
+from fsd_fast.data.subsets import HELDOUT, choose_rows
 from fsd_fast.data.tasks import TASKS, Task, get_task
 
 __all__ = [
     "BACKBONE_NAME",
+    "HELDOUT",
     "LENGTH_COLUMN",
     "SAMPLE_COLUMN",
     "TASKS",
@@ -17,6 +19,7 @@ __all__ = [
     "Task",
     "backbone_path",
     "cache_dir",
+    "choose_rows",
     "fetch",
     "get_task",
     "load_reviews",

@@ -1,10 +1,18 @@
-"""The weights and settings of all methods, with their defaults: one place for the losses and for the flags."""
+"""The weights and settings of all methods, with their defaults: one place for the losses and for the flags.
+
+``pad_features`` alone differs by intent: the modules follow the paper ("include"), ``distill`` leaves padding out
+("exclude").
+"""
 
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
 Reduction = Literal["mean_log", "log_mean"]
+Measure = Literal["cka", "gram"]
+Estimator = Literal["biased", "unbiased"]
+DistanceScale = Literal["none", "mean"]
+ScheduleKind = Literal["constant", "linear", "cosine"]
 
 
 class LossSettings(NamedTuple):
@@ -30,6 +38,16 @@ class LossSettings(NamedTuple):
     """Of the Euclidean term in L_G against the cosine term."""
     intra_reduction: Reduction = "mean_log"
     """Of L_I over the samples: the paper's."""
+    measure: Measure = "cka"
+    """Of L_I and L_L: the paper's."""
+    estimator: Estimator = "biased"
+    """Of CKA in L_I and L_L: the paper's."""
+    distance_scale: DistanceScale = "none"
+    """Of the distances in L_G: the paper's."""
+    structure_schedule: ScheduleKind = "constant"
+    """Of the weight of all terms beside L_VKD over the training: the paper's."""
+    structure_warmup_ratio: float = 0.0
+    """Part of the training in which that weight rises from 0."""
     pkd_weight: float = 100.0
     """Of PKD's patient term: beta of Sun et al. (2019), who choose it from 10, 100, 500 and 1000."""
     rkd_distance_weight: float = 25.0
@@ -45,3 +63,7 @@ class LossSettings(NamedTuple):
 
 
 DEFAULTS = LossSettings()
+METHOD = "fsd_ilg"
+"""The method by default: all structures."""
+BACKEND = "auto"
+"""The backend by default: Triton kernels on a GPU, torch operations elsewhere."""

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from fsd_fast.clustering.checkpoint import ClusteringState
-from fsd_fast.clustering.lloyd import IterationStats
+from fsd_fast.clustering.checkpoint import ClusteringCheckpoint
+from fsd_fast.clustering.lloyd import EpochStats
 from fsd_fast.clustering.stream import PointBatch
 from fsd_fast.clustering.two_pass import StreamClustering, cluster_stream
 from fsd_fast.distributed import Collectives
 from fsd_fast.memory.features import FeatureBatch, MemoryIdentity, flatten_features
 
-STATE_FOLDER = ".state"
+CHECKPOINT_FOLDER = ".state"
 _COMPUTED = "computed_samples"
 
 
@@ -49,13 +49,13 @@ class _Bars:
         if self._bar is not None:
             self._bar.update(samples)
 
-    def epoch(self, restart: int, stats: IterationStats) -> None:
+    def epoch(self, restart: int, stats: EpochStats) -> None:
         """An epoch of k-means in the sketch is done, in this restart."""
         if self._bar is None:
             self._open(self._restarts, "restart", restart)
         if self._bar is not None:
             self._bar.update(restart - self._bar.n)
-            self._bar.set_postfix(epoch=stats.iteration, inertia=f"{stats.inertia:.6g}", refresh=False)
+            self._bar.set_postfix(epoch=stats.epoch, inertia=f"{stats.inertia:.6g}", refresh=False)
             self._bar.refresh()
 
     def _open(self, total: int | None, unit: str, initial: int) -> None:
@@ -98,7 +98,7 @@ class _FeaturePoints:
 
 @dataclass
 class BuiltCentroids:
-    """What was found, with which arguments, and on how many samples / N the teacher was run."""
+    """The clustering, its arguments, and teacher runs per sample."""
 
     clustering: StreamClustering
     settings: dict[str, int | str]
@@ -117,7 +117,7 @@ def build_centroids(
     backend: str | None,
     progress: bool,
     num_samples: int | None,
-    state_dir: str | os.PathLike[str] | None,
+    checkpoint_dir: str | os.PathLike[str] | None,
     layout: Mapping[str, Any] | None,
     save_every: int,
 ) -> BuiltCentroids:
@@ -129,15 +129,15 @@ def build_centroids(
     key = {name: value for name, value in dataclasses.asdict(identity).items() if name != "teacher"}
     key |= {"seed": seed, "torch": torch.__version__, "processes": collectives.world_size}
     key |= {**settings, **(layout or {})}
-    folder = None if state_dir is None else Path(state_dir)
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     # An error in one process must be one in all: the others would wait for it.
-    state = collectives.run_on_all_ranks(
-        lambda: ClusteringState(folder, key, save_every=save_every, rank=collectives.rank)
+    checkpoint = collectives.run_on_all_ranks(
+        lambda: ClusteringCheckpoint(folder, key, save_every=save_every, rank=collectives.rank)
     )
     bars = _Bars(num_samples, restarts, disable=not progress or collectives.rank > 0)
     with contextlib.closing(bars):
         found = cluster_stream(
-            _FeaturePoints(batches, identity, num_samples, bars, state.tally),
+            _FeaturePoints(batches, identity, num_samples, bars, checkpoint.tally),
             identity.num_centroid,
             seed=seed,
             algorithm=algorithm,
@@ -148,7 +148,7 @@ def build_centroids(
             backend=backend,
             progress=bars.begin,
             epoch_progress=bars.epoch,
-            state=state,
+            checkpoint=checkpoint,
         )
-    computed = int(collectives.sum_(torch.tensor(state.tally[_COMPUTED])))
+    computed = int(collectives.sum_(torch.tensor(checkpoint.tally[_COMPUTED])))
     return BuiltCentroids(found, settings, computed / found.num_samples)

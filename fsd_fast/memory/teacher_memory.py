@@ -23,7 +23,9 @@ import torch
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from fsd_fast.clustering.checkpoint import SAVE_EVERY
 from fsd_fast.clustering.lloyd import EPOCH_FIELDS
+from fsd_fast.clustering.two_pass import RESTARTS, SKETCH_WIDTH
 from fsd_fast.distributed import Collectives
 from fsd_fast.files import remove_stale_temporaries, write_atomically
 from fsd_fast.memory.build import BuiltCentroids, build_centroids
@@ -72,7 +74,7 @@ _METADATA = object_of(
         "inertia": number(0),
         "cluster_sizes": list_of(integer(0)),
         "empty_clusters": integer(0),
-        "iteration_stats": list_of(object_of({"stage": TEXT, **EPOCH_FIELDS})),
+        "epoch_stats": list_of(object_of({"stage": TEXT, **EPOCH_FIELDS})),
         "settings": map_of(TEXT_OR_INTEGER),
         "teacher_passes": number(0),
         "seconds": map_of(number(0)),
@@ -97,11 +99,12 @@ class TeacherMemory:
         inertia: Sum of squared distances of the N samples to their centroids.
         cluster_sizes: K numbers that add up to N.
         empty_clusters: How often an epoch found a cluster empty, which was then reseeded.
-        iteration_stats: The figures of each epoch: of the restart that was kept (stage "sketch", inertia in the
-            sketch), then of the exact ones (stage "refine").
+        epoch_stats: The figures of each epoch: of the restart that was kept (stage "sketch", inertia in the
+            sketch), then of the exact ones (stage "exact").
         settings: The arguments of the clustering.
-        teacher_passes: Samples that the teacher was run on / N: 2, or 1 with a new feature cache, 0 with a whole one.
-            What a killed build had not yet saved is not counted.
+        teacher_passes: Samples that the teacher was run on / N. Without a feature cache these are all passes of
+            ``build``, 2 by default; with a new cache 1, with a whole one 0. What a killed build had not yet saved is
+            not counted.
         seconds: Wall-clock time of each stage, earlier runs of a continued build included.
         versions: Of the libraries that made it.
     """
@@ -116,7 +119,7 @@ class TeacherMemory:
     inertia: float
     cluster_sizes: list[int]
     empty_clusters: int
-    iteration_stats: list[dict[str, Any]] = field(default_factory=list)
+    epoch_stats: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, int | str] = field(default_factory=dict)
     teacher_passes: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -131,17 +134,21 @@ class TeacherMemory:
         seed: int,
         algorithm: str = "sketch",
         refine: int = 0,
-        sketch_width: int = 2048,
-        restarts: int = 4,
+        sketch_width: int = SKETCH_WIDTH,
+        restarts: int = RESTARTS,
         backend: str | None = None,
         progress: bool = True,
         num_samples: int | None = None,
         tokens: str = "",
-        state_dir: str | os.PathLike[str] | None = None,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
         layout: Mapping[str, Any] | None = None,
-        save_every: int = 200,
+        save_every: int = SAVE_EVERY,
     ) -> TeacherMemory:
-        """Cluster the teacher's features in two passes, and ``refine`` + 1 more if that is not 0.
+        """Cluster the teacher's features in two passes; ``refine`` and "lloyd" take more.
+
+        With ``refine`` each epoch is one more pass, and so are the labels at the end, unless the last epoch left the
+        centroids where they were: 4 passes in all for one epoch, 5 for two. "lloyd" takes two passes for the start, one
+        per epoch, and one for the labels as above. In both, an epoch that finds empty clusters takes one more.
 
         Under ``torch.distributed`` each process passes its own samples, and all get the same memory.
 
@@ -149,25 +156,25 @@ class TeacherMemory:
             batches: Starts a pass at the batch of this number: the same samples in the same order every time.
             identity: Whose features these are; gives S, D, K and the padding policy.
             seed: Of the sketch and of k-means.
-            algorithm: "sketch", or "lloyd": exact k-means, a pass per epoch, nothing saved in ``state_dir``.
-            refine: Epochs of exact Lloyd after the two passes.
+            algorithm: "sketch", or "lloyd": exact k-means, nothing saved in ``checkpoint_dir``.
+            refine: Epochs of exact Lloyd after the two passes, at most.
             sketch_width: Length of the random image in which k-means runs.
-            restarts: Runs of k-means there; the best one is kept.
-            backend: Of the k-means kernels, see ``fsd_kernels``.
+            restarts: Of k-means there; the best one is kept.
+            backend: Of the k-means kernels, see ``fsd_kernels``. A build goes on with the same ones alone.
             progress: Show progress bars (on the first process).
             num_samples: Samples of this process: the length of the progress bar, and checked if given.
             tokens: ``tokens_digest`` of the training set, kept with the memory.
-            state_dir: Where the build is saved as it goes: one that was killed, started again with the same
+            checkpoint_dir: Where the build is saved as it goes: one that was killed, started again with the same
                 arguments, continues there and gives the same memory bit for bit. None: nowhere. It is not
-                removed, see ``discard_state``.
+                removed, see ``fsd_fast.clustering.checkpoint.discard_checkpoint``.
             layout: Whatever else the numbers depend on (JSON values): which samples this process has, in which
-                batches. A state with another layout is refused.
+                batches. A checkpoint with another layout is refused.
             save_every: Batches between two savings.
 
         Raises:
             ValueError: Fewer samples than centroids; a NaN or infinite feature (the sample is named);
                 features that do not fit ``identity``; a sample that occurs twice; passes that differ; a
-                state of another build; an unknown algorithm, or ``refine`` below 0 or with "lloyd".
+                checkpoint of another build; an unknown algorithm, or ``refine`` below 0 or with "lloyd".
         """
         built = build_centroids(
             batches,
@@ -180,7 +187,7 @@ class TeacherMemory:
             backend=backend,
             progress=progress,
             num_samples=num_samples,
-            state_dir=state_dir,
+            checkpoint_dir=checkpoint_dir,
             layout=layout,
             save_every=save_every,
         )
@@ -194,7 +201,7 @@ class TeacherMemory:
         collectives = Collectives()
         sample_index, order = collectives.gather_rows(found.sample_index).sort()
         labels = collectives.gather_rows(found.labels)[order]
-        stages = (("sketch", found.sketch_stats), ("refine", found.refine_stats))
+        stages = (("sketch", found.sketch_stats), ("exact", found.exact_stats))
         epochs = [{"stage": name, **dataclasses.asdict(epoch)} for name, stats in stages for epoch in stats]
         return cls(
             centroids=found.centroids.cpu(),
@@ -207,7 +214,7 @@ class TeacherMemory:
             inertia=found.inertia,
             cluster_sizes=found.counts.tolist(),
             empty_clusters=sum(epoch["empty_clusters"] for epoch in epochs),
-            iteration_stats=epochs,
+            epoch_stats=epochs,
             settings=built.settings,
             teacher_passes=built.teacher_passes,
             seconds={name: round(value, 3) for name, value in found.seconds.items()},

@@ -1,8 +1,9 @@
-"""Model families: which ones the engine takes, how their layers are found, and how a model loses its last layers.
+"""Model families: which ones fsd_fast takes, how their layers are found, and how a model loses its last layers.
 
-A family is a ``model_type`` of transformers. The engine needs hidden states ``[B, S, D]``, one for the embeddings and
-one for each of the L layers, and a classifier that keeps its meaning when the last layers are left out. Families known
-not to give that are refused by name; every other one is tried on a few tokens when it is loaded (``check_outputs``).
+A family is a ``model_type`` of transformers. Needed are hidden states ``[B, S, D]``, one for the embeddings and one for
+each of the L layers, and a classifier that keeps its meaning when the last layers are left out. Families known not to
+give that are refused by name. Every other model, its family listed in docs/families.md or not, is tried on a few
+tokens when it is loaded (``check_shapes``).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _NOT_PER_LAYER = ("architectures", "pos_att_type")
 
 
 def check_family(config: PreTrainedConfig, name: str) -> None:
-    """Check that a model is of a family the engine takes.
+    """Check that a model is of a family that fsd_fast takes.
 
     Args:
         config: Its configuration.
@@ -107,7 +108,7 @@ def same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool((one - other).abs().max() <= 1e-4 * other.abs().max())
 
 
-def check_outputs(model: PreTrainedModel, name: str, length: int = 4) -> None:
+def check_shapes(model: PreTrainedModel, name: str, length: int = 4) -> None:
     """Run a model on a few tokens and check the shapes of what comes out.
 
     transformers hangs its hooks for hidden states into a model at its first call that asks for them, which

@@ -1,17 +1,23 @@
-"""What a model takes as input: how many positions, which token ids, which token types."""
+"""What a model takes as input: which columns of a batch, how many positions, which token ids and token types."""
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fsd_fast.data import SAMPLE_COLUMN
 from fsd_fast.models.loading import read_config, skeleton
 
 _NO_PADDING = -1
 _POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
+
+
+def input_arguments(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Pick what a model's forward takes from a batch: everything but the labels and the samples' places."""
+    return {name: value for name, value in inputs.items() if name not in ("labels", SAMPLE_COLUMN)}
 
 
 @dataclass(frozen=True)
@@ -22,8 +28,7 @@ class InputLimits:
         positions: Longest input S; None: any.
         vocabulary: Rows of the token embedding.
         token_types: Rows of the token type embedding; None: it takes no token types, 0: it ignores them.
-        padding: Token id of padding, where the model looks for it in the input, -1 if it is to and knows none; None: it
-            reads the mask alone.
+        padding: Padding id the model looks for; -1: it looks but has none configured; None: it uses the mask only.
     """
 
     positions: int | None
@@ -51,7 +56,7 @@ def input_limits(config: PreTrainedConfig) -> InputLimits:
         offset = 0 if table.padding_idx is None else table.padding_idx + 1
         positions = table.num_embeddings - offset
     if config.model_type == "big_bird":
-        # Beyond it the family attends sparsely, and this engine lets it attend fully.
+        # Beyond it the family attends sparsely, and ``read_config`` makes it attend fully.
         sparse = (5 + 2 * config.num_random_blocks) * config.block_size
         positions = sparse if positions is None else min(positions, sparse)
     takes_types = "token_type_ids" in inspect.signature(model.forward).parameters

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from fsd_fast.models.families import check_family, check_outputs, layer_stack
+from fsd_fast.models.families import check_family, check_shapes, layer_stack
 from fsd_fast.models.whole_weights import whole_weights
 
 LARGEST_COUNT = 1_000
@@ -73,11 +73,13 @@ def _check_settings(settings: dict[str, Any], name: str) -> None:
 
 
 def read_config(name_or_path: str) -> PreTrainedConfig:
-    """Read a model's configuration, after a look at its numbers: making one may take as long as they say.
+    """Read a model's configuration after checking its numbers.
+
+    Absurd sizes would make building the model take for ever.
 
     Raises:
         OSError: There is no such model, or its config.json is no JSON.
-        ValueError: A number is out of range, or the family is one the engine does not take.
+        ValueError: A number is out of range, or the family is one that fsd_fast does not take.
     """
     settings, _ = PreTrainedConfig.get_config_dict(name_or_path)
     if not settings:
@@ -231,7 +233,7 @@ def load_weights(
             f"{name_or_path}: more weights than config.json describes: {_some(surplus)} "
             f"belong to none of its {config.num_hidden_layers} layers"
         )
-    check_outputs(model, name_or_path)
+    check_shapes(model, name_or_path)
     return model, not head
 
 

@@ -7,7 +7,7 @@ import logging
 from torch import nn
 from transformers import PreTrainedModel
 
-from fsd_fast.models.families import check_outputs, first_layers
+from fsd_fast.models.families import check_shapes, first_layers
 from fsd_fast.models.labels import id2label_of, label_order, name_outputs, order_outputs
 from fsd_fast.models.loading import load_weights, read_config
 
@@ -32,7 +32,7 @@ def load_classifier(
     Raises:
         OSError: There is no such model, or none in safetensors files.
         ValueError: ``num_layers`` is below 1 or above the model's own number; weights other than the head's are
-            missing; or the family is none the engine takes, or cannot be cut.
+            missing; or the family is none that fsd_fast takes, or cannot be cut.
     """
     config = read_config(name_or_path)
     depth = int(config.num_hidden_layers)
@@ -55,7 +55,7 @@ def load_classifier(
     if num_layers is None or num_layers == depth:
         return model
     small = first_layers(model, num_layers, name_or_path)
-    check_outputs(small, name_or_path)
+    check_shapes(small, name_or_path)
     return small
 
 

@@ -9,16 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fsd_fast.data import SAMPLE_COLUMN
 from fsd_fast.models.families import STOPS_EARLY, layer_stack
+from fsd_fast.models.inputs import input_arguments
 from fsd_fast.models.labels import id2label_of, label_order, name_outputs, order_outputs
 from fsd_fast.models.loading import load_weights, read_config
 from fsd_fast.models.projections import ProjectionRecorder, record_projections
-
-
-def input_arguments(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Pick what a model's forward takes from a batch: everything but the labels and the samples' places."""
-    return {name: value for name, value in inputs.items() if name not in ("labels", SAMPLE_COLUMN)}
 
 
 class _Reached(Exception):
@@ -50,7 +45,7 @@ class Teacher:
 
         Raises:
             OSError: There is no such model, or none in safetensors files.
-            ValueError: A weight is missing, the head's too, or its family is none the engine takes.
+            ValueError: A weight is missing, the head's too, or its family is none that fsd_fast takes.
         """
         model, _ = load_weights(name_or_path, read_config(name_or_path), fresh_head=False)
         return cls(model, name_or_path)

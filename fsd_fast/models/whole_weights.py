@@ -12,8 +12,8 @@ import transformers.integrations.deepspeed as hf_deepspeed
 def whole_weights() -> Iterator[None]:
     """Load models as plain tensors although ZeRO-3 is configured.
 
-    transformers would partition whatever is loaded, the teacher too, which no engine gathers again. The
-    engine partitions the trained module itself when training starts.
+    transformers would partition whatever is loaded, the teacher too, which nothing gathers again. DeepSpeed
+    partitions the trained module itself when training starts.
     """
     reference = hf_deepspeed._hf_deepspeed_config_weak_ref
     hf_deepspeed.unset_hf_deepspeed_config()

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from fsd_fast.losses import Objective, Signals
 from fsd_fast.memory.student_memory import StudentMemory
+from fsd_fast.models.inputs import input_arguments
 from fsd_fast.models.projections import record_projections
-from fsd_fast.models.teacher import input_arguments
 
 
 class DistillationModel(nn.Module):

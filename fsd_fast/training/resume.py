@@ -18,7 +18,8 @@ _FREE = frozenset(
     {
         "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory",
         "dataloader_prefetch_factor", "disable_tqdm", "do_eval", "eval_accumulation_steps", "eval_delay",
-        "eval_on_start", "eval_steps", "eval_strategy", "greater_is_better", "include_num_input_tokens_seen",
+        "early_stopping_patience", "early_stopping_threshold", "eval_on_start", "eval_steps", "eval_strategy",
+        "greater_is_better", "include_num_input_tokens_seen",
         "load_best_model_at_end", "max_eval_samples", "max_steps", "metric_for_best_model", "num_train_epochs",
         "per_device_eval_batch_size", "report_to", "run_name", "skip_memory_metrics",
     }
@@ -29,10 +30,12 @@ _FREE_PREFIXES = ("logging_", "log_", "save_", "trackio_", "project")
 _FIXED = frozenset(
     {
         "adam_beta1", "adam_beta2", "adam_epsilon", "command", "data_seed", "dataloader_drop_last",
-        "gradient_accumulation_steps", "learning_rate", "lr_scheduler_kwargs", "lr_scheduler_type",
-        "max_seq_length", "max_train_samples", "method", "num_centroid", "num_layers", "optim", "optim_args",
-        "per_device_train_batch_size", "seed", "student_layers", "task_name", "train_sampling_strategy",
-        "warmup_steps", "weight_decay", "world_size",
+        "gradient_accumulation_steps", "heldout_samples", "label_column", "label_type",
+        "learning_rate", "lr_scheduler_kwargs", "lr_scheduler_type", "max_seq_length",
+        "max_train_samples", "method", "num_centroid", "num_layers", "optim", "optim_args",
+        "per_device_train_batch_size", "seed", "student_layers", "subset_seed", "task_name",
+        "text_columns", "train_file", "train_sampling_strategy", "warmup_steps", "weight_decay",
+        "world_size",
     }
 )  # fmt: skip
 # Facts that a checkpoint depends on, beside the flags. Runs of earlier versions lack some of them.

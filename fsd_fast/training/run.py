@@ -31,11 +31,13 @@ def finish_run(
     tokenizer: PreTrainedTokenizerBase,
     title: str,
     record: Record,
+    score: Callable[[], dict[str, float]] | None = None,
 ) -> dict[str, float]:
     """Train, evaluate and export; every process takes part, the first one writes.
 
     ``state`` gathers the weights, on all processes together; ZeRO-3 leaves them on the first one alone. The record is
-    written before the first step, so that a run that is cut off can be told from other files, and repeated.
+    written before the first step, so that a run that is cut off can be told from other files, and repeated. ``score``
+    evaluates the trained model; without it Trainer does, with the metrics alone.
 
     Raises:
         BlockingIOError: Another run is writing the folder.
@@ -55,7 +57,7 @@ def finish_run(
             raise RuntimeError(
                 f"no step was made, so nothing is exported: the {train_samples} training samples are less than a batch"
             )
-        metrics = _final_metrics(trainer)
+        metrics = _final_metrics(trainer, score)
         train_metrics = {**result.metrics, "train_samples": train_samples}
         # Trainer counts operations by the model's own formula, which a distillation has none of.
         if not train_metrics.get("total_flos"):
@@ -91,13 +93,18 @@ def _locked(folder: Path, trainer: Trainer) -> Iterator[None]:
         yield
 
 
-def _final_metrics(trainer: Trainer) -> dict[str, float]:
-    """Evaluate the trained model, unless the loop has just done so after its last step."""
+def _final_metrics(trainer: Trainer, score: Callable[[], dict[str, float]] | None) -> dict[str, float]:
+    """Evaluate the trained model, unless Trainer is to and the loop has just done so after its last step."""
     last = [
         entry
         for entry in trainer.state.log_history
         if entry["step"] == trainer.state.global_step and any(name.startswith("eval_") for name in entry)
     ]
+    if score is not None:
+        metrics = {**score(), "epoch": trainer.state.epoch or 0.0}
+        if not last:
+            trainer.log(metrics)
+        return metrics
     if not last or trainer.args.load_best_model_at_end:
         return trainer.evaluate()
     return {name: value for entry in last for name, value in entry.items() if name != "step"}

@@ -1,9 +1,8 @@
 """Fused linear-CKA, Gram-matrix and k-means operations on transformer features; torch and Triton only.
 
-Every op takes ``backend`` in {"auto", "triton", "eager", "reference"}: see ``fsd_kernels._backend``. Each op
-is a folder that holds the plain formula (``reference``), the restructured torch operations (``eager``) and
-the fused kernels (``triton``); an implementation is imported when it is first asked for, so that importing
-this package needs torch alone.
+Every op takes ``backend`` in {"auto", "triton", "eager", "reference"}; see ``fsd_kernels._backend``. An op is a folder:
+its public functions (``api``), the plain formula (``reference``), restructured torch operations (``eager``) and fused
+kernels (``triton``). Implementations are imported on first use, so that importing this package needs torch alone.
 """
 
 from fsd_kernels._backend import resolve_backend

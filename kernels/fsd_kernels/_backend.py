@@ -3,20 +3,19 @@
 =============  ==========================================================================================
 request        meaning
 =============  ==========================================================================================
-``auto``       ``triton`` for tensors on a GPU, ``eager`` elsewhere. Where Triton cannot run on the GPU
-               machine it falls back to ``eager`` once, with a warning that names the reason.
-``triton``     the fused kernels, or an error: it never falls back.
+``auto``       ``triton`` for tensors on a GPU, ``eager`` elsewhere. If Triton cannot run on a machine with a
+               GPU it falls back to ``eager``, with one warning that names the reason.
+``triton``     the fused kernels, or an error; there is no fallback.
 ``eager``      restructured torch operations: the CPU path.
 ``reference``  the paper's formulas in plain torch, differentiated by autograd: the oracle.
 =============  ==========================================================================================
 
-The request is the op's ``backend`` argument or, where that is None or "auto", the environment variable
+The request is the op's ``backend`` argument. If that is None or "auto", it is the environment variable
 ``FSD_BACKEND`` (default "auto").
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import warnings
@@ -41,8 +40,8 @@ def _triton_problem(op: str, device: torch.device) -> str | None:
     return None
 
 
-# A compiled graph takes the answer as a constant: it cannot trace an import. This is all that
-# torch.compiler.assume_constant_result does, which would import the whole compiler.
+# A compiled graph takes the answer as a constant, because it cannot trace an import. The attribute is all that
+# torch.compiler.assume_constant_result sets, and that function would import the compiler.
 _triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -58,8 +57,8 @@ def resolve_backend(backend: str | None, device: torch.device, op: str) -> str:
         "triton", "eager" or "reference".
 
     Raises:
-        ValueError: The request, or ``FSD_BACKEND``, is none of the four names.
-        RuntimeError: "triton" was asked for and cannot run here; the message says why.
+        ValueError: The request, or ``FSD_BACKEND``, is not one of the four names.
+        RuntimeError: "triton" was asked for and cannot run here; the message gives the reason.
     """
     source = "backend"
     request = backend or "auto"
@@ -85,10 +84,3 @@ def resolve_backend(backend: str | None, device: torch.device, op: str) -> str:
 def implementation(op: str, backend: str) -> ModuleType:
     """Return the module ``fsd_kernels.<op>.<backend>``, imported on first use."""
     return importlib.import_module(f"fsd_kernels.{op}.{backend}")
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Keep autocast out of an op's arithmetic; where it is off, its context would only cost time."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops. Every error names the argument, what it was and what was expected."""
+"""Checks of the ops' arguments. Every error names the argument, what was expected and what it got."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_features(name: str, features: Tensor, ndim: int, layout: str) -> None:
 def check_mask(mask: Tensor | None, batch: int, rows: int, device: torch.device) -> Tensor | None:
     """Return an attention mask ``[B, S]`` as booleans (True = keep), or None.
 
-    Integer masks hold 1 and 0. Their values are looked at on a CPU only: on a GPU that would make the host wait.
+    Integer masks hold 1 and 0. Their values are checked on a CPU only; on a GPU the host would have to wait.
     """
     if mask is None:
         return None
@@ -42,7 +42,7 @@ def check_mask(mask: Tensor | None, batch: int, rows: int, device: torch.device)
         raise TypeError(f"mask: expected booleans or integers, 1 = keep and 0 = drop, got {mask.dtype}")
     if device.type == "cpu" and mask.numel() and not torch.compiler.is_compiling():
         valid = ((mask == 0) | (mask == 1)).all()
-        # A fake tensor has no value.
+        # Fake tensors have no values.
         if type(valid) is Tensor and not bool(valid):
             raise ValueError(
                 f"mask: expected 1 = keep and 0 = drop, got values from {int(mask.min())} to {int(mask.max())}"
@@ -57,3 +57,18 @@ def check_same_device(tensors: Sequence[tuple[str, Tensor]]) -> torch.device:
         if tensor.device != first.device:
             raise ValueError(f"{name}: on {tensor.device}, but {first_name} is on {first.device}")
     return first.device
+
+
+def flatten_features(name: str, features: Tensor) -> Tensor:
+    """Check features ``[B, S, D]`` or ``[B, F]`` and return them as ``[B, F]``, F = S * D."""
+    ndim = 2 if isinstance(features, Tensor) and features.ndim == 2 else 3
+    check_features(name, features, ndim, "[B, S, D] or [B, F]")
+    return features.flatten(1)
+
+
+def check_flat_mask(mask: Tensor | None, name: str, features: Tensor) -> Tensor | None:
+    """As ``check_mask``, for checked features ``[B, S, D]``; features ``[B, F]`` take no mask."""
+    if mask is not None and features.ndim == 2:
+        raise ValueError(f"mask: needs {name} [B, S, D], got [B, F]: where tokens begin is not known")
+    batch, rows = features.shape[:2]
+    return check_mask(mask, batch, rows, features.device)

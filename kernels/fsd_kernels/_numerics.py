@@ -1,6 +1,6 @@
-"""What the fast implementations agree on: the dtype of arithmetic, what is rounding, when rows are centred first.
+"""Constants that the fast implementations share: the dtype of arithmetic, limits of rounding, when to centre first.
 
-The references hold the same floor and the same rounding on their own: they import nothing of what they judge.
+The references state the same floor and the same rounding themselves: they import nothing of the code they judge.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 CKA_FLOOR = 1e-8
-"""-log CKA stays where it is below this CKA."""
+"""-log CKA is constant below this CKA."""
 
-MOST_ENERGY = 2.0
-"""Rows [n, F] are centred before they are multiplied where sum |row|^2 is more than so many times sum |row - mean|^2:
-their common offset would otherwise cost more than about 1e-5 of a float32 gradient. Below it the Gram is centred."""
+MAXIMUM_ENERGY_RATIO = 2.0
+"""Rows [n, F] are centred before they are multiplied if sum |row|^2 is more than this many times sum |row - mean|^2.
+Their common offset would otherwise cost more than about 1e-5 of a float32 gradient. Below it the Gram matrix is
+centred instead."""
 
 
 def compute_dtype(features: Tensor) -> torch.dtype:
@@ -22,18 +23,22 @@ def compute_dtype(features: Tensor) -> torch.dtype:
 
 
 def norm_rounding(dtype: torch.dtype) -> float:
-    """A squared norm that is a sum of terms of size s counts as 0 up to this part of s: 64 eps of ``dtype``.
+    """A squared norm counts as 0 up to this fraction, 64 eps of ``dtype``, of the terms that it is summed from.
 
-    Below it nothing but the rounding of the terms is left, and what divides by it would be noise.
+    Nothing but their rounding is left below it, and a division by it would give noise.
     """
     return 64 * torch.finfo(dtype).eps
 
 
-LONGEST = 2.0**-7
-"""A cosine of vectors whose lengths differ by more than this over ``norm_rounding`` (1024 times in float32) is 0: read
-off squared distances, it would be rounding."""
+def maximum_length_ratio(rounding: float) -> float:
+    """A cosine counts as 0 if the lengths of its vectors differ by more than this factor, 1024 in float32.
+
+    Cosines are read off squared distances, in which a shorter vector is lost to rounding. ``rounding`` is that of
+    ``norm_rounding``.
+    """
+    return 2.0**-7 / rounding
 
 
 def rounding_energy(dtype: torch.dtype) -> float:
-    """What the centred energy of equal rows may be of their mean's, per row: (8 eps)^2 of the dtype."""
+    """Centred energy below this fraction of n |mean row|^2, (8 eps)^2 of ``dtype``, is the rounding of n equal rows."""
     return (8 * torch.finfo(dtype).eps) ** 2

@@ -1,8 +1,8 @@
-"""What the Triton implementations share: the target's limits, the dot's precision, the launch guard, tuning.
+"""Shared by the Triton implementations: limits of the target, precision of products, launch guard, tuning.
 
-Tile sizes come from heuristics, pure functions of shape, dtype and a ``Target``; they run without a GPU, which
-is how the compiled-code report asks for the configurations of GPUs that are not there. ``FSD_AUTOTUNE=1`` times
-the heuristic's choice against its neighbours on first use of a shape instead.
+Tile sizes come from heuristics, pure functions of shape, dtype and a ``Target``. They run without a GPU, so that the
+report of compiled code can ask for the configurations of any GPU. ``FSD_AUTOTUNE=1`` instead times the heuristic's
+choice and its neighbours at the first use of a shape.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from fsd_kernels import _numerics
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether kernels run in Triton's interpreter. Fixed when triton is first imported."""
+"""True if kernels run in Triton's interpreter. Fixed when triton is first imported."""
 
 
 class Target(NamedTuple):
@@ -44,16 +44,16 @@ TARGETS = {
     "gfx942": Target("hip", "gfx942", 64, 65_536, 304),
 }
 
-# The numbers of ``_numerics`` as kernels see them. All arithmetic is float32.
+# The constants of ``_numerics`` for kernels, whose arithmetic is float32.
 CKA_FLOOR = tl.constexpr(_numerics.CKA_FLOOR)
 ROUNDING = tl.constexpr(_numerics.rounding_energy(torch.float32))
 NORM_ROUNDING = tl.constexpr(_numerics.norm_rounding(torch.float32))
-LONGEST = tl.constexpr(_numerics.LONGEST / _numerics.norm_rounding(torch.float32))
+MAXIMUM_LENGTH_RATIO = tl.constexpr(_numerics.maximum_length_ratio(_numerics.norm_rounding(torch.float32)))
 
-# What a kernel launched here is compiled with, whatever the defaults of the Triton version are.
+# Set explicitly, so that code does not depend on the defaults of the Triton version.
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 
-# The number of elements of a tile that Triton accepts as the edge of a tensor-core product.
+# The shortest edge of a tile that Triton accepts in a tensor-core product.
 MIN_TILE = 16
 
 _TRITON_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -69,7 +69,7 @@ def _gpu_target(index: int) -> Target:
 
 
 def target_of(device: torch.device) -> Target:
-    """The limits of ``device``; in the interpreter those of sm_90."""
+    """The limits of ``device``; those of sm_90 on a CPU, in the interpreter."""
     if device.type == "cpu":
         return TARGETS["sm_90"]
     return _gpu_target(torch.cuda.current_device() if device.index is None else device.index)
@@ -90,7 +90,7 @@ def triton_type(name: str, dtype: torch.dtype) -> tl.dtype:
 
 
 def dot_type(*dtypes: torch.dtype) -> torch.dtype:
-    """What operands are rounded to after centring in float32: the type that all share, or float32."""
+    """The type that operands are rounded to after centring in float32: the one that all share, or float32."""
     return dtypes[0] if len(set(dtypes)) == 1 else torch.float32
 
 
@@ -108,7 +108,7 @@ _ROUNDS = tl.constexpr(not INTERPRETED)
 
 
 @triton.jit
-def nearest_tf32(x):  # type: ignore[no-untyped-def]
+def round_to_tf32(x):  # type: ignore[no-untyped-def]
     """float32 rounded to the 10 bits of mantissa that tf32 has, ties away from 0; NaN stays NaN."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(x == x, ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), x)
@@ -116,18 +116,18 @@ def nearest_tf32(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def operand(x, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """float32 in the type of a dot's operands.
+    """Convert float32 to the type of a dot's operands.
 
-    Tensor cores cut the bits off that tf32 does not have; rounding first halves the error and takes its bias away. The
-    interpreter multiplies in float32, and so hides no mistake behind a rounding of 1e-3.
+    Tensor cores truncate float32 to tf32; rounding first halves the error and removes its bias. The interpreter
+    multiplies in float32, so that no mistake hides behind a rounding of 1e-3.
     """
     if _ROUNDS and PRECISION == "tf32" and DOT_TYPE == tl.float32:
-        x = nearest_tf32(x)
+        x = round_to_tf32(x)
     return x.to(DOT_TYPE)
 
 
 def next_power_of_2(size: int) -> int:
-    """The smallest power of two that is at least ``size`` and at least 1."""
+    """The smallest power of two that is at least ``size``, and at least 1."""
     return 1 << max(0, size - 1).bit_length()
 
 
@@ -147,16 +147,35 @@ def launch_guard(tensor: Tensor) -> Iterator[None]:
 
 
 def small_shared_memory(target: Target) -> bool:
-    """Whether tiles have to be halved: AMD's, and NVIDIA GPUs other than the data centre's."""
+    """True if tiles have to be halved: on AMD GPUs, and on NVIDIA GPUs other than data-centre ones."""
     return target.shared_memory < TARGETS["sm_80"].shared_memory - 4096
 
 
 ConfigT = TypeVar("ConfigT", bound=Hashable)
+NamedConfigT = TypeVar("NamedConfigT", bound=Any)
 _tuned: dict[Hashable, Any] = {}
 
 
+def neighbours(config: NamedConfigT, edge: str) -> list[NamedConfigT]:
+    """The configuration and its neighbours, which FSD_AUTOTUNE=1 times.
+
+    Half, the same and twice the tile size called ``edge``, with other numbers of warps and stages. Everything that
+    decides which program adds what stays.
+    """
+    configs = [config]
+    chosen = getattr(config, edge)
+    for size in (chosen // 2, chosen, chosen * 2):
+        for num_warps in (4, 8):
+            for num_stages in (2, 3, 4):
+                changed = {edge: size, "num_warps": num_warps, "num_stages": num_stages}
+                other = config._replace(**changed)
+                if size >= MIN_TILE and other != config:
+                    configs.append(other)
+    return configs
+
+
 def pick(key: Hashable, configs: Sequence[ConfigT], run: Callable[[ConfigT], object]) -> ConfigT:
-    """Choose one of ``configs``: the first, or with ``FSD_AUTOTUNE=1`` the fastest.
+    """Choose one of ``configs``: the first, or the fastest with ``FSD_AUTOTUNE=1``.
 
     Args:
         key: Names kernel, shape and dtype. A choice is made once per key and process.

@@ -1,7 +1,7 @@
-"""What every op costs, from its shapes alone: bytes to and from device memory, flops of matrix products, launches.
+"""The cost of every op as a function of its shapes: bytes of device memory, flops of matrix products, launches.
 
-``minimum(op, shape)`` is what the mathematics asks for, with every input read and every output written once per
-stage, small matrices kept on chip and no use made of symmetry:
+``minimum(op, shape)`` counts what the formulas need: every input read and every output written once per stage, small
+matrices kept on chip, symmetry not used.
 
 =========  ========================================  ============================================
 op         forward                                   backward
@@ -17,9 +17,9 @@ fsd_ilg    intra and inter in one pass over the features
 kmeans     assign: x, c read, 2 N K F                update: x, s read, s written, N F additions
 =========  ========================================  ============================================
 
-``eager`` gives the flops that the CPU path asks of matrix products. ``triton`` walks the kernels' launches for a
-named target: bytes are those that programs load and store, caches not considered. ``Device.seconds`` is the
-roofline: the larger of bytes / bandwidth and flops / peak, stage by stage. Nothing here needs a GPU.
+``eager`` gives the flops of the CPU path's matrix products. ``triton`` follows the kernels' launches for a named target
+and counts the bytes that programs load and store, without caches. ``Device.seconds`` is the roofline: the larger of
+bytes / bandwidth and flops / peak, stage by stage. Nothing here needs a GPU.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fsd_kernels._triton import Target
 
 OPS = ("intra", "local", "global", "inter", "fsd_ilg", "kmeans")
+"""What is costed: losses and k-means, each made of one or more of the registered ops."""
 
 _FLOAT32 = 4
 
@@ -151,17 +152,22 @@ def _intra_minimum(shape: Shape) -> dict[str, Cost]:
 
 def _inter_minimum(shape: Shape, local: bool, centroids: int) -> dict[str, Cost]:
     """L_L where ``local``, L_G where there are centroids, in one pass."""
-    batch, own, given = shape.batch, shape.student_features, shape.teacher_features
+    batch, student_features, teacher_features = shape.batch, shape.student_features, shape.teacher_features
     rows = (batch + centroids) * shape.size
     samples = batch**2 if local else 0
     cross = batch * centroids
     return {
         "forward": Cost(
-            rows * (own + given),
+            rows * (student_features + teacher_features),
             0,
-            2 * own * (centroids**2 + cross + samples) + 2 * given * (cross + samples),
+            2 * student_features * (centroids**2 + cross + samples)
+            + 2 * teacher_features * (cross + samples),
         ),
-        "backward": Cost(rows * own, rows * own, 2 * own * (centroids**2 + 2 * cross + samples)),
+        "backward": Cost(
+            rows * student_features,
+            rows * student_features,
+            2 * student_features * (centroids**2 + 2 * cross + samples),
+        ),
     }
 
 
@@ -176,14 +182,14 @@ def _kmeans_minimum(shape: Shape) -> dict[str, Cost]:
 
 
 def minimum(op: str, shape: Shape) -> dict[str, Cost]:
-    """The least that the op's mathematics asks for, stage by stage.
+    """The minimum that the op's formulas need, stage by stage.
 
     Args:
         op: "intra" (L_I), "local" (L_L), "global" (L_G), "inter" (L_L and L_G), "fsd_ilg" (all three) or "kmeans".
         shape: Sizes and dtype.
 
     Returns:
-        "forward" and "backward"; of kmeans "assign" and "update". The backward is that of the student's side.
+        "forward" and "backward", for kmeans "assign" and "update". The backward is that of the student's side.
 
     Raises:
         ValueError: The op is unknown.
@@ -214,7 +220,7 @@ def minimum(op: str, shape: Shape) -> dict[str, Cost]:
 
 
 def eager(op: str, shape: Shape) -> dict[str, int]:
-    """Flops of the matrix products in the CPU path, stage by stage; the teacher memory's own block is known.
+    """Flops of the CPU path's matrix products, stage by stage; the teacher memory's own block is given.
 
     Raises:
         ValueError: The op is unknown.
@@ -228,7 +234,7 @@ def eager(op: str, shape: Shape) -> dict[str, int]:
 
         entries = sum(strip.stop * (strip.stop - strip.start) for strip in strips(shape.rows))
         widths = shape.width + (shape.teacher_width or shape.width)
-        # The Grams, and the products of both Grams with both.
+        # The Gram matrices, and the products of both with both.
         forward = shape.pairs * shape.batch * (2 * entries * widths + 2 * 4 * shape.rows**2)
         return {"forward": forward, "backward": stages["backward"].flops}
     from fsd_kernels.gram.eager import padded
@@ -239,15 +245,16 @@ def eager(op: str, shape: Shape) -> dict[str, int]:
         return sum(strip.stop * (strip.stop - strip.start) for strip in gram_strips(rows))
 
     batch, centroids = shape.batch, 0 if op == "local" else shape.centroids
-    products, own, weights = square(batch), 0, batch**2
+    batch_products, memory_products, weights = square(batch), 0, batch**2
     if centroids:
-        # Per feature: the batch and its mean with the memory and itself; a memory with itself. It has no large mean.
+        # Per feature: the batch and its mean with the memory and itself, the memory with itself (without an offset).
         rows = padded(batch + 1)
-        products = rows * centroids + square(rows)
-        own = square(centroids)
+        batch_products = rows * centroids + square(rows)
+        memory_products = square(centroids)
         weights = (batch + centroids) ** 2
     flops = {
-        "forward": 2 * (products + own) * shape.student_features + 2 * products * shape.teacher_features,
+        "forward": 2 * (batch_products + memory_products) * shape.student_features
+        + 2 * batch_products * shape.teacher_features,
         "backward": 2 * weights * shape.student_features,
     }
     if op == "fsd_ilg":
@@ -264,7 +271,7 @@ def _cdiv(a: int, b: int) -> int:
 
 
 def _part(width: int, parts: int, block: int) -> int:
-    """How much of a width cut into so many parts one of them is: whole blocks."""
+    """The width of one of ``parts`` parts of ``width``: a multiple of ``block``."""
     return _cdiv(_cdiv(width, parts), block) * block
 
 
@@ -305,22 +312,22 @@ def _intra_triton(shape: Shape, target: Target, precision: str) -> dict[str, Cos
             2 * items * splits * (3 * lower + (rows + 1) * _FLOAT32), items * (gram + 2 * _FLOAT32), 0
         )
     back = backward_config(rows, shape.width, items, shape.dtype, precision, target)
-    own = rows * shape.width * size
+    student = rows * shape.width * size
     back_blocks = _cdiv(rows, back.block_s)
     flops = items * 2 * (back_blocks * back.block_s) ** 2 * shape.width
     if rows <= back.block_s:
         part = _part(shape.width, back.splits, back.block_d)
         splits = _cdiv(shape.width, part)
-        stages["backward"] = Cost(items * (own + splits * (gram + _FLOAT32)), items * own, flops)
+        stages["backward"] = Cost(items * (student + splits * (gram + _FLOAT32)), items * student, flops)
     else:
         slices = _cdiv(shape.width, back.block_d)
-        read = 2 * back_blocks * own + slices * (gram + back_blocks * _FLOAT32)
-        stages["backward"] = Cost(items * read, items * own, flops)
+        read = 2 * back_blocks * student + slices * (gram + back_blocks * _FLOAT32)
+        stages["backward"] = Cost(items * read, items * student, flops)
     return stages
 
 
 def _real_rows(first: int, last: int, centroids: int, batch: int) -> int:
-    """How many of the stacked rows [first, last) are rows of a memory or of features."""
+    """The number of rows of a memory or of features among the stacked rows [first, last)."""
     head = centroids + 1 if centroids else 0
     memory = max(0, min(last, centroids) - first)
     features = max(0, min(last, head + batch) - max(first, head))
@@ -328,43 +335,46 @@ def _real_rows(first: int, last: int, centroids: int, batch: int) -> int:
 
 
 def _gram_means(rows: int, width: int, size: int) -> dict[str, Cost]:
-    """What comes before programs of a tile, which do not all read every row."""
+    """The launch that computes the means for programs of one tile, none of which reads every row."""
     return {"gram_means": Cost(rows * width * size, 2 * width * _FLOAT32, 0)}
 
 
 def _gram_triton(
-    shape: Shape, width: int, centroids: int, known: bool, target: Target, precision: str
+    shape: Shape, width: int, centroids: int, has_memory_gram: bool, target: Target, precision: str
 ) -> dict[str, Cost]:
     """Forward of one side's Gamma: partial Grams, then their sum."""
     from fsd_kernels.gram.triton import forward_config, held_tiles
 
     head = centroids + 1 if centroids else 0
     size = head + shape.batch + 1
-    config = forward_config(size, width, shape.dtype, precision, target, head if known else 0)
+    config = forward_config(size, width, shape.dtype, precision, target, head if has_memory_gram else 0)
     part = _part(width, config.parts, 2 * config.block_f)
     parts = _cdiv(width, part)
-    lower = _triangle(size) - (_triangle(head) if known else 0)
+    lower = _triangle(size) - (_triangle(head) if has_memory_gram else 0)
     rows = centroids + shape.batch
     means: dict[str, Cost] = {}
     if config.tiles:
         read = rows * width * shape.size
-        flops = sum(2 * a * b for a, b in held_tiles(config, head if known else 0)) * width
+        flops = sum(2 * a * b for a, b in held_tiles(config, head if has_memory_gram else 0)) * width
     else:
         block = config.block
         bounds = [(i * block, (i + 1) * block) for i in range(_cdiv(size, block))]
         real = [_real_rows(first, last, centroids, shape.batch) for first, last in bounds]
         active = [
-            (i, j) for i in range(len(real)) for j in range(i + 1) if not (known and bounds[i][1] <= head)
+            (i, j)
+            for i in range(len(real))
+            for j in range(i + 1)
+            if not (has_memory_gram and bounds[i][1] <= head)
         ]
-        # The programs of a tile read the means too.
+        # Programs of one tile read the means too.
         read = sum((real[i] + real[j]) * shape.size + 2 * _FLOAT32 for i, j in active) * width
         means = _gram_means(rows, width, shape.size)
         flops = 2 * block**2 * len(active) * width
-    own = _triangle(head) * _FLOAT32 if known else 0
+    memory_gram = _triangle(head) * _FLOAT32 if has_memory_gram else 0
     return {
         **means,
         "gram": Cost(read, parts * lower * _FLOAT32, flops),
-        "gram_sum": Cost(parts * lower * _FLOAT32 + own, size**2 * _FLOAT32, 0),
+        "gram_sum": Cost(parts * lower * _FLOAT32 + memory_gram, size**2 * _FLOAT32, 0),
     }
 
 
@@ -376,7 +386,7 @@ def _gram_backward_triton(shape: Shape, centroids: int, target: Target, precisio
     config = backward_config(
         total=size, width=width, masked=False, dtype=shape.dtype, precision=precision, target=target
     )
-    # A is rounded to what it is multiplied in; float16 would not hold its range.
+    # A is stored in bfloat16 if it is multiplied in that; float16 would not hold its range.
     small = size**2 * _FLOAT32
     weights = size**2 * (shape.size if shape.dtype == torch.bfloat16 else _FLOAT32)
     rows = (centroids + shape.batch) * width * shape.size
@@ -386,9 +396,9 @@ def _gram_backward_triton(shape: Shape, centroids: int, target: Target, precisio
         part = _part(width, config.parts, config.block_f)
         panels = _cdiv(config.tiles, config.panel)
         columns = (config.tiles - 1) * config.block + config.last
-        own = columns if panels == 1 else panels * config.panel * config.block
+        computed_rows = columns if panels == 1 else panels * config.panel * config.block
         read = panels * rows + _cdiv(width, part) * weights
-        stages["gram_backward"] = Cost(read, rows, 2 * own * columns * width)
+        stages["gram_backward"] = Cost(read, rows, 2 * computed_rows * columns * width)
     else:
         blocks, inner = _cdiv(size, config.block), _cdiv(size, config.inner) * config.inner
         read = blocks * (rows + 2 * width * _FLOAT32) + _cdiv(width, config.block_f) * weights
@@ -406,7 +416,7 @@ def _inter_triton(shape: Shape, centroids: int, target: Target, precision: str) 
     return {
         **{f"teacher_{name}": cost for name, cost in teacher.items()},
         **{f"student_{name}": cost for name, cost in student.items()},
-        # Both Gammas are read in turn for energies, norms, distances and gradients; this is their order of size.
+        # Both Gammas are read for energies, norms, distances and gradients. This gives their order of magnitude.
         "structure": Cost(6 * small, 4 * small, 0, launches=2),
         "structure_backward": Cost(4 * small, small, 0),
         **_gram_backward_triton(shape, centroids, target, precision),
@@ -442,10 +452,9 @@ def _kmeans_triton(shape: Shape, target: Target, precision: str) -> dict[str, Co
 
 
 def triton(op: str, shape: Shape, target: str = "sm_90", precision: str = "tf32") -> dict[str, Cost]:
-    """What the fused kernels load, store and multiply on a target, launch by launch.
+    """The bytes and flops of the fused kernels on a target, launch by launch.
 
-    The configurations are those that the launchers choose for the target. Tiles count whole, so flops include
-    the padding of the last tile.
+    The configurations are those that the launchers choose for the target. Flops include the padding of the last tile.
 
     Args:
         op: As for ``minimum``.
@@ -487,7 +496,7 @@ def triton(op: str, shape: Shape, target: str = "sm_90", precision: str = "tf32"
 
 @dataclass(frozen=True)
 class Device:
-    """The two ceilings of a device: makers' peak numbers, or measured ones."""
+    """The bandwidth and the peak flops of a device, as its maker states them or as measured."""
 
     name: str
     bandwidth: float
@@ -514,7 +523,7 @@ class Device:
         return total(stages).flops / self.peak(dtype, precision)
 
     def seconds(self, stages: Stages, dtype: torch.dtype, precision: str = "tf32") -> float:
-        """Roofline time: stage by stage the larger of the two, a lower bound."""
+        """Roofline time, a lower bound: the sum over stages of the larger of both times."""
         peak = self.peak(dtype, precision)
         return sum(max(stage.bytes / self.bandwidth, stage.flops / peak) for stage in stages.values())
 

@@ -22,9 +22,10 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import Tensor
 
-from fsd_fast.clustering.kmeans import MiniBatchKMeans, StreamKMeans
+from fsd_fast.clustering.mini_batch_kmeans import MiniBatchKMeans
 from fsd_fast.clustering.seeding import k_means_plus_plus
 from fsd_fast.clustering.sketch import CountSketch
+from fsd_fast.clustering.stream_kmeans import StreamKMeans
 from fsd_fast.clustering.two_pass import cluster_stream
 from fsd_fast.distributed import Collectives
 
@@ -137,12 +138,12 @@ def test_what_fit_leaves_belongs_together(points: Tensor) -> None:
     distances = kmeans.transform(points)
     assert torch.equal(distances.argmin(1), kmeans.labels_)
     assert float(distances.amin(1).double().square().sum()) == pytest.approx(expected, rel=1e-5)
-    assert kmeans.n_iter_ == len(kmeans.iteration_stats_)
-    inertias = [epoch.inertia for epoch in kmeans.iteration_stats_]
+    assert kmeans.n_iter_ == len(kmeans.epoch_stats_)
+    inertias = [epoch.inertia for epoch in kmeans.epoch_stats_]
     assert inertias == sorted(inertias, reverse=True)
     # It stopped because nothing moves any more, not because it was told to.
     assert kmeans.n_iter_ < kmeans.max_iter
-    assert kmeans.iteration_stats_[-1].shift == 0
+    assert kmeans.epoch_stats_[-1].shift == 0
     for cluster in range(20):
         mean = points[kmeans.labels_ == cluster].double().mean(0)
         torch.testing.assert_close(kmeans.cluster_centers_[cluster].double(), mean, rtol=1e-6, atol=1e-6)
@@ -152,7 +153,7 @@ def test_interrupted_epochs_still_leave_labels_of_the_final_centroids(points: Te
     kmeans = MiniBatchKMeans(20, random_state=1, max_iter=2).fit(points)
     assert kmeans.n_iter_ == 2
     assert torch.equal(kmeans.predict(points), kmeans.labels_)
-    assert kmeans.inertia_ < kmeans.iteration_stats_[-1].inertia
+    assert kmeans.inertia_ < kmeans.epoch_stats_[-1].inertia
     loose = MiniBatchKMeans(20, random_state=1, tol=0.05).fit(points)
     assert 2 <= loose.n_iter_ < MiniBatchKMeans(20, random_state=1).fit(points).n_iter_
 
@@ -203,7 +204,7 @@ def test_empty_clusters_move_to_the_farthest_points() -> None:
     for cluster in (0, 1):
         torch.testing.assert_close(once.cluster_centers_[cluster], points[nearest == cluster].mean(0))
     kmeans = MiniBatchKMeans(4, init=start).fit(points)
-    assert kmeans.iteration_stats_[0].empty_clusters == kmeans.iteration_stats_[0].reseeded == 2
+    assert kmeans.epoch_stats_[0].empty_clusters == kmeans.epoch_stats_[0].reseeded == 2
     assert int((kmeans.counts_ == 0).sum()) == 0
     assert kmeans.counts_[kmeans.labels_[17]] == kmeans.counts_[kmeans.labels_[63]] == 1
     torch.testing.assert_close(kmeans.cluster_centers_[kmeans.labels_[63]], points[63])
@@ -492,7 +493,7 @@ def test_the_restart_with_the_lowest_inertia_is_kept(points: Tensor) -> None:
     found = cluster_stream(narrow, 20, seed=0, restarts=4)
     assert found.sketch_inertia == best.sketch_inertia
     assert torch.equal(found.labels, best.labels)
-    assert found.iterations == [run.iterations[0] for run in runs]
+    assert found.epochs == [run.epochs[0] for run in runs]
     assert [epoch.inertia for epoch in found.sketch_stats] == [epoch.inertia for epoch in best.sketch_stats]
 
 
@@ -516,10 +517,46 @@ def test_the_points_are_read_twice_however_long_k_means_takes(points: Tensor) ->
         yield from points.split(100)
 
     found = cluster_stream(stream, 20, seed=0, sketch_width=256)
-    assert sum(found.iterations) > 20
+    assert sum(found.epochs) > 20
     assert len(readings) == 2
     cluster_stream(stream, 20, seed=0, sketch_width=256, refine=1)
     assert len(readings) == 2 + 2 + 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "epochs", "labels"),
+    [
+        ({"refine": 1}, 1, 1),
+        ({"refine": 2}, 2, 1),
+        ({"algorithm": "lloyd", "max_iter": 3}, 3, 1),
+        ({"algorithm": "lloyd"}, None, 0),  # until the centroids stay where they are
+    ],
+)
+def test_passes_of_exact_epochs(
+    points: Tensor, arguments: dict[str, Any], epochs: int | None, labels: int
+) -> None:
+    readings = []
+
+    def stream() -> Iterator[Tensor]:
+        readings.append(0)
+        yield from points.split(100)
+
+    found = cluster_stream(stream, 20, seed=0, sketch_width=8, restarts=1, **arguments)
+    assert all(epoch.empty_clusters == 0 for epoch in found.exact_stats)
+    assert epochs in (None, len(found.exact_stats))
+    assert len(readings) == 2 + len(found.exact_stats) + labels
+
+
+def test_an_epoch_that_finds_empty_clusters_takes_a_pass_for_far_points() -> None:
+    readings = []
+
+    def stream() -> Iterator[Tensor]:
+        readings.append(0)
+        yield torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).repeat(5, 1)
+
+    found = cluster_stream(stream, 10, seed=0, algorithm="lloyd")
+    assert [epoch.empty_clusters for epoch in found.exact_stats] == [4]
+    assert len(readings) == 2 + 1 + 1  # the start, the epoch, the far points; nothing moved
 
 
 def test_batches_padded_to_their_own_longest_change_nothing() -> None:
@@ -617,7 +654,7 @@ def _worker(rank: int, world_size: int, folder: Path) -> None:
     report = {
         "counts": two_pass.counts.tolist(),
         "inertia": [two_pass.inertia, refined.inertia, kmeans.inertia_, drawn.inertia_],
-        "reseeded": kmeans.iteration_stats_[0].reseeded,
+        "reseeded": kmeans.epoch_stats_[0].reseeded,
         "errors": errors,
     }
     (folder / f"report{rank}.json").write_text(json.dumps(report))

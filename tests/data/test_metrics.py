@@ -9,8 +9,8 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sk
 
-from fsd_fast.data import TASKS
-from fsd_fast.metrics import compute_metrics
+from fsd_fast.data import TASKS, get_task
+from fsd_fast.metrics import compute_metrics, fidelity
 
 CLASSIFICATION = [name for name, task in TASKS.items() if not task.is_regression]
 REGRESSION = [name for name, task in TASKS.items() if task.is_regression]
@@ -122,3 +122,56 @@ def test_predictions_that_are_not_finite_are_refused(name, bad):
 def test_shapes_and_labels_are_checked(name, shape, labels, message):
     with pytest.raises(ValueError, match=message):
         compute_metrics(TASKS[name], np.zeros(shape), labels)
+
+
+# --- fidelity ----------------------------------------------------------------------------------------------------
+
+
+def test_fidelity_of_classes_is_that_of_the_formula():
+    generator = np.random.default_rng(0)
+    student, teacher = generator.normal(size=(2, 40, 3))
+    found = fidelity(get_task("mnli"), student, teacher)
+    divergences, agreed = [], 0
+    for z_s, z_t in zip(student, teacher, strict=True):
+        p_s, p_t = (np.exp(z) / np.exp(z).sum() for z in (z_s, z_t))
+        divergences.append(sum(p_t[c] * np.log(p_t[c] / p_s[c]) for c in range(3)))
+        agreed += int(z_s.argmax() == z_t.argmax())
+    assert found.keys() == {"teacher_agreement", "teacher_kl"}
+    assert found["teacher_kl"] == pytest.approx(np.mean(divergences), rel=1e-12)
+    assert found["teacher_agreement"] == agreed / 40
+    assert 0 < agreed < 40
+
+
+def test_fidelity_of_a_student_that_is_its_teacher():
+    logits = np.random.default_rng(1).normal(size=(10, 2)) * 300
+    assert fidelity(get_task("rte"), logits, logits) == {"teacher_agreement": 1.0, "teacher_kl": 0.0}
+    scores = logits[:, :1]
+    found = fidelity(get_task("stsb"), scores, scores)
+    assert found["teacher_agreement"] == pytest.approx(1)
+    assert found["teacher_mse"] == 0
+
+
+def test_fidelity_is_not_symmetric():
+    confident, unsure = np.array([[9.0, 0.0]]), np.array([[0.1, 0.0]])
+    task = get_task("rte")
+    there, back = fidelity(task, confident, unsure), fidelity(task, unsure, confident)
+    assert there["teacher_kl"] > 3 * back["teacher_kl"] > 0
+
+
+def test_fidelity_of_a_regression():
+    student, teacher = np.array([[1.0], [2.0], [4.0]]), np.array([3.0, 5.0, 9.0])
+    found = fidelity(get_task("stsb"), student, teacher.reshape(3, 1))
+    assert found == {"teacher_agreement": pytest.approx(1), "teacher_mse": pytest.approx((4 + 9 + 25) / 3)}
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        (np.zeros((3, 2)), np.zeros((4, 2)), r"got \[3, 2\] and \[4, 2\]"),
+        (np.zeros((0, 2)), np.zeros((0, 2)), "expected outputs of the same samples"),
+        (np.full((3, 2), np.nan), np.zeros((3, 2)), "NaN or infinite"),
+    ],
+)
+def test_outputs_that_cannot_be_compared_are_refused(student, teacher, message):
+    with pytest.raises(ValueError, match=message):
+        fidelity(get_task("rte"), student, teacher)

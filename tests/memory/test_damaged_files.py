@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save as save_safetensors
 
 from fsd_fast.cache.feature_cache import FeatureCache, FeatureIdentity
-from fsd_fast.clustering.checkpoint import ClusteringState
+from fsd_fast.clustering.checkpoint import ClusteringCheckpoint
 from fsd_fast.clustering.sketch import CountSketch
 from fsd_fast.clustering.two_pass import cluster_stream
 from fsd_fast.memory.teacher_memory import TeacherMemory
@@ -151,9 +151,9 @@ def memory() -> TeacherMemory:
         inertia=12.5,
         cluster_sizes=[10, 20, 10],
         empty_clusters=0,
-        iteration_stats=[
+        epoch_stats=[
             {
-                "stage": "sketch", "iteration": 1, "inertia": 13.0, "empty_clusters": 0, "reseeded": 0, "shift": 0.5,
+                "stage": "sketch", "epoch": 1, "inertia": 13.0, "empty_clusters": 0, "reseeded": 0, "shift": 0.5,
                 "seconds": 0.1,
             }
         ],
@@ -438,7 +438,7 @@ def test_a_damaged_identity_is_told_from_that_of_another_run(tmp_path: Path) -> 
         FeatureCache(tmp_path, IDENTITY)
 
 
-# --- the state of a build ---------------------------------------------------------------------------------------
+# --- the checkpoint of a build ----------------------------------------------------------------------------------
 
 
 KEY = {"seed": 1, "width": [1, 2]}
@@ -449,23 +449,23 @@ def points() -> list[torch.Tensor]:
     return list((torch.randn(N, 6, generator=generator) + 4 * torch.arange(N)[:, None].remainder(K)).split(8))
 
 
-def left_state(folder: Path) -> torch.Tensor:
-    """The state of a build that ended, with all its stages; the centroids."""
-    state = ClusteringState(folder, KEY, save_every=2)
-    return cluster_stream(points(), K, seed=0, sketch_width=4, restarts=2, state=state).centroids
+def left_checkpoint(folder: Path) -> torch.Tensor:
+    """The checkpoint of a build that ended, with all its stages; the centroids."""
+    checkpoint = ClusteringCheckpoint(folder, KEY, save_every=2)
+    return cluster_stream(points(), K, seed=0, sketch_width=4, restarts=2, checkpoint=checkpoint).centroids
 
 
 def continued(folder: Path) -> torch.Tensor:
-    state = ClusteringState(folder, KEY, save_every=2)
-    return cluster_stream(points(), K, seed=0, sketch_width=4, restarts=2, state=state).centroids
+    checkpoint = ClusteringCheckpoint(folder, KEY, save_every=2)
+    return cluster_stream(points(), K, seed=0, sketch_width=4, restarts=2, checkpoint=checkpoint).centroids
 
 
 @fault(
-    "the state of an interrupted build is cut or mutated",
+    "the checkpoint of an interrupted build is cut or mutated",
     "the same bits, or refused in one line",
 )
-def test_a_mutated_state_gives_the_same_bits_or_is_refused(tmp_path: Path) -> None:
-    expected = left_state(tmp_path)
+def test_a_mutated_checkpoint_gives_the_same_bits_or_is_refused(tmp_path: Path) -> None:
+    expected = left_checkpoint(tmp_path)
     paths = sorted(tmp_path.iterdir())
     assert {path.name for path in paths} >= {"rank0.json", "rank0-pass_1-0.safetensors"}
     assert len(paths) >= 4
@@ -495,18 +495,18 @@ def test_a_mutated_state_gives_the_same_bits_or_is_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "path", [("tally",), ("stages", "pass_1", "seconds"), ("stages", "pass_1", "rows"), ("key", "seed")]
 )
-def test_a_changed_value_in_a_state_is_refused(tmp_path: Path, path: tuple[str, ...]) -> None:
-    left_state(tmp_path)
+def test_a_changed_value_in_a_checkpoint_is_refused(tmp_path: Path, path: tuple[str, ...]) -> None:
+    left_checkpoint(tmp_path)
     record = json.loads((tmp_path / "rank0.json").read_text())
     changed = with_value(record, path, {"computed_samples": 9} if path == ("tally",) else 9)
     (tmp_path / "rank0.json").write_text(json.dumps(changed))
     _, text = attempt(lambda: continued(tmp_path), tmp_path / "rank0.json")
     assert "its checksum is not that of its fields" in text
-    assert "start anew with --overwrite_output_dir true" in text
+    assert "start anew (memory: --overwrite_output_dir true; in Python: discard_checkpoint)" in text
 
 
 def test_a_huge_chunk_is_not_read(tmp_path: Path) -> None:
-    expected = left_state(tmp_path)
+    expected = left_checkpoint(tmp_path)
     path = next(tmp_path.glob("rank0-pass_2-*.safetensors"))
     with path.open("r+b") as file:
         file.truncate(1 << 36)
@@ -515,8 +515,8 @@ def test_a_huge_chunk_is_not_read(tmp_path: Path) -> None:
     assert torch.equal(found, expected)
 
 
-def test_every_field_of_a_state_is_checked_even_under_a_valid_seal(tmp_path: Path) -> None:
-    left_state(tmp_path)
+def test_every_field_of_a_checkpoint_is_checked_even_under_a_valid_seal(tmp_path: Path) -> None:
+    left_checkpoint(tmp_path)
     whole = {path: path.read_bytes() for path in tmp_path.iterdir()}
     record = json.loads((tmp_path / "rank0.json").read_text())
     del record["checksum"]
@@ -535,13 +535,13 @@ def test_every_field_of_a_state_is_checked_even_under_a_valid_seal(tmp_path: Pat
 
 
 @fault(
-    "names in a state lead out of its folder",
+    "names in a checkpoint of a build lead out of its folder",
     "nothing outside is read or written",
 )
-def test_names_in_a_state_never_leave_its_folder(tmp_path: Path) -> None:
+def test_names_in_a_checkpoint_never_leave_its_folder(tmp_path: Path) -> None:
     """Chunks have numbers and no names, so that no manifest can have another file read or removed."""
-    folder = tmp_path / "state"
-    left_state(folder)
+    folder = tmp_path / "checkpoint"
+    left_checkpoint(folder)
     victim = tmp_path / "victim.safetensors"
     victim.write_bytes(b"mine")
     record = json.loads((folder / "rank0.json").read_text())
@@ -591,10 +591,10 @@ def test_names_in_a_state_never_leave_its_folder(tmp_path: Path) -> None:
         ("pass_1", {"total": torch.zeros(6).double()}, "rows: expected the 0 of its chunks, got 40"),
     ],
 )
-def test_tensors_of_another_kind_in_a_state_are_refused(
+def test_tensors_of_another_kind_in_a_checkpoint_are_refused(
     tmp_path: Path, stage: str, tensors: dict[str, torch.Tensor], message: str
 ) -> None:
-    left_state(tmp_path)
+    left_checkpoint(tmp_path)
     content = save_safetensors(tensors)
     record = json.loads((tmp_path / "rank0.json").read_text())
     del record["checksum"]
@@ -610,7 +610,7 @@ def test_tensors_of_another_kind_in_a_state_are_refused(
 
 @pytest.mark.parametrize("content", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_hostile_chunk_under_a_valid_hash_is_refused(tmp_path: Path, content: bytes) -> None:
-    left_state(tmp_path)
+    left_checkpoint(tmp_path)
     record = json.loads((tmp_path / "rank0.json").read_text())
     del record["checksum"]
     number = record["stages"]["pass_2"]["chunks"][0]["number"]
@@ -625,15 +625,15 @@ def test_a_hostile_chunk_under_a_valid_hash_is_refused(tmp_path: Path, content: 
 
 def test_a_sketch_of_another_width_is_refused(tmp_path: Path) -> None:
     """An incomplete first pass goes on with sketches as wide as those it has."""
-    left_state(tmp_path)
+    left_checkpoint(tmp_path)
     record = json.loads((tmp_path / "rank0.json").read_text())
     del record["checksum"]
     stage = record["stages"]["pass_1"]
     stage |= {"complete": False, "batches": 2, "rows": 16, "chunks": stage["chunks"][:1]}
     (tmp_path / "rank0.json").write_text(json.dumps(seal(record)))
-    assert torch.equal(continued(tmp_path), left_state(tmp_path / "other"))
+    assert torch.equal(continued(tmp_path), left_checkpoint(tmp_path / "other"))
     (tmp_path / "rank0.json").write_text(json.dumps(seal(record)))
-    state = ClusteringState(tmp_path, KEY, save_every=2)
+    checkpoint = ClusteringCheckpoint(tmp_path, KEY, save_every=2)
     assert CountSketch(6, 5, 0).width == 5
     with pytest.raises(ValueError, match="expected sketches of one width, at least 1, got 5 after 4"):
-        cluster_stream(points(), K, seed=0, sketch_width=5, restarts=2, state=state)
+        cluster_stream(points(), K, seed=0, sketch_width=5, restarts=2, checkpoint=checkpoint)

@@ -128,7 +128,7 @@ def test_lloyd_clusters_without_a_sketch() -> None:
         own = found.centroids.double()[labels]
         assert found.inertia == pytest.approx(float((flat - own).square().sum()), rel=1e-5)
         assert found.settings == {"algorithm": "lloyd"}
-        assert {epoch["stage"] for epoch in found.iteration_stats} == {"refine"}
+        assert {epoch["stage"] for epoch in found.epoch_stats} == {"exact"}
         assert found.teacher_passes > 2
     for arguments, message in (
         ({"algorithm": "elkan"}, "algorithm: expected one of sketch, lloyd"),

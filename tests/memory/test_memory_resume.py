@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fsd_fast import files
-from fsd_fast.clustering import checkpoint as clustering_state
-from fsd_fast.clustering.checkpoint import ClusteringState, discard_state
+from fsd_fast.clustering import checkpoint as clustering_checkpoint
+from fsd_fast.clustering.checkpoint import ClusteringCheckpoint, discard_checkpoint
 from fsd_fast.commands import memory as memory_command
 from fsd_fast.commands import run
 from fsd_fast.files import exclusive_folder
@@ -71,7 +71,7 @@ def build(
         "restarts": 2,
         "progress": False,
         "save_every": 2,
-        "state_dir": folder,
+        "checkpoint_dir": folder,
         "layout": {"batch_size": BATCH},
     }
     run_identity = changes.pop("identity", identity())
@@ -80,7 +80,7 @@ def build(
 
 def report(built: TeacherMemory, made: int) -> dict[str, Any]:
     """Everything of a memory but how long it took; the centroids bit for bit."""
-    epochs = [{**epoch, "seconds": 0} for epoch in built.iteration_stats]
+    epochs = [{**epoch, "seconds": 0} for epoch in built.epoch_stats]
     return {
         "centroids": built.centroids.numpy().tobytes().hex(),
         "inertia": built.inertia.hex(),
@@ -102,7 +102,7 @@ def _process(
             "gloo", init_method=f"file://{folder}/store-{name}", rank=rank, world_size=world_size
         )
     writes = []
-    whole = clustering_state.write_atomically
+    whole = clustering_checkpoint.write_atomically
 
     def write_atomically(path: Path, content: bytes) -> None:
         writes.append(path)
@@ -111,10 +111,10 @@ def _process(
             os.kill(os.getpid(), signal.SIGKILL)
         whole(path, content)
 
-    clustering_state.write_atomically = write_atomically
+    clustering_checkpoint.write_atomically = write_atomically
     batches = Batches(torch.arange(N)[rank::world_size], die_at)
     # With two processes no exact epoch follows: the inertia is that of the second pass.
-    built = build(batches, folder / "state", refine=int(world_size == 1))
+    built = build(batches, folder / "checkpoint", refine=int(world_size == 1))
     content = report(built, batches.made) | {"writes": len(writes)}
     (folder / f"{name}-{rank}.json").write_text(json.dumps(content))
     if world_size > 1:
@@ -189,7 +189,7 @@ def _kill_and_continue(folder: Path) -> None:
         _run(folder / "other", "continued", 2)
     except AssertionError:
         return
-    raise SystemExit("a state of one process was continued by two")
+    raise SystemExit("the checkpoint of one process was continued by two")
 
 
 @fault(
@@ -215,7 +215,7 @@ def test_a_killed_build_continues_to_the_same_bits(tmp_path: Path) -> None:
 
 @pytest.fixture
 def left(tmp_path: Path) -> Path:
-    """The state of a build that failed in the second pass."""
+    """The checkpoint of a build that failed in the second pass."""
 
     def failing(start: int) -> Iterator[FeatureBatch]:
         for number, batch in enumerate(Batches(torch.arange(N))(start), start):
@@ -226,8 +226,8 @@ def left(tmp_path: Path) -> Path:
 
     readings = [0]
     with pytest.raises(OSError, match="power cut"):
-        build(failing, tmp_path / "state")
-    return tmp_path / "state"
+        build(failing, tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
 
 
 @fault(
@@ -241,26 +241,39 @@ def left(tmp_path: Path) -> Path:
         ({"refine": 0}, "refine is 1, expected 0"),
         ({"sketch_width": 5}, "sketch_width is 2, expected 5"),
         ({"layout": {"batch_size": 9}}, "batch_size is 8, expected 9"),
+        ({"backend": "reference"}, "backend is 'eager', expected 'reference'"),
         ({"identity": identity(teacher_fingerprint="cd" * 32)}, "teacher_fingerprint is 'abab"),
     ],
 )
-def test_the_state_of_another_build_is_refused(left: Path, changes: dict[str, Any], message: str) -> None:
+def test_the_checkpoint_of_another_build_is_refused(
+    left: Path, changes: dict[str, Any], message: str
+) -> None:
     before = sorted(path.name for path in left.iterdir())
     with pytest.raises(ValueError, match=f"another, interrupted run left: {message}"):
         build(Batches(torch.arange(N)), left, **changes)
     assert sorted(path.name for path in left.iterdir()) == before
 
 
-def test_a_state_goes_on_where_it_was(left: Path) -> None:
+def test_the_backend_that_runs_is_held_and_not_its_name(left: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("FSD_BACKEND", "reference")
+        with pytest.raises(ValueError, match="backend is 'eager', expected 'reference'"):
+            build(Batches(torch.arange(N)), left)
+    batches = Batches(torch.arange(N))
+    build(batches, left, backend="eager")  # what "auto" was on the CPU
+    assert batches.made == 5 + 9 + 9
+
+
+def test_a_checkpoint_goes_on_where_it_was(left: Path) -> None:
     batches = Batches(torch.arange(N))
     built = build(batches, left, identity=identity(teacher="moved/teacher"))
     assert batches.made == 5 + 9 + 9  # batches 4 to 8 of the second pass, then the exact epoch and its labels
     assert torch.equal(built.centroids, build(Batches(torch.arange(N)), None).centroids)
     assert set(built.seconds) == {"pass_1", "sketch_clustering", "pass_2", "refine"}
     assert all(value >= 0 for value in built.seconds.values())
-    discard_state(left)
+    discard_checkpoint(left)
     assert not left.exists()
-    discard_state(left)
+    discard_checkpoint(left)
 
 
 @pytest.mark.parametrize("stage", ["pass_1", "sketch_clustering", "pass_2"])
@@ -274,14 +287,14 @@ def test_a_damaged_part_is_made_again(left: Path, stage: str) -> None:
     assert torch.equal(built.centroids, build(Batches(torch.arange(N)), None).centroids)
 
 
-def test_a_state_that_is_none_is_refused(left: Path) -> None:
+def test_a_checkpoint_that_is_none_is_refused(left: Path) -> None:
     (left / "rank0.json").write_text("[]")
     with pytest.raises(
-        ValueError, match=r"rank0\.json: expected a JSON object, got list\. It is not the state of"
+        ValueError, match=r"rank0\.json: expected a JSON object, got list\. It is not the checkpoint of"
     ):
         build(Batches(torch.arange(N)), left)
     with pytest.raises(ValueError, match="save_every: expected at least 1, got 0"):
-        ClusteringState(None, save_every=0)
+        ClusteringCheckpoint(None, save_every=0)
 
 
 def test_seconds_of_all_runs_add_up(left: Path) -> None:
@@ -294,12 +307,12 @@ def test_seconds_of_all_runs_add_up(left: Path) -> None:
     assert seconds["pass_2"] < 900
 
 
-def test_a_full_disk_leaves_no_half_state(left: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_half_checkpoint(left: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(clustering_state.write_atomically.__globals__["os"], "fsync", full)
+        patch.setattr(clustering_checkpoint.write_atomically.__globals__["os"], "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             build(Batches(torch.arange(N)), left)
     assert not list(left.glob(".*"))
@@ -343,8 +356,8 @@ def test_the_memory_command_continues(
     assert sorted(path.name for path in folder.iterdir()) == ["memory.json", "memory.safetensors"]
     run("memory", [*flags, "--output_dir", str(tmp_path / "whole")])
     assert torch.equal(found.centroids, TeacherMemory.from_pretrained(tmp_path / "whole").centroids)
-    # A state of other settings gives way to --overwrite_output_dir true.
-    ClusteringState(folder / ".state", {"seed": 1}).stage("pass_1").finish(lambda: {"x": torch.zeros(1)})
+    # A checkpoint of other settings gives way to --overwrite_output_dir true.
+    ClusteringCheckpoint(folder / ".state", {"seed": 1}).stage("pass_1").finish(lambda: {"x": torch.zeros(1)})
     run("memory", [*flags, "--overwrite_output_dir", "true"])
     assert not (folder / ".state").exists()
     assert torch.equal(found.centroids, TeacherMemory.from_pretrained(folder).centroids)

@@ -164,6 +164,12 @@ def test_a_page_s_loop_runs_and_trains_student_and_memory(page: str) -> None:
     assert names["teacher"].grad is None
 
 
+@pytest.mark.parametrize("page", ["docs/memory.md", "docs/method.md"])
+def test_other_code_on_pages_runs(page: str) -> None:
+    for code in python_blocks(ROOT / page):
+        exec(compile(code, page, "exec"), {})
+
+
 def test_the_guide_s_loss_runs_as_an_objective() -> None:
     from fsd_fast.losses import Signals
 

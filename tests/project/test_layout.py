@@ -1,6 +1,7 @@
 """The arrows between the packages, and what importing them brings in."""
 
 import ast
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -68,7 +69,8 @@ def test_the_walk_sees_every_way_to_import(tmp_path, monkeypatch):
 def test_every_op_has_its_rooms():
     for op in OPS:
         folder = KERNELS / "fsd_kernels" / op
-        assert {"__init__.py", "reference.py", "eager.py"} <= {path.name for path in folder.iterdir()}
+        rooms = {"__init__.py", "api.py", "reference.py", "eager.py", "triton.py"}
+        assert rooms <= {path.name for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("path", ENGINE_FILES, ids=_name)
@@ -96,10 +98,10 @@ def test_distillation_knows_nothing_of_triton(path):
     assert not any(name.startswith("fsd_kernels") and "triton" in name for name in imports(path))
 
 
-# A room imports from rooms to its right alone.
+# A room, a package or module right under fsd_fast, imports from rooms to its right alone.
 ROOMS = (
-    "cli commands training memory models losses cache clustering metrics data "
-    "distributed shutdown files sections untrusted versions"
+    "cli commands sweep training memory models losses cache clustering metrics data distributed shutdown files "
+    "sections untrusted versions"
 )
 
 
@@ -120,6 +122,15 @@ def test_rooms_import_one_way(path):
     assert _room(name) in order, "a new room has no place in the order yet"
     later = order[order.index(_room(name)) :]
     assert _rooms_imported(path) <= set(later)
+
+
+def test_the_guide_has_the_rooms_and_their_order():
+    text = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    order = re.search(r"to its right alone:\n\n```\n(.*?)```", text, re.DOTALL)
+    assert order is not None
+    assert order[1].split() == ROOMS.split()
+    layout = set(re.findall(r"^fsd_fast/(\w+)(?:/|\.py)  ", text, re.MULTILINE))
+    assert layout == set(ROOMS.split())
 
 
 def test_every_room_exists():

@@ -4,14 +4,15 @@
     Z = [m_1 - mu_m, ..., m_K - mu_m, mu_m,  h_1 - mu_h, ..., h_B - mu_h, mu_h - mu_m],   Gamma = Z Z^T
     d[memory; features] = T^T (dGamma + dGamma^T) Z        with the constant T that takes [memory; features] to Z
 
-Rows of a tile are rows of Z: memory, features and both means are put together on chip, centred in float32 and
-then rounded for the dot; the inputs are never concatenated. With N <= 192 rows a program of ``_gram_fwd_kernel`` holds
-all of them for its part of F and reads each input once. Above, ``_gram_mean_kernel`` computes the means first, and a
-program of ``_gram_tile_kernel`` one tile of the triangle: the inputs are read twice from memory and more often from the
-cache, which takes a third of the time of holding six tiles and their sums on chip (docs/gpu.md). Parts of F are
-summed by ``_gram_sum_kernel`` in a fixed order, in float64, which also mirrors the triangle.
-Backward: ``_gram_rows_kernel`` forms T^T (dGamma + dGamma^T) once, then ``_gram_bwd_kernel``, or the means and
-``_gram_bwd_tile_kernel``, multiply it with Z slice by slice, straight into the gradients.
+The rows of a tile are rows of Z: memory, features and both means are put together on chip, centred in float32 and then
+rounded for the dot. The inputs are never concatenated. With N <= 192 rows a program of ``_gram_fwd_kernel`` holds all
+rows of its part of F and reads each input once. With more rows ``_gram_mean_kernel`` computes the means first, and a
+program of ``_gram_tile_kernel`` computes one tile of the triangle. The inputs are then read twice from memory and more
+often from the cache, which takes a third of the time of holding six tiles and their sums on chip (docs/gpu.md).
+``_gram_sum_kernel`` sums the parts of F in a fixed order, in float64, and mirrors the triangle.
+
+Backward: ``_gram_rows_kernel`` forms A = T^T (dGamma + dGamma^T) once. ``_gram_bwd_kernel``, or ``_gram_mean_kernel``
+and ``_gram_bwd_tile_kernel``, multiply it with Z slice by slice, straight into the gradients.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from fsd_kernels._triton import (
     dot_type,
     kernel_dot_type,
     launch_guard,
+    neighbours,
     next_power_of_2,
     operand,
     pick,
@@ -40,14 +42,13 @@ from fsd_kernels._triton import (
     triton_type,
 )
 
-# Rows of Z that one program of the fused kernels holds at most, in up to three tiles.
+# Maximum rows of Z that one program of the fused kernels holds, in up to three tiles.
 _FUSED_ROWS = 192
 
-# Entries of Gamma of which a program sums the parts.
+# Entries of Gamma per program of the sum over parts.
 _SUMMED = 128
-# Columns of a part of F in IEEE float32, at most.
+# Maximum columns of a part of F in IEEE float32.
 _CHAIN = 384
-
 
 # Sizes that take any value without another compilation. Widths and strides are specialised: they align loads.
 _SIZES = ("K", "B", "head", "N", "token", "parts")
@@ -61,7 +62,7 @@ class Config(NamedTuple):
     last: int
     """Rows of the last tile of a program that holds all rows."""
     tiles: int
-    """Tiles of a program that holds all rows; 0 if programs hold one tile of Gamma, or of the gradient, each."""
+    """Tiles of a program that holds all rows; 0 if each program holds one tile of Gamma, or of the gradient."""
     inner: int
     """Backward by tiles: rows of Z that are multiplied at a time."""
     panel: int
@@ -79,7 +80,7 @@ def _load_tile(
 ):  # fmt: skip
     """Rows of [memory; -; features; -] in float32, 0 in the rows of the means, in dropped tokens and outside.
 
-    ``inputs`` are the addresses and strides of memory, features and mask, ``sizes`` what ``_Rows.sizes`` holds.
+    ``inputs`` are the addresses and strides of memory, features and mask, ``sizes`` what ``_Stack.sizes`` holds.
     """
     memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf, mask_ptr, stride_kb, stride_ks = (
         inputs
@@ -114,10 +115,10 @@ def _load_tile(
 def _kept(
     mask_ptr, stride_kb, stride_ks, samples, exists, start, columns, features_width, token, ONE_TOKEN: tl.constexpr
 ):  # fmt: skip
-    """Which entries belong to tokens the mask keeps. ONE_TOKEN: all columns belong to one token."""
+    """True for entries of tokens that the mask keeps. ONE_TOKEN: all columns belong to one token."""
     row_ptr = mask_ptr + samples.to(tl.int64) * stride_kb
     if ONE_TOKEN:
-        # Past the end of the features any position will do: nothing is read there.
+        # Past the end of the features no value is read, so any position will do.
         position = tl.minimum(start // token, features_width // token - 1)
         kept = (tl.load(row_ptr + position * stride_ks, mask=exists, other=0) != 0)[:, None]
     else:
@@ -129,7 +130,7 @@ def _kept(
 
 @triton.jit
 def _sums(x, rows, K, MEMORY: tl.constexpr, FEATURES: tl.constexpr):
-    """Sums over the memory's rows and over the features' rows of a tile; one that has none of either is not summed."""
+    """Sums over the memory's rows and over the features' rows of a tile. MEMORY, FEATURES: it holds such rows."""
     if not FEATURES:
         sums_m = tl.sum(x, axis=0)
         sums_h = tl.zeros_like(sums_m)
@@ -158,17 +159,17 @@ def _centre(x, mean_m, mean_h, rows, sizes, DOT_TYPE: tl.constexpr, PRECISION: t
 
 
 @triton.jit
-def _store_lower(partial_ptr, gram, rows, columns, N, head, KNOWN: tl.constexpr):
-    """Store a tile's entries on and below the diagonal, without the memory's own block where that is known."""
+def _store_lower(partial_ptr, gram, rows, columns, N, head, HAS_MEMORY_GRAM: tl.constexpr):
+    """Store a tile's entries on and below the diagonal, without the memory's own block if that is given."""
     lower = (rows < N)[:, None] & (columns[None, :] <= rows[:, None])
-    if KNOWN:
+    if HAS_MEMORY_GRAM:
         lower = lower & ((rows >= head)[:, None] | (columns >= head)[None, :])
     tl.store(partial_ptr + rows[:, None] * N + columns[None, :], gram, mask=lower)
 
 
 @triton.constexpr_function
 def _tile_size(t, tiles, block, last):
-    """Rows of tile t of ``tiles``, all of ``block`` rows but the last of ``last``."""
+    """Rows of tile t: ``last`` in the last one, else ``block``."""
     return last if t == tiles - 1 else block
 
 
@@ -222,7 +223,7 @@ def _gram_fwd_kernel(
     memory_ptr, features_ptr, mask_ptr, partial_ptr,
     stride_mk, stride_mf, stride_hb, stride_hf, stride_kb, stride_ks,
     K, B, head, N, memory_width, features_width, token, part_f,
-    HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr, KNOWN: tl.constexpr, FIRST: tl.constexpr,
+    HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr, HAS_MEMORY_GRAM: tl.constexpr, FIRST: tl.constexpr,
     TILES: tl.constexpr, MEMORY_TILES: tl.constexpr, FIRST_FEATURES: tl.constexpr,
     DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, LAST: tl.constexpr, BLOCK_F: tl.constexpr,
@@ -259,7 +260,7 @@ def _gram_fwd_kernel(
     for p in tl.static_range(len(PAIRS)):
         rows = _tile_rows(PAIRS[p][0], TILES, BLOCK, LAST)
         columns = _tile_rows(PAIRS[p][1], TILES, BLOCK, LAST)
-        _store_lower(partial_ptr, tl.trans(grams[p]), rows, columns, N, head, KNOWN)
+        _store_lower(partial_ptr, tl.trans(grams[p]), rows, columns, N, head, HAS_MEMORY_GRAM)
 
 
 @triton.jit
@@ -314,7 +315,7 @@ def _gram_tile_kernel(
     memory_ptr, features_ptr, mask_ptr, mean_ptr, partial_ptr,
     stride_mk, stride_mf, stride_hb, stride_hf, stride_kb, stride_ks,
     K, B, head, N, memory_width, features_width, token, part_f,
-    HAS_MEMORY: tl.constexpr, HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr, KNOWN: tl.constexpr,
+    HAS_MEMORY: tl.constexpr, HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr, HAS_MEMORY_GRAM: tl.constexpr,
     DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """One program per (lower-triangle tile, part of F): that tile of Gamma over that part."""
@@ -332,8 +333,8 @@ def _gram_tile_kernel(
     rows_j = block_j * BLOCK_N + tl.arange(0, BLOCK_N)
     first = part * part_f
     last = tl.minimum(first + part_f, tl.maximum(memory_width, features_width))
-    if KNOWN:
-        # Nothing to do for a tile within the memory's own block.
+    if HAS_MEMORY_GRAM:
+        # A tile within the memory's own block is not computed.
         last = tl.where((block_i + 1) * BLOCK_N <= head, first, last)
     gram = tl.zeros((BLOCK_N, BLOCK_N), dtype=tl.float32)
     for start in range(first, last, BLOCK_F):
@@ -345,24 +346,24 @@ def _gram_tile_kernel(
         z_j = _centre(z_j, mean_m, mean_h, rows_j, sizes, DOT_TYPE, PRECISION)
         gram = tl.dot(z_i, tl.trans(z_j), gram, input_precision=PRECISION)
     partial_ptr += part.to(tl.int64) * N * N
-    _store_lower(partial_ptr, gram, rows_i, rows_j, N, head, KNOWN)
+    _store_lower(partial_ptr, gram, rows_i, rows_j, N, head, HAS_MEMORY_GRAM)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _gram_sum_kernel(
-    partial_ptr, known_ptr, gram_ptr, stride_nr, stride_nc, N, head, parts,
-    KNOWN: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    partial_ptr, memory_gram_ptr, gram_ptr, stride_nr, stride_nc, N, head, parts,
+    HAS_MEMORY_GRAM: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK entries of Gamma: sum the parts, PARTS at a time, write the entries and their mirror image.
 
-    In float64: near CKA = 1 the losses live in the last bits of Gamma.
+    Sums are float64, because the losses near CKA = 1 depend on the last bits of Gamma.
     """
     entries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     rows, columns = entries // N, entries % N
     lower = (rows < N) & (columns <= rows)
     read = lower
-    if KNOWN:
-        own = (rows < head) & (columns < head)
+    if HAS_MEMORY_GRAM:
+        in_block = (rows < head) & (columns < head)
         read = lower & ((rows >= head) | (columns >= head))
     total = tl.zeros((BLOCK,), dtype=tl.float64)
     for first in range(0, parts, PARTS):
@@ -371,9 +372,11 @@ def _gram_sum_kernel(
         share = tl.load(pointers, mask=(some < parts)[:, None] & read[None, :], other=0.0)
         total += tl.sum(share.to(tl.float64), axis=0)
     gram = total.to(tl.float32)
-    if KNOWN:
-        known = tl.load(known_ptr + rows * stride_nr + columns * stride_nc, mask=own & lower, other=0.0)
-        gram = tl.where(own, known.to(tl.float32), gram)
+    if HAS_MEMORY_GRAM:
+        memory_gram = tl.load(
+            memory_gram_ptr + rows * stride_nr + columns * stride_nc, mask=in_block & lower, other=0.0
+        )
+        gram = tl.where(in_block, memory_gram.to(tl.float32), gram)
     tl.store(gram_ptr + entries, gram, mask=lower)
     tl.store(gram_ptr + columns * N + rows, gram, mask=lower & (columns < rows))
 
@@ -390,10 +393,10 @@ def _symmetric_tile(d_gram_ptr, stride_dr, stride_dc, rows, columns, inside):
 def _gram_rows_kernel(
     d_gram_ptr, a_ptr, stride_dr, stride_dc, K, B, head, N, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One program per (tile of rows, tile of columns) of A = T^T (dGamma + dGamma^T), [N, N]; means' rows are 0.
+    """One program per (tile of rows, tile of columns) of A = T^T (dGamma + dGamma^T), [N, N]; rows of means are 0.
 
-    A row of a block is its own row of the sum, less the block's mean row, plus the row of the mean divided by n; the
-    last row of Z, mu_h - mu_m, counts against the memory's rows.
+    A row of the memory or of the features is its row of dGamma + dGamma^T, less the mean of all such rows, plus the row
+    of their mean divided by their number. The last row of Z, mu_h - mu_m, counts with a minus for the memory's rows.
     """
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -403,7 +406,7 @@ def _gram_rows_kernel(
         others = start + tl.arange(0, BLOCK)
         inside = (others < N)[:, None] & (columns < N)[None, :]
         tile = _symmetric_tile(d_gram_ptr, stride_dr, stride_dc, others, columns, inside)
-        # The row of a mean counts against the rows it is the mean of.
+        # The row of a mean enters the shift of its rows with a minus.
         signed = tl.where(((others == head - 1) | (others == N - 1))[:, None], -tile, tile)
         in_memory = (others < head)[:, None]
         last = (others == N - 1)[:, None]
@@ -420,10 +423,10 @@ def _gram_rows_kernel(
 
 @triton.jit
 def _load_scaled(a_ptr, rows, columns, N, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """Split a tile of A into (rows over their largest entry, in the dot's type; these entries).
+    """Split a tile of A into (rows divided by their largest entry, in the dot's type; these largest entries).
 
-    Entries of A underflow in float16. And a product that is scaled before it is added keeps the compiler from
-    chaining two dots into one accumulator, which some targets get wrong.
+    Entries of A would underflow in float16. Scaling a product before it is added also keeps the compiler from chaining
+    two dots into one accumulator, which some targets get wrong.
     """
     inside = (rows < N)[:, None] & (columns < N)[None, :]
     a = tl.load(a_ptr + rows[:, None] * N + columns[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -437,7 +440,7 @@ def _store_gradient(
     outputs, inputs, sizes, d_z, rows, start, columns,
     NEED_MEMORY: tl.constexpr, NEED_FEATURES: tl.constexpr, HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr,
 ):  # fmt: skip
-    """Write the memory's and the features' rows of a tile to their own gradients; dropped tokens get 0."""
+    """Write the memory's and the features' rows of a tile to their gradients; dropped tokens get 0."""
     d_memory_ptr, stride_dk, stride_df, d_features_ptr, stride_gb, stride_gf = outputs
     _, _, _, _, _, _, mask_ptr, stride_kb, stride_ks = inputs
     K, B, head, _, memory_width, features_width, token = sizes
@@ -478,10 +481,10 @@ def _gram_bwd_kernel(
     DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, LAST: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """One program per (panel of rows, part of F): its rows of A Z; they are read once and stay on chip.
+    """One program per (panel of rows, part of F): its rows of A Z. The panel of A is read once and stays on chip.
 
-    A panel is PANEL tiles of rows of A, all of them where they fit. A program reads all rows of Z over its part;
-    programs of one part are launched side by side, as in the forward.
+    A panel is PANEL tiles of rows of A, all tiles if they fit. A program reads all rows of Z over its part; programs of
+    one part are launched side by side.
     """
     inputs = (
         memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf, mask_ptr, stride_kb, stride_ks,
@@ -491,11 +494,11 @@ def _gram_bwd_kernel(
     first = tl.program_id(1) * part_f
     last = tl.minimum(first + part_f, tl.maximum(memory_width, features_width))
     top = tl.program_id(0) * PANEL * BLOCK
-    OWN_LAST: tl.constexpr = LAST if PANEL == TILES else BLOCK
+    PANEL_LAST: tl.constexpr = LAST if PANEL == TILES else BLOCK
     tiles_of_a = ()
     scales = ()
     for p in tl.static_range(PANEL * TILES):
-        rows = top + _tile_rows(p // TILES, PANEL, BLOCK, OWN_LAST)
+        rows = top + _tile_rows(p // TILES, PANEL, BLOCK, PANEL_LAST)
         others = _tile_rows(p % TILES, TILES, BLOCK, LAST)
         a, scale = _load_scaled(a_ptr, rows, others, N, DOT_TYPE, PRECISION)
         tiles_of_a += (a,)
@@ -512,7 +515,7 @@ def _gram_bwd_kernel(
                 product = tl.dot(tiles_of_a[i * TILES + j], z[j], input_precision=PRECISION)
                 d_z += product * scales[i * TILES + j]
             _store_gradient(
-                outputs, inputs, sizes, d_z, top + _tile_rows(i, PANEL, BLOCK, OWN_LAST), start, columns,
+                outputs, inputs, sizes, d_z, top + _tile_rows(i, PANEL, BLOCK, PANEL_LAST), start, columns,
                 NEED_MEMORY and (PANEL < TILES or i < MEMORY_TILES),
                 NEED_FEATURES and (PANEL < TILES or i >= FIRST_FEATURES), HAS_MASK, ONE_TOKEN,
             )  # fmt: skip
@@ -556,7 +559,7 @@ def _gram_bwd_tile_kernel(
 
 
 def _tiles(total: int) -> tuple[int, int, int]:
-    """(rows of a tile, rows of the last one, tiles) of a program for N = ``total`` rows; no tiles: too many rows."""
+    """(rows of a tile, rows of the last tile, tiles) of a program that holds N = ``total`` rows; 0 tiles: too many."""
     if total > _FUSED_ROWS:
         return 128, 128, 0
     block = 64 if total > 64 else 32 if total > 32 else MIN_TILE
@@ -564,41 +567,42 @@ def _tiles(total: int) -> tuple[int, int, int]:
     return block, max(MIN_TILE, next_power_of_2(total - (tiles - 1) * block)), tiles
 
 
-def held_tiles(config: Config, known: int) -> list[tuple[int, int]]:
+def held_tiles(config: Config, skipped: int) -> list[tuple[int, int]]:
     """Sizes of the tiles of Gamma that a program of the fused forward holds."""
     sizes = [config.block] * (config.tiles - 1) + [config.last]
-    return [(sizes[i], sizes[j]) for i, j in _pairs(config.tiles, known // config.block)]
+    return [(sizes[i], sizes[j]) for i, j in _pairs(config.tiles, skipped // config.block)]
 
 
 def forward_config(
-    total: int, width: int, dtype: torch.dtype, precision: str, target: Target, known: int = 0
+    total: int, width: int, dtype: torch.dtype, precision: str, target: Target, skipped: int = 0
 ) -> Config:
     """Configuration of the forward for N = ``total`` rows and F = ``width``.
 
-    ``dtype`` is that of the dot; the block of the first ``known`` rows is not computed.
+    ``dtype`` is that of the dot; the block of the first ``skipped`` rows is given and not computed.
     """
     block, last, tiles = _tiles(total)
     ieee = precision == "ieee" and dtype == torch.float32
     small = small_shared_memory(target)
     num_stages = 2 if small or ieee else 3
     programs = 1 if tiles else cdiv(total, block) * (cdiv(total, block) + 1) // 2
-    # A tile of 128 rows twice, beside its Gram, leaves registers for 32 columns.
+    # Two tiles of 128 rows and their Gram matrix leave registers for 32 columns.
     block_f = 64 if dtype != torch.float32 and tiles else 32
     num_warps = 8 if ieee or block >= 64 else 4
-    # Operands of a product in registers, next to the accumulators: in sm_80's mma.sync, sm_100's for the small tile.
+    # Targets that hold the operands of a product in registers, next to the accumulators: sm_80's mma.sync, and sm_100
+    # for the small tile.
     crowded = tiles >= 2 and target.arch == 100 and dtype != torch.float32
     crowded = crowded or (target.arch == 80 and (tiles >= 3 or (not tiles and dtype == torch.float32)))
     if small or ieee or crowded:
         block_f //= 2
     elif target.arch == 90:
-        # Measured. Fewer warps wait less for each other at the sums over rows.
+        # Measured: with fewer warps less time goes into waiting at the sums over rows.
         block_f, num_warps = 64, 4 if tiles else 8
-    # Every part writes its entries in float32, which are read again: writing at most a fifth of what is read, and half
-    # of that where a known block leaves few entries and so allows many parts.
-    affordable = total * width * dtype.itemsize // ((10 if known else 5) * 2 * (total**2 - known**2))
+    # Every part writes its entries in float32, and they are read again: at most a fifth of the bytes of the inputs, a
+    # tenth if a given block leaves few entries and so would allow many parts.
+    affordable = total * width * dtype.itemsize // ((10 if skipped else 5) * 2 * (total**2 - skipped**2))
     parts = min(target.multiprocessors // programs, affordable)
     if ieee:
-        # A part is added up product by product: the shorter, the less is lost. Arithmetic is what limits here.
+        # A part is summed product by product, so short parts lose less. Arithmetic is the limit here, not memory.
         parts = max(parts, cdiv(width, _CHAIN))
     parts = max(1, min(parts, cdiv(width, block_f)))
     return Config(block, last, tiles, 0, tiles, block_f, parts, num_warps, num_stages)
@@ -607,12 +611,12 @@ def forward_config(
 def backward_config(
     total: int, width: int, dtype: torch.dtype, precision: str, target: Target, masked: bool = False
 ) -> Config:
-    """Configuration of the backward; parts count only where one program holds all rows."""
+    """Configuration of the backward; ``parts`` matters only if one program holds all rows."""
     block, last, tiles = _tiles(total)
     ieee = precision == "ieee" and dtype == torch.float32
     small = small_shared_memory(target)
     if not tiles or (ieee and total > 64):
-        # A tile is cut as for any product; without tensor cores its operands pass through registers.
+        # Tiles as for any product; without tensor cores their operands pass through registers.
         block, inner = (64, 16) if ieee else (64, 32) if small else (128, 32)
         block_f, num_warps, num_stages = 64, 8, 2 if small or ieee else 3
         if target.arch == 90 and not ieee:
@@ -624,10 +628,10 @@ def backward_config(
         block_f //= 2
     panel = tiles
     if tiles > 1 and (small or (dtype == torch.float32 and masked and tiles == 3)):
-        # All of A stays on chip only with much shared memory and, in float32, no mask to carry along.
+        # All of A stays on chip only with much shared memory and, for three tiles in float32, without a mask.
         panel, block_f, num_stages = 1, 16 if dtype == torch.float32 else 32, 1
-    # Every part reads A: at most an eighth of reading the rows and writing their gradients; in float16, whose A is
-    # float32, a fourteenth.
+    # Every part reads A: at most an eighth of the bytes of rows and gradients, a fourteenth for float16, whose A is
+    # float32.
     a_size, share = (2 if dtype == torch.bfloat16 else 4), (14 if dtype == torch.float16 else 8)
     affordable = 2 * width * dtype.itemsize // (share * a_size * total)
     parts = max(1, min(cdiv(target.multiprocessors, cdiv(tiles, panel)), affordable, cdiv(width, block_f)))
@@ -636,24 +640,12 @@ def backward_config(
 
 
 def small_block(total: int) -> int:
-    """Rows of a tile in the kernels over [N, N]: enough tiles for a GPU, few enough for many rows."""
+    """Rows of a tile in the kernels over [N, N]: small enough to fill a GPU, large enough for many rows."""
     return 64 if total > 192 else 32
 
 
-def _neighbours(config: Config, token: int) -> list[Config]:
-    """The configuration and others with the same parts: what FSD_AUTOTUNE=1 times."""
-    configs = [config]
-    for block_f in (config.block_f // 2, config.block_f, config.block_f * 2):
-        for num_warps in (4, 8):
-            for num_stages in (2, 3, 4):
-                other = config._replace(block_f=block_f, num_warps=num_warps, num_stages=num_stages)
-                if block_f >= MIN_TILE and other != config:
-                    configs.append(other)
-    return configs
-
-
-class _Rows(NamedTuple):
-    """What every kernel is told about the stacked rows."""
+class _Stack(NamedTuple):
+    """The arguments of every kernel that reads the stacked rows."""
 
     pointers: tuple[Tensor, ...]
     strides: tuple[int, ...]
@@ -665,7 +657,7 @@ class _Rows(NamedTuple):
     meta: dict[str, Any]
 
     def tiles(self, config: Config) -> dict[str, Any]:
-        """The tiles of a kernel that holds all of them: which hold memory and from which on they hold features."""
+        """Arguments of a kernel that holds all tiles: how many hold memory, and the first that holds features."""
         num_centroid, _, head = self.sizes[:3]
         return {
             "TILES": config.tiles,
@@ -676,7 +668,7 @@ class _Rows(NamedTuple):
         }
 
     def means(self) -> Tensor:
-        """[2, F]: the means of the memory's and of the features' rows, which programs of a tile do not all read."""
+        """The means of the memory's and of the features' rows, [2, F], for programs that do not read all rows."""
         features = self.pointers[1]
         mean = torch.empty((2, self.width), dtype=torch.float32, device=features.device)
         # 512 bytes of a row.
@@ -688,7 +680,7 @@ class _Rows(NamedTuple):
         )  # fmt: skip
         return mean
 
-    def launch(self, config: Config) -> dict[str, Any]:
+    def options(self, config: Config) -> dict[str, Any]:
         """Compile-time arguments and launch options."""
         return {
             **self.meta,
@@ -701,26 +693,27 @@ class _Rows(NamedTuple):
         }
 
 
-def _stacked(features: Tensor, memory: Tensor | None, mask: Tensor | None) -> _Rows:
+def _stacked(features: Tensor, memory: Tensor | None, mask: Tensor | None) -> _Stack:
     triton_type("features", features.dtype)
-    batch, own = features.shape
-    mask = mask if own else None
-    num_centroid, width, head = 0, own, 0
+    batch, features_width = features.shape
+    mask = mask if features_width else None
+    num_centroid, width, head = 0, features_width, 0
     if memory is not None:
         triton_type("memory", memory.dtype)
         num_centroid, width = memory.shape
         head = num_centroid + 1
-    token = own // mask.shape[1] if mask is not None else 1
-    rows = features if memory is None else memory
-    kept = features if mask is None else mask.view(torch.uint8)
-    return _Rows(
-        pointers=(rows, features, kept),
-        strides=(*rows.stride(), *features.stride(), *kept.stride()),
-        sizes=(num_centroid, batch, head, head + batch + 1, 0 if memory is None else width, own, token),
-        total=head + batch + 1,
-        width=max(width, own),
+    total = head + batch + 1
+    token = features_width // mask.shape[1] if mask is not None else 1
+    memory_rows = features if memory is None else memory
+    mask_bytes = features if mask is None else mask.view(torch.uint8)
+    return _Stack(
+        pointers=(memory_rows, features, mask_bytes),
+        strides=(*memory_rows.stride(), *features.stride(), *mask_bytes.stride()),
+        sizes=(num_centroid, batch, head, total, 0 if memory is None else width, features_width, token),
+        total=total,
+        width=max(width, features_width),
         token=token,
-        dot=dot_type(features.dtype, rows.dtype),
+        dot=dot_type(features.dtype, memory_rows.dtype),
         meta={"HAS_MASK": mask is not None, "PRECISION": dot_precision()},
     )
 
@@ -728,48 +721,48 @@ def _stacked(features: Tensor, memory: Tensor | None, mask: Tensor | None) -> _R
 def forward(
     features: Tensor, memory: Tensor | None, memory_gram: Tensor | None, mask: Tensor | None
 ) -> Tensor:
-    """Gamma of features [B, F] and memory [K, F'] or None, whose own block may be known already; float32.
+    """Gamma, float32, of features [B, F] and memory [K, F'] or None; ``memory_gram``: the memory's own block.
 
     Raises:
         TypeError: Features or memory are not float16, bfloat16 or float32.
     """
-    rows = _stacked(features, memory, mask)
-    total = rows.total
+    stack = _stacked(features, memory, mask)
+    total = stack.total
     gram = torch.empty((total, total), dtype=torch.float32, device=features.device)
-    if rows.width == 0:
+    if stack.width == 0:
         return gram.zero_()
     target = target_of(features.device)
-    known = memory_gram is not None
-    own = rows.sizes[2] if known else 0
-    default = forward_config(total, rows.width, rows.dot, rows.meta["PRECISION"], target, own)
+    has_memory_gram = memory_gram is not None
+    skipped = stack.sizes[2] if has_memory_gram else 0
+    default = forward_config(total, stack.width, stack.dot, stack.meta["PRECISION"], target, skipped)
     # Parts begin where slices of every configuration do, and where tokens do if a slice is within one.
-    part_f = cdiv(cdiv(rows.width, default.parts), 2 * default.block_f) * 2 * default.block_f
-    parts = cdiv(rows.width, part_f)
+    part_f = cdiv(cdiv(stack.width, default.parts), 2 * default.block_f) * 2 * default.block_f
+    parts = cdiv(stack.width, part_f)
     partial = torch.empty((parts, total, total), dtype=torch.float32, device=features.device)
 
     def launch(config: Config) -> None:
-        sizes = (*rows.strides, *rows.sizes, part_f)
-        meta = {**rows.launch(config), "KNOWN": known}
+        sizes = (*stack.strides, *stack.sizes, part_f)
+        meta = {**stack.options(config), "HAS_MEMORY_GRAM": has_memory_gram}
         if config.tiles:
-            tiles = rows.tiles(config)
+            tiles = stack.tiles(config)
             _gram_fwd_kernel[(parts,)](
-                *rows.pointers, partial, *sizes, FIRST=own // config.block, **tiles, **meta
+                *stack.pointers, partial, *sizes, FIRST=skipped // config.block, **tiles, **meta
             )
         else:
             blocks = cdiv(total, config.block)
             _gram_tile_kernel[(blocks * (blocks + 1) // 2, parts)](
-                *rows.pointers, rows.means(), partial, *sizes,
+                *stack.pointers, stack.means(), partial, *sizes,
                 HAS_MEMORY=memory is not None, BLOCK_N=config.block, **meta,
             )  # fmt: skip
 
     with launch_guard(features):
-        key = ("gram_fwd", target, rows.meta["PRECISION"], rows.dot, total, default)
-        launch(pick(key, _neighbours(default, rows.token), launch))
-        # One from "eager" is float64.
-        given = gram if memory_gram is None else memory_gram.to(gram.dtype)
+        key = ("gram_fwd", target, stack.meta["PRECISION"], stack.dot, total, default)
+        launch(pick(key, neighbours(default, "block_f"), launch))
+        # A block from "eager" is float64.
+        block = gram if memory_gram is None else memory_gram.to(gram.dtype)
         _gram_sum_kernel[(cdiv(total**2, _SUMMED),)](
-            partial, given, gram, *given.stride(), total, rows.sizes[2], parts,
-            KNOWN=known, PARTS=16, BLOCK=_SUMMED, num_warps=4, **LAUNCH_OPTIONS,
+            partial, block, gram, *block.stride(), total, stack.sizes[2], parts,
+            HAS_MEMORY_GRAM=has_memory_gram, PARTS=16, BLOCK=_SUMMED, num_warps=4, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return gram
 
@@ -777,39 +770,39 @@ def forward(
 def backward(
     features: Tensor, memory: Tensor | None, mask: Tensor | None, d_gram: Tensor, needs: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
-    """Return (d features, d memory); one that is not needed is empty.
+    """Return (d features, d memory); one that is not needed has no elements.
 
     Raises:
         TypeError: Features or memory are not float16, bfloat16 or float32.
     """
-    rows = _stacked(features, memory, mask)
-    total = rows.total
+    stack = _stacked(features, memory, mask)
+    total = stack.total
     need_features, need_memory = needs[0], needs[1] and memory is not None
     d_features = torch.empty_like(features) if need_features else features.new_empty(0)
     d_memory = torch.empty_like(memory) if memory is not None and need_memory else features.new_empty(0)
-    if rows.width == 0 or not (need_features or need_memory):
+    if stack.width == 0 or not (need_features or need_memory):
         return d_features, d_memory
     target = target_of(features.device)
-    a_type = torch.bfloat16 if rows.dot == torch.bfloat16 else torch.float32
+    a_type = torch.bfloat16 if stack.dot == torch.bfloat16 else torch.float32
     a = torch.empty((total, total), dtype=a_type, device=features.device)
     default = backward_config(
-        total, rows.width, rows.dot, rows.meta["PRECISION"], target, masked=mask is not None
+        total, stack.width, stack.dot, stack.meta["PRECISION"], target, masked=mask is not None
     )
     outputs = (d_memory if need_memory else a, d_features if need_features else a)
     strides = tuple(stride for output in outputs for stride in output.stride())
 
     def launch(config: Config) -> None:
-        sizes = (*rows.strides, *strides, *rows.sizes)
-        meta = {**rows.launch(config), "NEED_MEMORY": need_memory, "NEED_FEATURES": need_features}
+        sizes = (*stack.strides, *strides, *stack.sizes)
+        meta = {**stack.options(config), "NEED_MEMORY": need_memory, "NEED_FEATURES": need_features}
         if config.tiles:
-            part_f = cdiv(cdiv(rows.width, config.parts), config.block_f) * config.block_f
-            _gram_bwd_kernel[(cdiv(config.tiles, config.panel), cdiv(rows.width, part_f))](
-                *rows.pointers, a, *outputs, *sizes, part_f, PANEL=config.panel, **rows.tiles(config), **meta
-            )
+            part_f = cdiv(cdiv(stack.width, config.parts), config.block_f) * config.block_f
+            _gram_bwd_kernel[(cdiv(config.tiles, config.panel), cdiv(stack.width, part_f))](
+                *stack.pointers, a, *outputs, *sizes, part_f, PANEL=config.panel, **stack.tiles(config), **meta
+            )  # fmt: skip
         else:
-            grid = (cdiv(total, config.block), cdiv(rows.width, config.block_f))
+            grid = (cdiv(total, config.block), cdiv(stack.width, config.block_f))
             _gram_bwd_tile_kernel[grid](
-                *rows.pointers, rows.means(), a, *outputs, *sizes,
+                *stack.pointers, stack.means(), a, *outputs, *sizes,
                 HAS_MEMORY=memory is not None, BLOCK_N=config.block, INNER=config.inner, **meta,
             )  # fmt: skip
 
@@ -817,8 +810,8 @@ def backward(
         block = small_block(total)
         tiles = cdiv(total, block)
         _gram_rows_kernel[(tiles, tiles)](
-            d_gram, a, *d_gram.stride(), *rows.sizes[:4], BLOCK=block, num_warps=block // 8, **LAUNCH_OPTIONS
+            d_gram, a, *d_gram.stride(), *stack.sizes[:4], BLOCK=block, num_warps=block // 8, **LAUNCH_OPTIONS
         )
-        key = ("gram_bwd", target, rows.meta["PRECISION"], rows.dot, total, default)
-        launch(pick(key, _neighbours(default, rows.token), launch))
+        key = ("gram_bwd", target, stack.meta["PRECISION"], stack.dot, total, default)
+        launch(pick(key, neighbours(default, "block_f"), launch))
     return d_features, d_memory

@@ -6,7 +6,7 @@ For one sample with W tokens, X [W, D_t] of the teacher and Y [W, D_s] of the st
     HSIC(K, L) = tr(K_c L_c) / (W - 1)^2
     CKA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))
 
-Gradients come from autograd. Rows that the mask drops are cut out before anything is computed.
+Gradients come from autograd. Rows that the mask drops are removed first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# CKA of linear kernels is >= 0, and 0 where two structures share nothing: -log keeps a floor under it.
+# Linear CKA is at least 0, and 0 if two structures share nothing: -log needs a floor under it.
 CKA_FLOOR = 1e-8
 
 
@@ -36,7 +36,7 @@ def hsic(gram_x: Tensor, gram_y: Tensor) -> Tensor:
 
 
 def has_structure(features: Tensor) -> bool:
-    """Whether rows differ at all: at least two, and not constant up to rounding."""
+    """True for at least two rows that are not equal up to rounding."""
     rows = features.shape[0]
     if rows < 2 or features.shape[1] == 0:
         return False
@@ -47,14 +47,14 @@ def has_structure(features: Tensor) -> bool:
 
 
 def overflows(features: Tensor) -> bool:
-    """Whether rows hold NaN or infinity, or their fourth powers overflow: what is computed of them is NaN."""
+    """True if rows hold NaN or infinity, or their fourth powers overflow; results are NaN then."""
     return not bool(features.square().sum().square().isfinite())
 
 
 def sample_cka(student: Tensor, teacher: Tensor) -> Tensor:
     """CKA of the kept rows of one sample, student [n, D_s] and teacher [n, D_t]; 1 without structure."""
     if overflows(student) or overflows(teacher):
-        # 0 times what overflows is NaN, for the value and for every gradient.
+        # NaN for the value and for every gradient.
         return ((student * torch.nan).sum() + (teacher * torch.nan).sum()).reshape(())
     if not (has_structure(student) and has_structure(teacher)):
         return torch.ones((), dtype=student.dtype, device=student.device)

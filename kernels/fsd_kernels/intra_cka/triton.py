@@ -4,14 +4,14 @@
     A = K_c / |K_c|,  B = L_c / |L_c|,  1 - CKA = 1/2 |A - B|^2,  G = ((A - B) + (1 - CKA) B) / |L_c|
     dY = 2 c G Y_c
 
-Forward, S <= 128: ``_intra_cka_fwd_kernel``, one program per (pair, sample), each feature read once, no Gram
-written. Where S is larger, or pairs x samples are too few to fill the GPU, ``_intra_cka_tile_kernel`` computes
-lower-triangle tiles of both Grams over parts of D and ``_intra_cka_finish_kernel`` sums the parts in a fixed
-order; with S > 128 a tile does not hold all rows, so ``_intra_cka_mean_kernel`` computes the means first.
-Backward: one launch, ``_intra_cka_bwd_kernel`` (S <= 128) or ``_intra_cka_bwd_tile_kernel``.
+Forward, S <= 128: ``_intra_cka_fwd_kernel``, one program per (pair, sample). It reads each feature once and writes no
+Gram matrix. If S is larger, or pairs x samples are too few to fill the GPU, ``_intra_cka_tile_kernel`` computes
+lower-triangle tiles of both Gram matrices over parts of D, and ``_intra_cka_finish_kernel`` sums the parts in a fixed
+order. With S > 128 a tile does not hold all rows, so ``_intra_cka_mean_kernel`` computes the means first. Backward: one
+launch, ``_intra_cka_bwd_kernel`` (S <= 128) or ``_intra_cka_bwd_tile_kernel``.
 
-A tile holds rows x a slice of D. It is centred in float32 over the kept rows before it is rounded for the dot.
-The layers are separate tensors: kernels find them through a table of addresses, strides and widths.
+A tile holds rows of a slice of D. It is centred in float32 over the kept rows before it is rounded for the dot. Layers
+are separate tensors: kernels find them through a table of addresses, strides and widths.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from fsd_kernels._triton import (
     dot_precision,
     kernel_dot_type,
     launch_guard,
+    neighbours,
     next_power_of_2,
     operand,
     pick,
@@ -43,10 +44,10 @@ from fsd_kernels._triton import (
     triton_type,
 )
 
-# Rows of the largest Gram that one program holds.
+# Rows of the largest Gram matrix that one program holds.
 _WHOLE = 128
 
-# Columns of the table of layers: address, stride of samples, rows and features in elements, width.
+# Columns of the table of layers: address, strides of samples, rows and features in elements, width.
 _FIELDS = tl.constexpr(5)
 
 
@@ -79,7 +80,7 @@ def _layer(table_ptr, layer, ALIGNED: tl.constexpr, X_TYPE: tl.constexpr):
 
 @triton.jit
 def _load_rows(x_ptr, stride_xs, stride_xd, rows, kept, columns, width, ALIGNED: tl.constexpr):
-    """Load [rows, columns] in float32; dropped rows and columns past the width are 0 and never read."""
+    """Load [rows, columns] in float32. Dropped rows and columns past the width are not read: they are 0."""
     if ALIGNED:
         pointers = x_ptr + rows.to(tl.int64)[:, None] * stride_xs + columns[None, :]
     else:
@@ -89,7 +90,7 @@ def _load_rows(x_ptr, stride_xs, stride_xd, rows, kept, columns, width, ALIGNED:
 
 @triton.jit
 def _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows, S, HAS_MASK: tl.constexpr):
-    """Which of ``rows`` exist and are kept by the mask."""
+    """True for those of ``rows`` that exist and that the mask keeps."""
     kept = rows < S
     if HAS_MASK:
         flags = tl.load(
@@ -101,7 +102,7 @@ def _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows, S, HAS_MASK: tl.con
 
 @triton.jit
 def _kept_count(mask_ptr, stride_mb, stride_ms, sample, S, HAS_MASK: tl.constexpr, BLOCK_S: tl.constexpr):
-    """How many rows of a sample are kept, at least 1."""
+    """The number of kept rows of a sample, at least 1."""
     count = tl.maximum(S, 1).to(tl.float32)
     if HAS_MASK:
         counts = tl.zeros((BLOCK_S,), dtype=tl.int32)
@@ -129,7 +130,7 @@ def _centred_gram(
     DOT_TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gram [BLOCK_S, BLOCK_S] of all rows, centred, over features [first, last); and |mean|^2 over them."""
+    """Gram matrix [BLOCK_S, BLOCK_S] of all rows, centred, over features [first, last), and |mean|^2 over these."""
     gram = tl.zeros((BLOCK_S, BLOCK_S), dtype=tl.float32)
     squares = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for start in range(first, last, BLOCK_D):
@@ -144,7 +145,10 @@ def _centred_gram(
 
 @triton.jit
 def _unit(energy, mean_energy, count):
-    """Whether a Gram with trace ``energy`` has structure or is not finite; and 1 / energy, NaN or, without both, 0."""
+    """True if a Gram matrix of trace ``energy`` has structure or is not finite, and its inverse trace.
+
+    The inverse is NaN if the trace is not finite, 0 without structure.
+    """
     infinite = ~(energy + count * mean_energy < float("inf"))
     exists = (energy > count * mean_energy * ROUNDING) | infinite
     return exists, tl.where(infinite, float("nan"), tl.where(exists, 1.0 / energy, 0.0))
@@ -152,14 +156,14 @@ def _unit(energy, mean_energy, count):
 
 @triton.jit
 def _losses(delta, product, exists):
-    """(1 - CKA, -log CKA): by log1p where CKA is near 1."""
+    """(1 - CKA, -log CKA); near CKA = 1 the logarithm is log1p."""
     near = delta < 0.5
-    # log1p(-d) = log(w) * -d / (w - 1) with w = 1 - d rounded; exact to rounding, and -d where w rounds to 1.
+    # log1p(-d) = log(w) * -d / (w - 1) with w = 1 - d as rounded, or -d if w rounds to 1.
     x = tl.where(near, delta, 0.0)
     w = 1.0 - x
     small = w == 1.0
     log1p = tl.where(small, -x, tl.log(w) * (x / tl.where(small, 1.0, 1.0 - w)))
-    # tl.maximum would drop NaN.
+    # tl.maximum does not pass on NaN.
     logs = tl.where(near, -log1p, -tl.log(tl.where(product < CKA_FLOOR, CKA_FLOOR, product)))
     return tl.where(exists, delta, 0.0), tl.where(exists, logs, 0.0)
 
@@ -186,7 +190,7 @@ def _intra_cka_fwd_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per (pair, sample): both Grams, the losses and G."""
+    """One program per (pair, sample): both Gram matrices, the losses and G."""
     item = tl.program_id(0)
     layer, sample = item // B, item % B
     rows = tl.arange(0, BLOCK_S)
@@ -284,10 +288,10 @@ def _intra_cka_tile_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per (lower-triangle tile, part of D, pair and sample) of one side: its share of the Gram.
+    """One program per (lower-triangle tile, part of D, pair and sample) of one side: that tile over that part.
 
-    partial [splits, P * B, S, S] receives the lower triangle, energy [splits, P * B] the share of |mean|^2.
-    WHOLE: the tile is the whole Gram and computes the means itself.
+    The lower triangle goes to partial [splits, P * B, S, S], |mean|^2 over the part to energy [splits, P * B]. WHOLE:
+    the tile is the whole Gram matrix and computes the means itself.
     """
     tile = tl.program_id(0)
     part = tl.program_id(1)
@@ -336,7 +340,7 @@ def _intra_cka_tile_kernel(
 def _sum_parts(partial_ptr, item, items, splits: tl.constexpr, S, rows, columns, BLOCK_S: tl.constexpr):
     """Sum the parts of one lower-triangle tile in order; entries above the diagonal are 0.
 
-    Their number is known to the compiler, so that no part waits for the one before it.
+    The number of parts is a constant, so that the compiler loads all parts without waiting for the first.
     """
     total = tl.zeros((BLOCK_S, BLOCK_S), dtype=tl.float32)
     lower = (rows < S)[:, None] & (columns[None, :] <= rows[:, None])
@@ -368,7 +372,7 @@ def _intra_cka_finish_kernel(
     HAS_MASK: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """One program per (pair, sample): sum the Grams' parts, tile by tile, then the losses and G."""
+    """One program per (pair, sample): sum the parts of both Gram matrices tile by tile, then the losses and G."""
     item = tl.program_id(0)
     count = _kept_count(mask_ptr, stride_mb, stride_ms, item % B, S, HAS_MASK, BLOCK_S)
     mean_s = 0.0
@@ -397,7 +401,7 @@ def _intra_cka_finish_kernel(
     exists_t, inverse_t = _unit(tl.sum(sums_t), mean_t, count)
     exists = (exists_s & exists_t) | (inverse_s != inverse_s) | (inverse_t != inverse_t)
 
-    # The Frobenius norms. Entries below the diagonal stand for two.
+    # The Frobenius norms. An entry below the diagonal counts twice.
     sums_s = tl.zeros((BLOCK_S,), dtype=tl.float32)
     sums_t = tl.zeros((BLOCK_S,), dtype=tl.float32)
     for i in range(0, blocks):
@@ -461,7 +465,7 @@ def _intra_cka_finish_kernel(
 
 @triton.jit
 def _scaled(g, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """Split rows of G into (values of size 1 in the dot's type, row scales): entries of G underflow in float16."""
+    """Split G into (rows divided by their largest entry, in the dot's type; these entries): G underflows in float16."""
     scale = tl.max(tl.abs(g), axis=1)
     inverse = tl.where(scale > 0.0, 1.0 / scale, 0.0)
     return operand(g * inverse[:, None], DOT_TYPE, PRECISION), scale
@@ -487,7 +491,7 @@ def _intra_cka_bwd_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per (pair, sample, part of D): dY = 2 c G Y_c; G is read once and stays on chip."""
+    """One program per (pair, sample, part of D): dY = 2 c G Y_c. G is read once and stays on chip."""
     item = tl.program_id(0)
     layer, sample = item // B, item % B
     rows = tl.arange(0, BLOCK_S)
@@ -571,19 +575,19 @@ def forward_config(rows: int, items: int, dtype: torch.dtype, precision: str, ta
     block_s = max(MIN_TILE, min(_WHOLE, next_power_of_2(rows)))
     ieee = precision == "ieee" and dtype == torch.float32
     block_d = 32 if dtype == torch.float32 else 64
-    # sm_80 keeps the operands of mma.sync in registers, next to two Grams.
+    # sm_80 keeps the operands of mma.sync in registers, next to two Gram matrices.
     crowded = target.arch == 80 and block_s == _WHOLE and dtype == torch.float32
     if small_shared_memory(target) or ieee or crowded:
         block_d //= 2
-    # Without tensor cores the operands of a product pass through registers: more warps.
+    # Without tensor cores the operands of a product pass through registers, which takes more warps.
     num_warps = 8 if block_s == _WHOLE or (ieee and block_s > MIN_TILE) else 4
     num_stages = 2 if small_shared_memory(target) or ieee else 3
     blocks = cdiv(rows, block_s)
     programs = items * blocks * (blocks + 1)
-    # One program per sample where they fill the GPU. Without tensor cores two Grams of 128 x 128 leave registers for 8
-    # columns, fewer than a product takes before triton 3.8.
+    # One program per sample if these fill the GPU. Without tensor cores two Gram matrices of 128 x 128 leave registers
+    # for 8 columns, fewer than triton before 3.8 accepts in a product.
     fused = rows <= _WHOLE and items >= target.multiprocessors and not (ieee and block_s == _WHOLE)
-    # Parts of D are written and read again: where memory is what limits, as few as leave no multiprocessor idle.
+    # Parts of D are written and read again. If memory is the limit, there are just enough for the multiprocessors.
     splits = (
         0 if fused else max(1, min(4, target.multiprocessors // max(1, programs if ieee else 2 * programs)))
     )
@@ -595,38 +599,26 @@ def forward_config(rows: int, items: int, dtype: torch.dtype, precision: str, ta
 def backward_config(
     rows: int, width: int, items: int, dtype: torch.dtype, precision: str, target: Target
 ) -> Config:
-    """Configuration of the backward; ``splits`` is the number of parts of D that read G anew."""
+    """Configuration of the backward; ``splits`` is the number of parts of D, each of which reads G."""
     ieee = precision == "ieee" and dtype == torch.float32
     whole = min(32, _WHOLE) if ieee else _WHOLE
     narrow = dtype != torch.float32
-    # Beyond one tile, G comes in tiles too, and its stages share the memory with those of Y.
+    # With more rows than one tile, G comes in tiles too, and its stages share the memory with those of Y.
     block_s = max(MIN_TILE, next_power_of_2(rows)) if rows <= whole else min(64, whole)
     block_d = 64 if narrow else 32
     if small_shared_memory(target):
         block_d //= 2
     num_warps = 8 if block_s == 128 else 4
     num_stages = 2 if small_shared_memory(target) or rows > whole else 3
-    # Every part reads G again, from the cache: no more parts than keep that under half of reading Y and writing dY.
+    # Every part reads G again, from the cache: at most half of the bytes of Y and dY.
     affordable = 1 + 2 * width * (2 if narrow else 4) // (2 * 4 * max(1, rows))
     splits = max(1, min(4, affordable, cdiv(target.multiprocessors, max(1, items)), cdiv(width, block_d)))
     return Config(block_s, block_d, splits, num_warps, num_stages)
 
 
-def _neighbours(config: Config) -> list[Config]:
-    """The configuration and others with the same tiles of the Gram: what FSD_AUTOTUNE=1 times."""
-    configs = [config]
-    for block_d in (config.block_d // 2, config.block_d, config.block_d * 2):
-        for num_warps in (4, 8):
-            for num_stages in (2, 3, 4):
-                other = config._replace(block_d=block_d, num_warps=num_warps, num_stages=num_stages)
-                if block_d >= MIN_TILE and other != config:
-                    configs.append(other)
-    return configs
-
-
 @functools.lru_cache(maxsize=512)
 def _copied(fields: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
-    """A table on the device, and the pinned memory that it is copied from."""
+    """A table on the device, and the pinned memory that it was copied from."""
     host = torch.tensor(fields, dtype=torch.int64, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True), host
 
@@ -634,8 +626,8 @@ def _copied(fields: tuple[tuple[int, ...], ...], device: torch.device, stream: i
 def _table(layers: Sequence[Tensor]) -> Tensor:
     """[P, 5] int64 on the layers' device: address, strides of samples, rows and features, width.
 
-    It is kept: the allocator gives a training step the addresses of the one before. One per stream, since nothing else
-    makes another stream wait for the copy.
+    Tables are cached, because the allocator gives a training step the addresses of the step before. Each stream has its
+    own, because another stream would not wait for the copy.
     """
     fields = tuple((layer.data_ptr(), *layer.stride(), layer.shape[2]) for layer in layers)
     device = layers[0].device
@@ -644,7 +636,7 @@ def _table(layers: Sequence[Tensor]) -> Tensor:
 
 
 def _aligned(layers: Sequence[Tensor]) -> bool:
-    """Whether addresses, strides and widths let rows be read in vectors of 16 bytes."""
+    """True if addresses, strides and widths allow rows to be read in vectors of 16 bytes."""
     return all(
         layer.stride(2) == 1
         and layer.data_ptr() % 16 == 0
@@ -698,10 +690,10 @@ def forward(
 
         if config.splits == 0:
             key = ("intra_cka_fwd", target, precision, student_type, teacher_type, config)
-            fused(pick(key, _neighbours(config), fused))
+            fused(pick(key, neighbours(config, "block_d"), fused))
             return distance, neg_log, g
 
-        # Both sides in one launch where their types agree: the teacher's layers follow the student's.
+        # One launch for both sides if their types agree; the teacher's layers follow the student's.
         if student_type == teacher_type:
             groups: list[tuple[Tensor, Sequence[Tensor], tl.dtype]] = [
                 (torch.cat(tables), [*students, *teachers], student_type)
@@ -733,9 +725,9 @@ def forward(
                 BLOCK_S=config.block_s, BLOCK_D=config.block_d,
                 num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
             )  # fmt: skip
-            own = list(range(0, slots, items))
-            partials += [partial[:, start : start + items] for start in own]
-            energies += [energy[:, start : start + items] for start in own]
+            starts = list(range(0, slots, items))
+            partials += [partial[:, start : start + items] for start in starts]
+            energies += [energy[:, start : start + items] for start in starts]
         _intra_cka_finish_kernel[(items,)](
             *partials, *energies, mask_ptr, distance, neg_log, g, stride_mb, stride_ms,
             batch, rows, *(energy.stride(0) for energy in energies), *(len(energy) for energy in energies),
@@ -784,5 +776,5 @@ def backward(
                 _intra_cka_bwd_tile_kernel[grid](*arguments, **meta)
 
         key = ("intra_cka_bwd", target, precision, x_type, config)
-        launch(pick(key, _neighbours(config), launch))
+        launch(pick(key, neighbours(config, "block_d"), launch))
     return results

@@ -1,10 +1,10 @@
 """k-means as it is defined: the oracle of the tests and the baseline of the benchmarks.
 
     assignment   l_i = argmin_k ||x_i - c_k||^2            x [N, F], c [K, F]  ->  l [N]
-    update       s_k = sum of x_i over l_i = k,  n_k = how many      ->  s [K, F], n [K]
+    update       s_k = sum of x_i over l_i = k,  n_k = number of such i      ->  s [K, F], n [K]
 
-so that the new centroid of a cluster is s_k / n_k. Float64 in gives float64 truth; narrower dtypes are
-computed in float32. Points narrower than the centroids are points whose missing columns are zero.
+The new centroid of a cluster is s_k / n_k. Float64 in gives float64 truth; narrower dtypes are computed in float32.
+Points may be narrower than the centroids: their missing columns count as zero.
 """
 
 from __future__ import annotations

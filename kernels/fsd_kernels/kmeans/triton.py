@@ -3,22 +3,22 @@
 
     ||x - c_k||^2 = ||x - m||^2 + ||c_k - m||^2 - 2 <x - m, c_k - m>        m the mean centroid
 
-``_kmeans_assign_kernel`` holds a block of rows against up to 384 centroids and walks over F: it loads a slice of the
-centroids and one of the points, takes m from the centroids' slice where it holds them all, shifts both by m in
-float32 and rounds them for the dot. ||x - m||^2 plays no part in the argmin and is added to the winner alone. The
-minimum stays on chip, unless blocks of rows are too few to fill the GPU: then F is split, programs write
+A program of ``_kmeans_assign_kernel`` compares a block of points with up to 384 centroids and walks over F. It loads
+a slice of the centroids and one of the points, takes m from the centroids' slice if it holds them all, shifts both by m
+in float32 and rounds them for the dot. ||x - m||^2 does not affect the argmin and is added to the minimum alone. The
+minimum stays on chip unless blocks of points are too few to fill the GPU. Then F is split, programs write
 ||c_k - m||^2 - 2 <x - m, c_k - m> over their part, [parts, K, N], and ``_kmeans_nearest_kernel`` sums the parts in a
 fixed order and takes the minimum.
 
-Every block of rows reads the centroids anew, so it is as large as the accumulators allow. With N = 4096 and K = 100,
-16 blocks of 256 rows read 16 K F numbers of centroids beside N F = 41 K F of points, and 8 parts of F write and read
-16 N K: a third more than reading all once, and 1.19 times the minimum for assignment and update together. Blocks on
-the same part of F are launched next to each other and find the centroids in the cache.
+Every block of points reads all centroids, so it is as large as the accumulators allow. With N = 4096 and K = 100, 16
+blocks of 256 points read 16 K F numbers of centroids beside N F = 41 K F of points, and 8 parts of F write and read
+16 N K. This is a third more than reading all once, and 1.19 times the minimum for assignment and update together.
+Blocks on the same part of F are launched next to each other and find the centroids in the cache.
 
-``_kmeans_update_kernel`` has one owner per (centroid, slice of F), which walks through the points of its cluster in
-their order, found by a stable sort of the labels. It reads every point once whatever K is, and adds it as it is, in
-the dtype of the sums; there is nothing for tensor cores. A product with one-hot labels would take 2 N K F operations,
-and either round float32 points to tf32 or do without tensor cores too.
+A program of ``_kmeans_update_kernel`` owns a (centroid, slice of F) and adds the points of its cluster in their order,
+which a stable sort of the labels gives. Every point is read once for any K and added as it is, in the dtype of the
+sums. Tensor cores would not help: a product with one-hot labels takes 2 N K F operations, and they would round float32
+points to tf32.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from fsd_kernels._triton import (
     dot_type,
     kernel_dot_type,
     launch_guard,
+    neighbours,
     next_power_of_2,
     operand,
     pick,
@@ -47,12 +48,14 @@ from fsd_kernels._triton import (
     triton_type,
 )
 
-# Centroids of one tile, tiles that a program holds at a time, and centroids of the last of several at least.
+# Centroids of a tile.
 _CENTROIDS = 128
+# Maximum number of tiles that a program holds at a time.
 _TILES = 3
+# Minimum centroids of the last of several tiles.
 _LAST = 64
 
-# Programs along the second axis of a grid.
+# Maximum number of programs along the second axis of a grid.
 _GRID = 65_535
 
 # Sizes that take any value without another compilation. Widths and strides are specialised: they align loads.
@@ -83,7 +86,7 @@ class UpdateConfig(NamedTuple):
 def _load_points(points_ptr, stride_xn, stride_xf, rows, columns, N, width):
     """A tile of points in float32, 0 from column ``width`` on.
 
-    Rows past the last repeat it and nobody stores them: this costs fewer registers than masking them does.
+    Rows past the last repeat it and are not stored, which takes fewer registers than masking them.
     """
     rows = tl.minimum(rows, N - 1).to(tl.int64)
     pointers = points_ptr + rows[:, None] * stride_xn + columns.to(tl.int64)[None, :] * stride_xf
@@ -104,7 +107,7 @@ def _load_centroids(
     centroids_ptr, stride_ck, stride_cf, mean_ptr, clusters_0, clusters_1, clusters_2, columns, K, F, inverse,
     WHOLE: tl.constexpr, CENTROID_TILES: tl.constexpr,
 ):  # fmt: skip
-    """A slice of up to three tiles of centroids (the first stands in for those that are not there), and their mean."""
+    """A slice of up to three tiles of centroids, and its mean; tiles that do not exist repeat the first."""
     c_0 = _load_tile(centroids_ptr, stride_ck, stride_cf, clusters_0, columns, K, F)
     c_1, c_2 = c_0, c_0
     if CENTROID_TILES > 1:
@@ -125,15 +128,15 @@ def _load_centroids(
 
 @triton.jit
 def _fold(x):
-    """Sums of four neighbouring columns, which one thread holds; threads are added up after the loop over F."""
+    """Sums of four neighbouring columns, which one thread holds. Sums over threads follow the loop over F."""
     return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 4, 4)), axis=2)
 
 
 @triton.jit
 def _add_product(products, norms, x, c, mean, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """Add <c_k - m, x - m> [tile, BLOCK_N] and ||c_k - m||^2 over a slice; x is shifted and rounded already.
+    """Add <c_k - m, x - m> [tile, BLOCK_N] and ||c_k - m||^2 over a slice; x is already shifted and rounded.
 
-    Rows, of which a tile has more than centroids, come second: sm_90 reads that operand from shared memory.
+    Points are the second operand because a tile has more points than centroids: sm_90 reads it from shared memory.
     """
     c -= mean[None, :]
     norms += _fold(c * c)
@@ -148,9 +151,9 @@ def _add_beyond(norms, c, mean):
 
 @triton.jit
 def _nearer(best, label, scores, clusters, K):
-    """Take the lowest score [clusters, rows] of a tile where it is below the best; earlier clusters win ties.
+    """Take the lowest score [clusters, rows] of a tile if it is below the best; earlier clusters win ties.
 
-    NaN is never below: the label stays one that exists.
+    NaN is never below, so a label always names a centroid.
     """
     scores = tl.where((clusters < K)[:, None] & (scores == scores), scores, float("inf"))
     lowest, place = tl.min(scores, axis=0, return_indices=True, return_indices_tie_break_left=True)
@@ -169,11 +172,11 @@ def _positive(x):
 def _finish(
     best, label, products, norms, first, score_ptr, N, K, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Scores of a tile of centroids, the first of which is ``first``: stored to [parts, K, N], or compared."""
+    """Store the scores of a tile of centroids from ``first`` on to [parts, K, N], or compare them with the best."""
     scores = tl.sum(norms, axis=1)[:, None] - 2.0 * products
     clusters = tl.arange(0, scores.shape[0])
     if SPLIT:
-        # 32 bits count the places within a tile.
+        # Offsets within a tile fit 32 bits.
         first_row = tl.program_id(0) * BLOCK_N
         rows = tl.arange(0, BLOCK_N)
         inside = (clusters < K - first)[:, None] & (rows < N - first_row)[None, :]
@@ -218,9 +221,9 @@ def _kmeans_assign_kernel(
 ):
     """One program per (block of rows, part of F), against GROUP centroids at a time.
 
-    SPLIT: scores over the part to score [parts, K, N], ||x - m||^2 over it to distance [parts, N]; else label [N] and
-    squared distance [N]. WHOLE: all centroids are held at once and give their mean (inverse is 1 / K); else mean [F]
-    is loaded. NARROW: points have fewer columns than centroids.
+    SPLIT: scores over the part go to score [parts, K, N] and ||x - m||^2 to distance [parts, N]; otherwise labels and
+    squared distances [N] are stored. WHOLE: all centroids are held at once and give their mean (inverse is 1 / K);
+    otherwise mean [F] is loaded. NARROW: points have fewer columns than centroids.
     """
     part = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -229,7 +232,7 @@ def _kmeans_assign_kernel(
     best = tl.full((BLOCK_N,), float("inf"), dtype=tl.float32)
     label = tl.zeros((BLOCK_N,), dtype=tl.int32)
     norm = tl.zeros((BLOCK_N, BLOCK_F // 4), dtype=tl.float32)
-    # One group of a known size is no loop, across which values would have to be kept.
+    # With one group of constant size the compiler drops the loop and the values kept across it.
     for group in tl.range(0, GROUP if WHOLE else K, GROUP, disable_licm=True):
         clusters_0 = group + tl.arange(0, BLOCK_0)
         clusters_1 = group + BLOCK_0 + tl.arange(0, BLOCK_1)
@@ -261,7 +264,7 @@ def _kmeans_assign_kernel(
                 products_2, norms_2 = _add_product(products_2, norms_2, x, c_2, mean, DOT_TYPE, PRECISION)
 
         if NARROW:
-            # Slices past the points' width hold centroids alone; the parts share them as they share the others.
+            # Slices past the points' width hold centroids alone; they are divided among the parts too.
             beyond = tl.cdiv(width, BLOCK_F) * BLOCK_F
             share = tl.cdiv(tl.cdiv(tl.maximum(F - beyond, 0), parts), BLOCK_F) * BLOCK_F
             beyond += part * share
@@ -298,9 +301,9 @@ def _kmeans_assign_kernel(
 def _kmeans_nearest_kernel(
     score_ptr, norm_ptr, label_ptr, distance_ptr, N, K, parts, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """One program per block of rows: scores [parts, K, N] and norms [parts, N] summed over parts, then the minimum.
+    """One program per block of points: sum scores [parts, K, N] and norms [parts, N] over parts, take the minimum.
 
-    In float64: the sum of what the parts say decides between two centroids.
+    Sums are float64, because their rounding could decide between two centroids.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     best = tl.full((BLOCK_N,), float("inf"), dtype=tl.float64)
@@ -337,7 +340,7 @@ def _kmeans_update_kernel(
 ):
     """One program per (slice of F, centroid): add the cluster's points, order[bound[k] : bound[k + 1]], to sum [K, F].
 
-    Points of a tile are added to each other first, then to the sum so far.
+    The points of a tile are summed first, then added to the sum so far.
     """
     cluster = tl.program_id(1).to(tl.int64)
     first = tl.load(bound_ptr + cluster)
@@ -357,17 +360,17 @@ def _kmeans_update_kernel(
 
 
 def _tiles(clusters: int, ieee: bool) -> tuple[int, ...]:
-    """Centroids of the tiles that a program holds at a time: all of them up to 384, without tensor cores up to 128."""
-    most = 1 if ieee else _TILES
-    if clusters > most * _CENTROIDS:
-        return (_CENTROIDS,) * min(2, most)
+    """Centroids of the tiles that a program holds at a time: all up to 384, or up to 128 without tensor cores."""
+    maximum = 1 if ieee else _TILES
+    if clusters > maximum * _CENTROIDS:
+        return (_CENTROIDS,) * min(2, maximum)
     full = (clusters - 1) // _CENTROIDS
-    least = _LAST if full else MIN_TILE
-    return (_CENTROIDS,) * full + (max(least, next_power_of_2(clusters - full * _CENTROIDS)),)
+    minimum = _LAST if full else MIN_TILE
+    return (_CENTROIDS,) * full + (max(minimum, next_power_of_2(clusters - full * _CENTROIDS)),)
 
 
 def _rows_held(accumulators: int, blocks: tuple[int, ...]) -> int:
-    """Rows, a power of two, whose products with the centroids held take that many accumulators at most."""
+    """The largest power of two of points whose products with the centroids held fit the accumulators."""
     return next_power_of_2(accumulators // sum(blocks) + 1) // 2
 
 
@@ -380,27 +383,27 @@ def assign_config(
     target: Target,
     beyond: bool = False,
 ) -> AssignConfig:
-    """Configuration of the assignment; ``dtype`` is that of the dot, ``parts`` 1 keeps the minimum on chip.
+    """Configuration of the assignment; ``dtype`` is that of the dot. With one part the minimum stays on chip.
 
-    ``beyond``: centroids are wider than points, which takes a second loop, and its registers.
+    ``beyond``: centroids are wider than points, which takes a second loop and its registers.
     """
     ieee = precision == "ieee" and dtype == torch.float32
     small = small_shared_memory(target)
     blocks = _tiles(clusters, ieee)
-    # sm_80 keeps the operands of mma.sync in registers; without tensor cores they pass through them too.
+    # sm_80 keeps the operands of mma.sync in registers; without tensor cores they pass through registers too.
     narrow = ieee or target.arch == 80 or (small and dtype == torch.float32)
-    # 128 x 256 accumulators take half of a multiprocessor's registers, narrow slices leave room for a quarter more.
-    # Where minima are taken, and the best of earlier groups of centroids kept, there is room for fewer.
-    most = _rows_held(128 * (192 if target.arch == 80 and len(blocks) > 1 else 320), blocks)
-    most_for_split = min(64 if ieee else 128 if beyond and target.arch == 100 else 256, most)
-    most_for_minima = min(64 if ieee else 128, _rows_held(128 * 192, blocks))
+    # 128 x 256 accumulators take half of a multiprocessor's registers; narrow slices leave room for a quarter more.
+    # Programs that take minima, and keep the best of earlier groups of centroids, have room for fewer.
+    maximum = _rows_held(128 * (192 if target.arch == 80 and len(blocks) > 1 else 320), blocks)
+    maximum_split = min(64 if ieee else 128 if beyond and target.arch == 100 else 256, maximum)
+    maximum_whole = min(64 if ieee else 128, _rows_held(128 * 192, blocks))
     if ieee and target.arch == 80 and clusters > sum(blocks):
-        most_for_minima = 32
-    # Programs at a time: blocks without tensor cores are small enough for two on a multiprocessor.
+        maximum_whole = 32
+    # Programs that run at a time: blocks without tensor cores are small enough for two on a multiprocessor.
     slots = target.multiprocessors * (2 if ieee else 1)
 
     def choice(block_n: int) -> tuple[bool, int, int, int]:
-        """(whether half of the GPU idles, bytes that this choice adds, -rows of a block, parts)."""
+        """(True if half of the GPU idles, additional bytes, -rows of a block, parts)."""
         count = cdiv(rows, block_n)
         parts = max(1, min(slots // count, cdiv(width, 32 if narrow else 64)))
         added = count * clusters * width * dtype.itemsize + (8 * rows * clusters * parts if parts > 1 else 0)
@@ -410,7 +413,7 @@ def assign_config(
     for block_n in (32, 64, 128, 256):
         found = choice(block_n)
         split = found[-1] > 1 and clusters <= sum(blocks)
-        if block_n <= (most_for_split if split else most_for_minima) and block_n < 2 * rows:
+        if block_n <= (maximum_split if split else maximum_whole) and block_n < 2 * rows:
             choices.append(found)
     _, _, negative, parts = min(choices)
     block_n = -negative
@@ -421,24 +424,12 @@ def assign_config(
 
 
 def update_config(clusters: int, width: int, dtype: torch.dtype, target: Target) -> UpdateConfig:
-    """Configuration of the update: a row of a tile takes each thread one load of 16 bytes."""
+    """Configuration of the update: each thread reads a row of a tile with one load of 16 bytes."""
     num_warps = 4
     block_f = min(num_warps * target.warp_size * 16 // dtype.itemsize, max(MIN_TILE, next_power_of_2(width)))
     while block_f > 64 and clusters * cdiv(width, block_f) < target.multiprocessors:
         block_f //= 2
     return UpdateConfig(16, block_f, num_warps)
-
-
-def _neighbours(config: AssignConfig) -> list[AssignConfig]:
-    """The configuration and others with the same parts: what FSD_AUTOTUNE=1 times."""
-    configs = [config]
-    for block_f in (config.block_f // 2, config.block_f, config.block_f * 2):
-        for num_warps in (4, 8):
-            for num_stages in (2, 3, 4):
-                other = config._replace(block_f=block_f, num_warps=num_warps, num_stages=num_stages)
-                if block_f >= MIN_TILE and other != config:
-                    configs.append(other)
-    return configs
 
 
 def assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
@@ -483,7 +474,7 @@ def assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 
     with launch_guard(points):
         key = ("kmeans_assign", target, precision, points.dtype, centroids.dtype, width < features, default)
-        launch(pick(key, _neighbours(default), launch))
+        launch(pick(key, neighbours(default, "block_f"), launch))
         if split:
             _kmeans_nearest_kernel[(cdiv(rows, 32),)](
                 score, norm, labels, squared_distance, rows, clusters, parts,
@@ -502,15 +493,15 @@ def update_(sums: Tensor, counts: Tensor, points: Tensor, labels: Tensor) -> Non
 
     Raises:
         TypeError: Points are not float16, bfloat16 or float32.
-        RuntimeError: A label is out of range; on a GPU when the device reaches it, without waiting here.
+        RuntimeError: A label is out of range. On a GPU it is raised once the device reaches the check, not here.
     """
     triton_type("points", points.dtype)
     clusters = sums.shape[0]
     rows, width = points.shape
     ordered, order = labels.sort(stable=True)
     bounds = torch.searchsorted(ordered, torch.arange(clusters + 1, device=labels.device))
-    known = (bounds[0] == 0) & (bounds[-1] == rows)
-    torch._assert_async(known, f"labels: expected values in [0, {clusters})")
+    in_range = (bounds[0] == 0) & (bounds[-1] == rows)
+    torch._assert_async(in_range, f"labels: expected values in [0, {clusters})")
     counts += bounds.diff()
     if rows == 0 or width == 0:
         return

@@ -21,15 +21,15 @@ import math
 import torch
 from torch import Tensor
 
-from fsd_kernels._numerics import CKA_FLOOR, LONGEST, rounding_energy
+from fsd_kernels._numerics import CKA_FLOOR, maximum_length_ratio, rounding_energy
 
 
 def _mean_energies(gammas: Tensor, num_centroid: int) -> tuple[list[float], list[float]]:
-    """Return |mu_h|^2 and |mu_m|^2 of both sides."""
+    """Return |mu_h|^2 and |mu_m|^2 of both sides; without a memory both are |mu_h|^2."""
     k, last = num_centroid, gammas[:, -1]
     if not k:
-        own = last[:, -1].tolist()
-        return own, own
+        mean_h = last[:, -1].tolist()
+        return mean_h, mean_h
     mean_m = gammas[:, k, k]
     return (last[:, -1] + 2 * last[:, k] + mean_m).tolist(), mean_m.tolist()
 
@@ -37,52 +37,53 @@ def _mean_energies(gammas: Tensor, num_centroid: int) -> tuple[list[float], list
 def _neg_log_cka(gammas: Tensor, block: slice, mean_energy: list[float]) -> tuple[float, Tensor | None]:
     """-log CKA of a diagonal block of student and teacher [2, N, N], and its gradient in the student's block.
 
-    The gradient is None where a side has no structure or CKA sits on its floor. Both are NaN where a side is not
-    finite. The few scalars are Python's floats: an operation on a tensor takes longer than all of them.
+    The gradient is None if a side has no structure or CKA is on its floor. Both are NaN if a side is not finite.
+    Scalars are Python's floats: an operation on a tensor takes longer than all of them.
     """
-    units = gammas[:, block, block]
-    energy = units.diagonal(dim1=1, dim2=2).sum(dim=1)
-    floor = rounding_energy(gammas.dtype) * (block.stop - block.start)
-    scales = energy.tolist()
-    if not math.isfinite(sum(scales) + sum(mean_energy)):
-        return math.nan, torch.full_like(units[0], math.nan)
-    if block.stop - block.start < 2 or not all(
-        own > floor * mean for own, mean in zip(scales, mean_energy, strict=True)
-    ):
+    grams = gammas[:, block, block]
+    trace = grams.diagonal(dim1=1, dim2=2).sum(dim=1)
+    rows = block.stop - block.start
+    floor = rounding_energy(gammas.dtype) * rows
+    energies = trace.tolist()
+    if not math.isfinite(sum(energies) + sum(mean_energy)):
+        return math.nan, torch.full_like(grams[0], math.nan)
+    if rows < 2 or not all(energy > floor * mean for energy, mean in zip(energies, mean_energy, strict=True)):
         return 0.0, None
     # Dividing by the trace first keeps fourth powers of the features out of overflow and underflow.
-    student, teacher = (units / energy[:, None, None]).double()
+    student, teacher = (grams / trace[:, None, None]).double()
     both = torch.stack((student.flatten(), teacher.flatten()))
-    (own, product), (_, given) = torch.mm(both, both.T).tolist()
-    # What the student's block does not explain of the teacher's; exactly 0 for equal blocks.
-    rest = torch.sub(teacher, student, alpha=product / own)
-    cka = product / math.sqrt(own * given)
-    delta = float(torch.linalg.vector_norm(rest)) ** 2 / (given * (1 + cka))
+    (student_square, product), (_, teacher_square) = torch.mm(both, both.T).tolist()
+    # The part of the teacher's block that the student's does not explain; exactly 0 for equal blocks.
+    rest = torch.sub(teacher, student, alpha=product / student_square)
+    cka = product / math.sqrt(student_square * teacher_square)
+    delta = float(torch.linalg.vector_norm(rest)) ** 2 / (teacher_square * (1 + cka))
     value = -math.log1p(-delta) if delta < 0.5 else -math.log(max(cka, CKA_FLOOR))
     if cka <= CKA_FLOOR:
         return value, None
-    return value, rest.mul_(-1 / (cka * math.sqrt(own * given) * scales[0])).to(gammas.dtype)
+    return value, rest.mul_(-1 / (cka * math.sqrt(student_square * teacher_square) * energies[0])).to(
+        gammas.dtype
+    )
 
 
 def _without_rounding(squares: Tensor, sizes: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
-    """Squares with 0 for those that are only rounding of terms of these sizes, and which are not."""
+    """Set squares to 0 that are nothing but rounding of terms of these sizes; also return which are kept."""
     exists = ~((squares <= rounding * sizes) & (sizes < math.inf))
     return torch.where(exists, squares, 0.0), exists
 
 
 class _Distances:
-    """Euclidean and cosine distances between samples and centroids, [B, K], of one side's Gamma."""
+    """Euclidean distances and 1 - cosines between samples and centroids, [B, K], read off one side's Gamma."""
 
     def __init__(self, gamma: Tensor, num_centroid: int, rounding: float) -> None:
         k, m = num_centroid, slice(0, num_centroid)
         h = slice(k + 1, gamma.shape[0] - 1)
         squares = gamma.diagonal()
-        # h_i = h_c + delta + mu_m and m_j = m_c + mu_m, with delta = mu_h - mu_m: in q mu_m does not occur.
+        # h_i = h_c + delta + mu_m and m_j = m_c + mu_m, with delta = mu_h - mu_m: mu_m cancels from q.
         to_m, to_d = gamma[k], gamma[-1]
         q = (squares[h] + 2 * to_d[h] + to_d[-1])[:, None] + (squares[m] - 2 * to_d[m]) - 2 * gamma[h, m]
         from_mean_h = squares[h] + 2 * (to_d[h] + to_m[h]) + to_d[-1] + 2 * to_d[k]
         from_mean_m = squares[m] + 2 * to_m[m]
-        # The sums of the terms' absolute values: what is a small part of them is rounding.
+        # Sums of the terms' absolute values: a result that is a small part of its sum is rounding.
         size, size_m, size_d = squares.abs(), to_m.abs(), to_d.abs()
         h_and_d = size[h] + 2 * size_d[h] + size_d[-1]
         size_q = h_and_d[:, None] + (size[m] + 2 * size_d[m]) + 2 * gamma[h, m].abs()
@@ -95,14 +96,14 @@ class _Distances:
         self.square, self.apart = square, apart
         self.euclidean = self.square.sqrt()
         self.a, self.b = u.sqrt()[:, None], v.sqrt()[None]
-        # q - r^2 is a difference of squares of the longer vector: it says nothing of one that is so much shorter.
-        limit = LONGEST / rounding
+        # q - r^2 is a difference of squares of the longer vector: a much shorter vector is lost in its rounding.
+        limit = maximum_length_ratio(rounding)
         far = (self.a > limit * self.b) | (self.b > limit * self.a)
         self.defined = exists_h[:, None] & exists_m[None] & ~far
         self.r = torch.where(self.defined, self.u_minus_v / (self.a + self.b), 0.0)
         self.double_ab = torch.where(self.defined, 2 * self.a * self.b, 1.0)
-        # cos = 0 with the zero vector, and with one so much shorter that it counts as that: the distance is 1.
-        self.cosine = torch.where(self.defined, (self.square - self.r.square()) / self.double_ab, 1.0)
+        # The cosine with the zero vector is 0, and so is that with a vector so short that it counts as zero.
+        self.one_minus_cos = torch.where(self.defined, (self.square - self.r.square()) / self.double_ab, 1.0)
 
 
 def _scatter(d_q: Tensor, d_u: Tensor, d_v: Tensor, num_centroid: int) -> Tensor:
@@ -145,28 +146,27 @@ def forward(student: Tensor, teacher: Tensor, num_centroid: int, rounding: float
     if not num_centroid:
         return values, gradients
     centroids = slice(0, num_centroid)
-    if num_centroid:
-        values[1], gradient = _neg_log_cka(gammas, centroids, mean_m)
-        if gradient is not None:
-            gradients[1, centroids, centroids] = gradient
+    values[1], gradient = _neg_log_cka(gammas, centroids, mean_m)
+    if gradient is not None:
+        gradients[1, centroids, centroids] = gradient
     if batch == 0:
         return values, gradients
-    own, given = (_Distances(gamma, num_centroid, rounding) for gamma in (student, teacher))
+    distances, teacher_distances = (_Distances(gamma, num_centroid, rounding) for gamma in (student, teacher))
     pairs = batch * num_centroid
 
-    error = own.euclidean - given.euclidean
+    error = distances.euclidean - teacher_distances.euclidean
     values[2] = error.square().mean()
-    d_square = torch.where(own.apart, error / (own.euclidean * pairs), 0.0)
-    none_h, none_m = student.new_zeros(batch), student.new_zeros(num_centroid)
-    gradients[2] = _scatter(d_square, none_h, none_m, num_centroid)
+    d_square = torch.where(distances.apart, error / (distances.euclidean * pairs), 0.0)
+    zero_u, zero_v = student.new_zeros(batch), student.new_zeros(num_centroid)
+    gradients[2] = _scatter(d_square, zero_u, zero_v, num_centroid)
 
-    error = own.cosine - given.cosine
+    error = distances.one_minus_cos - teacher_distances.one_minus_cos
     values[3] = error.square().mean()
-    d_cosine = torch.where(own.defined, 2 * error / pairs, 0.0)
-    a, b = torch.where(own.defined, own.a, 1.0), torch.where(own.defined, own.b, 1.0)
-    d_u = (-d_cosine * (own.r / b + own.cosine) / (2 * a.square())).sum(dim=1)
-    d_v = (d_cosine * (own.r / a - own.cosine) / (2 * b.square())).sum(dim=0)
-    gradients[3] = _scatter(d_cosine / own.double_ab, d_u, d_v, num_centroid)
+    d_cosine = torch.where(distances.defined, 2 * error / pairs, 0.0)
+    a, b = torch.where(distances.defined, distances.a, 1.0), torch.where(distances.defined, distances.b, 1.0)
+    d_u = (-d_cosine * (distances.r / b + distances.one_minus_cos) / (2 * a.square())).sum(dim=1)
+    d_v = (d_cosine * (distances.r / a - distances.one_minus_cos) / (2 * b.square())).sum(dim=0)
+    gradients[3] = _scatter(d_cosine / distances.double_ab, d_u, d_v, num_centroid)
     return values, gradients
 
 

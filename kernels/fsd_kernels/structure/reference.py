@@ -2,9 +2,9 @@
 
 With h the flattened features of B samples [B, F], m the K centroids of a memory [K, F], T teacher, S student:
 
-    L_L  = -log CKA(h_T, h_S)                                  local inter-feature, rows are samples
-    F_MM = -log CKA(m_T, m_S)                                  rows are centroids
-    F^E  = mean_ij (d(h_T_i, m_T_j) - d(h_S_i, m_S_j))^2       d: Euclidean distance
+    L_L  = -log CKA(h_S, h_T)                                  local inter-feature, rows are samples
+    F_MM = -log CKA(m_S, m_T)                                  rows are centroids
+    F^E  = mean_ij (d(h_S_i, m_S_j) - d(h_T_i, m_T_j))^2       d: Euclidean distance
     F^C  = the same with d: cosine similarity
 
 Gradients come from autograd. ``structure`` states the same four on Gamma matrices (see ``fsd_kernels.gram``).
@@ -27,7 +27,7 @@ def hsic(gram_x: Tensor, gram_y: Tensor) -> Tensor:
 
 
 def has_structure(rows: Tensor) -> bool:
-    """Whether rows [n, F] differ at all: at least two, and not constant up to rounding."""
+    """True for at least two rows [n, F] that are not equal up to rounding."""
     if rows.shape[0] < 2 or rows.shape[1] == 0:
         return False
     mean = rows.mean(dim=0, keepdim=True)
@@ -36,7 +36,7 @@ def has_structure(rows: Tensor) -> bool:
 
 
 def neg_log_cka(student: Tensor, teacher: Tensor) -> Tensor:
-    """-log CKA of [n, F_S] and [n, F_T]; 0 where one of them has no structure, NaN where one is not finite."""
+    """-log CKA of [n, F_S] and [n, F_T]; 0 if one of them has no structure, NaN if one is not finite."""
     if not all(bool(rows.square().sum().square().isfinite()) for rows in (student, teacher)):
         return (student * torch.nan).sum() + (teacher * torch.nan).sum()
     if not (has_structure(student) and has_structure(teacher)):
@@ -47,7 +47,7 @@ def neg_log_cka(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def cosine_similarity(rows: Tensor, others: Tensor) -> Tensor:
-    """cos(x_i, y_j), [n, m]; 0 where one of the two is the zero vector, NaN if a norm is not finite."""
+    """cos(x_i, y_j), [n, m]; 0 if one of the two is the zero vector, NaN if a norm is not finite."""
     lengths = torch.linalg.vector_norm(rows, dim=1)[:, None] * torch.linalg.vector_norm(others, dim=1)
     if not bool(lengths.isfinite().all()):
         return (rows * torch.nan).sum(dim=1)[:, None] + (others * torch.nan).sum(dim=1)
@@ -140,14 +140,14 @@ def _raw_products(gamma: Tensor, num_centroid: int) -> Tensor:
 
 
 def _distance_sizes(gamma: Tensor, num_centroid: int) -> Tensor:
-    """The sum of the absolute terms of |h_i - m_j|^2, [B, K]: its rounding is a small part of that."""
+    """The sums of the absolute terms of |h_i - m_j|^2, [B, K], of which rounding is a small fraction."""
     size, k = gamma.abs(), num_centroid
-    of_h = size.diagonal()[k + 1 : -1] + 2 * size[-1, k + 1 : -1] + size[-1, -1]
-    return of_h[:, None] + size.diagonal()[:k] + 2 * size[-1, :k] + 2 * size[k + 1 : -1, :k]
+    size_h = size.diagonal()[k + 1 : -1] + 2 * size[-1, k + 1 : -1] + size[-1, -1]
+    return size_h[:, None] + size.diagonal()[:k] + 2 * size[-1, :k] + 2 * size[k + 1 : -1, :k]
 
 
 def _is_rounding(squares: Tensor, sizes: Tensor) -> Tensor:
-    """Whether a sum of terms cannot be told from 0: at most 64 eps of the sum of their absolute values."""
+    """True if a sum of terms cannot be told from 0: it is at most 64 eps of the sum of their absolute values."""
     return (squares <= 64 * torch.finfo(squares.dtype).eps * sizes) & sizes.isfinite()
 
 

@@ -8,10 +8,10 @@ b_j = |m_j|, r = a - b = (u - v) / (a + b):
     1 - CKA = 1/2 |K_c/|K_c| - L_c/|L_c||^2,  loss = -log1p(-(1 - CKA))
     1 - cos_ij = (q_ij - r^2) / (2 a b)
 
-First launch (``_structure_stats_kernel``): one program for the CKA of the samples, one for that of the centroids,
-and programs over blocks of samples and of centroids, which leave d/dq [B, K], its sums over rows and columns and
-the sums of d/du and d/dv. Second launch (``_structure_grad_kernel``): one program per tile of the four gradients
-[N, N], written once. Backward: their sum, weighted by the upstream gradient. Programs share no sum.
+First launch (``_structure_stats_kernel``): one program for the CKA of the samples, one for that of the centroids, and
+programs over blocks of samples and of centroids. These store d/dq [B, K], its sums over rows and columns, and the sums
+of d/du and d/dv. Second launch (``_structure_grad_kernel``): one program per tile of the four gradients [N, N].
+Backward (``_structure_bwd_kernel``): their sum, weighted by the upstream gradient. No two programs add to one number.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from fsd_kernels._triton import (
     CKA_FLOOR,
     LAUNCH_OPTIONS,
-    LONGEST,
+    MAXIMUM_LENGTH_RATIO,
     NORM_ROUNDING,
     ROUNDING,
     cdiv,
@@ -32,12 +32,12 @@ from fsd_kernels._triton import (
 )
 
 _BLOCK = 32
-# Rows of a tile of a Gram whose CKA one program computes.
+# Rows of a tile in the programs that compute a CKA.
 _CKA_BLOCK = 64
 
-# Scalars left by a CKA program: 1 / energy and 1 / norm per side (student, teacher), delta, the gradient's scale.
+# Scalars that a CKA program stores: the scale of the student's and of the teacher's block, 1 - CKA, the scale of the
+# gradient.
 _SCALARS = tl.constexpr(4)
-
 
 # Sizes take any value without another compilation.
 _SIZES = ("N", "K", "B", "head")
@@ -65,11 +65,11 @@ def _block_tile(gamma_ptr, N, first, rows, i, j, BLOCK: tl.constexpr):
 
 @triton.jit
 def _inverse_energy(gamma_ptr, N, first, rows, mean, BLOCK: tl.constexpr):
-    """(trace, whether the block has structure or is not finite, 1 / trace or NaN or, without both, 0)."""
+    """(trace, True if the block has structure or is not finite, 1 / trace; NaN if not finite, 0 without structure)."""
     energy = _trace(gamma_ptr, N, first, rows, BLOCK)
     mean_energy = tl.load(gamma_ptr + mean.to(tl.int64) * (N + 1))
     if first > 0:
-        # After a memory the row is mu_h - mu_m, and the row before the block mu_m.
+        # Beside a memory the row is that of mu_h - mu_m, and the row before the block that of mu_m.
         mu_m = (first - 1).to(tl.int64)
         mean_energy += 2.0 * tl.load(gamma_ptr + mean.to(tl.int64) * N + mu_m)
         mean_energy += tl.load(gamma_ptr + mu_m * (N + 1))
@@ -80,7 +80,7 @@ def _inverse_energy(gamma_ptr, N, first, rows, mean, BLOCK: tl.constexpr):
 
 @triton.jit
 def _cka_of_block(student_ptr, teacher_ptr, scalar_ptr, value_ptr, N, first, rows, BLOCK: tl.constexpr):
-    """-log CKA of a diagonal block, and the scalars from which its gradient is read."""
+    """Store -log CKA of a diagonal block and the scalars of its gradient."""
     mean = first + rows
     energy_s, exists_s, inverse_s = _inverse_energy(student_ptr, N, first, rows, mean, BLOCK)
     _, exists_t, inverse_t = _inverse_energy(teacher_ptr, N, first, rows, mean, BLOCK)
@@ -107,10 +107,10 @@ def _cka_of_block(student_ptr, teacher_ptr, scalar_ptr, value_ptr, N, first, row
             products += t * s
     delta = 0.5 * tl.sum(deltas)
     cka = tl.sum(products)
-    # tl.maximum would drop NaN.
+    # tl.maximum does not pass on NaN.
     floored = tl.where(cka < CKA_FLOOR, CKA_FLOOR, cka)
     near = delta < 0.5
-    # log1p(-d) = log(w) * -d / (w - 1) with w = 1 - d rounded; exact to rounding, and -d where w rounds to 1.
+    # log1p(-d) = log(w) * -d / (w - 1) with w = 1 - d as rounded, or -d if w rounds to 1.
     x = tl.where(near, delta, 0.0)
     w = 1.0 - x
     small = w == 1.0
@@ -136,14 +136,14 @@ def _row(gamma_ptr, N, row, index, inside):
 
 @triton.jit
 def _without_rounding(squares, sizes):
-    """Squares with 0 for those that are only rounding of terms of these sizes, and which are not. Keeps NaN."""
+    """Set squares to 0 that are nothing but rounding of terms of these sizes; also return which are kept. Keeps NaN."""
     exists = ~((squares <= NORM_ROUNDING * sizes) & (sizes < float("inf")))
     return tl.where(exists, squares, 0.0), exists
 
 
 @triton.jit
 def _distances(gamma_ptr, N, K, h, m, h_inside, m_inside):
-    """|h - m|, whether it is not 0, 1 - cos, a, b, r, 2ab, whether cos is defined; of samples h and centroids m."""
+    """(|h - m|, True if that is not 0, 1 - cos, a, b, r, 2ab, True if cos is defined) of samples h and centroids m."""
     delta, mu_m = N - 1, K
     hh = _diagonal(gamma_ptr, N, h, h_inside)
     mm = _diagonal(gamma_ptr, N, m, m_inside)
@@ -156,7 +156,7 @@ def _distances(gamma_ptr, N, K, h, m, h_inside, m_inside):
     mean_dm = tl.load(gamma_ptr + delta.to(tl.int64) * N + mu_m)
     inside = h_inside[:, None] & m_inside[None, :]
     hm = tl.load(gamma_ptr + h.to(tl.int64)[:, None] * N + m[None, :], mask=inside, other=0.0)
-    # q = |h_c + delta - m_c|^2: mu_m does not occur in it.
+    # q = |h_c + delta - m_c|^2: mu_m cancels.
     q = (hh + 2.0 * h_to_d + mean_dd)[:, None] + (mm - 2.0 * m_to_d)[None, :] - 2.0 * hm
     h_and_d = tl.abs(hh) + 2.0 * tl.abs(h_to_d) + tl.abs(mean_dd)
     size_q = h_and_d[:, None] + (tl.abs(mm) + 2.0 * tl.abs(m_to_d))[None, :] + 2.0 * tl.abs(hm)
@@ -169,11 +169,11 @@ def _distances(gamma_ptr, N, K, h, m, h_inside, m_inside):
     v, exists_m = _without_rounding(from_mean_m + mean_mm, size_v)
     a, b = tl.sqrt(u), tl.sqrt(v)
     u_minus_v = from_mean_h[:, None] - from_mean_m[None, :]
-    far = (a[:, None] > LONGEST * b[None, :]) | (b[None, :] > LONGEST * a[:, None])
+    far = (a[:, None] > MAXIMUM_LENGTH_RATIO * b[None, :]) | (b[None, :] > MAXIMUM_LENGTH_RATIO * a[:, None])
     defined = exists_h[:, None] & exists_m[None, :] & ~far
     r = tl.where(defined, u_minus_v / tl.where(defined, a[:, None] + b[None, :], 1.0), 0.0)
     double_ab = tl.where(defined, 2.0 * a[:, None] * b[None, :], 1.0)
-    # cos = 0 with the zero vector, and with one so much shorter that it counts as that: the distance is 1.
+    # The cosine with the zero vector is 0, and so is that with a vector so short that it counts as zero.
     cosine = tl.where(defined, (square - r * r) / double_ab, 1.0)
     return tl.sqrt(square), apart, cosine, a, b, r, double_ab, defined
 
@@ -182,18 +182,20 @@ def _distances(gamma_ptr, N, K, h, m, h_inside, m_inside):
 def _pair_terms(student_ptr, teacher_ptr, N, K, pairs, h, m, h_inside, m_inside):
     """Per (sample, centroid): squared errors of both distances, d F^E/dq, d F^C/dq, d F^C/du and d F^C/dv."""
     inside = h_inside[:, None] & m_inside[None, :]
-    own, apart, own_cosine, a, b, r, double_ab, defined = _distances(
+    euclidean, apart, cosine, a, b, r, double_ab, defined = _distances(
         student_ptr, N, K, h, m, h_inside, m_inside
     )
-    given, _, given_cosine, _, _, _, _, _ = _distances(teacher_ptr, N, K, h, m, h_inside, m_inside)
-    error = tl.where(inside, own - given, 0.0)
-    d_q_e = tl.where(apart, error / (tl.where(apart, own, 1.0) * pairs), 0.0)
-    error_c = tl.where(inside, own_cosine - given_cosine, 0.0)
+    teacher_euclidean, _, teacher_cosine, _, _, _, _, _ = _distances(
+        teacher_ptr, N, K, h, m, h_inside, m_inside
+    )
+    error = tl.where(inside, euclidean - teacher_euclidean, 0.0)
+    d_q_e = tl.where(apart, error / (tl.where(apart, euclidean, 1.0) * pairs), 0.0)
+    error_c = tl.where(inside, cosine - teacher_cosine, 0.0)
     d_cosine = tl.where(defined, 2.0 * error_c / pairs, 0.0)
     a = tl.where(defined, a[:, None], 1.0)
     b = tl.where(defined, b[None, :], 1.0)
-    d_u = -d_cosine * (r / b + own_cosine) / (2.0 * a * a)
-    d_v = d_cosine * (r / a - own_cosine) / (2.0 * b * b)
+    d_u = -d_cosine * (r / b + cosine) / (2.0 * a * a)
+    d_v = d_cosine * (r / a - cosine) / (2.0 * b * b)
     return error * error, error_c * error_c, d_q_e, d_cosine / double_ab, d_u, d_v
 
 
@@ -426,7 +428,7 @@ def forward(student: Tensor, teacher: Tensor, num_centroid: int, rounding: float
     rows = student.new_empty((3, max(1, batch)))
     columns = student.new_empty((3, max(1, num_centroid)))
     d_q = student.new_empty((2, max(1, batch * num_centroid)))
-    # Without centroids only the samples' CKA is left.
+    # Without centroids the samples' CKA is all there is.
     programs = 2 + h_blocks + m_blocks if num_centroid else 1
     arguments = (scalars, errors, rows, columns, d_q, total, num_centroid, batch, head)
     with launch_guard(student):

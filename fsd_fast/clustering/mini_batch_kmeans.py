@@ -15,13 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fsd_fast.clustering.lloyd import IterationStats
+from fsd_fast.clustering.lloyd import EpochStats
 from fsd_fast.clustering.seeding import draw_seeds
 from fsd_fast.clustering.stream import PointStream
 from fsd_fast.clustering.stream_kmeans import StreamKMeans
 from fsd_kernels.kmeans import assign, update
-
-__all__ = ["MiniBatchKMeans", "StreamKMeans"]
 
 
 class MiniBatchKMeans(StreamKMeans):
@@ -64,7 +62,7 @@ class MiniBatchKMeans(StreamKMeans):
         reassignment_ratio: float = 0.01,
         random_state: int | np.random.RandomState | None = None,
         backend: str | None = None,
-        progress: Callable[[IterationStats], None] | None = None,
+        progress: Callable[[EpochStats], None] | None = None,
     ) -> None:
         super().__init__(
             n_clusters,

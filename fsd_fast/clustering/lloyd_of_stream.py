@@ -12,11 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fsd_fast.clustering.checkpoint import NOT_SAVED, ClusteringState
+from fsd_fast.clustering.checkpoint import NOT_SAVED, ClusteringCheckpoint
 from fsd_fast.clustering.first_pass import FirstPass, fetch_rows, first_pass
 from fsd_fast.clustering.lloyd import (
     Epoch,
-    IterationStats,
+    EpochStats,
     LloydResult,
     LloydRun,
     LloydSettings,
@@ -40,9 +40,12 @@ def kmeans_of_stream(
     init: str | Tensor = "k-means++",
     generator: torch.Generator,
     settings: LloydSettings,
-    progress: Callable[[IterationStats], None] | None = None,
+    progress: Callable[[EpochStats], None] | None = None,
 ) -> tuple[LloydResult, Tensor]:
-    """One run of k-means on a stream: a pass to look at the points, one for the start, one per epoch, one for labels.
+    """One run of k-means on a stream.
+
+    It takes a pass to check the points, one to fetch the start unless ``init`` is centroids, and those of
+    ``lloyd_of_stream``.
 
     Args:
         stream: The points of this process.
@@ -71,7 +74,7 @@ def kmeans_of_stream(
         wanted = _draw_start(first, n_clusters, init, generator, collectives)
         like = torch.empty(0, first.mean.shape[0], device=device)
         centroids = fetch_rows(stream, wanted, first.sample_index, like, collectives)
-    result = lloyd(stream, centroids, first.sample_index, collectives, settings, progress=progress)
+    result = lloyd_of_stream(stream, centroids, first.sample_index, collectives, settings, progress=progress)
     return result, first.sample_index
 
 
@@ -89,17 +92,20 @@ def _draw_start(
     return collectives.broadcast_(wanted)
 
 
-def lloyd(
+def lloyd_of_stream(
     stream: PointStream,
     centroids: Tensor,
     sample_index: Tensor,
     collectives: Collectives,
     settings: LloydSettings,
     *,
-    progress: Callable[[IterationStats], None] | None = None,
-    state: ClusteringState = NOT_SAVED,
+    progress: Callable[[EpochStats], None] | None = None,
+    checkpoint: ClusteringCheckpoint = NOT_SAVED,
 ) -> LloydResult:
     """Alternate assignment and update until the centroids stay where they are.
+
+    Each epoch is a pass over the points. One that finds empty clusters takes a second pass, which fetches the farthest
+    points.
 
     Args:
         stream: The points of this process.
@@ -108,29 +114,33 @@ def lloyd(
         collectives: The processes.
         settings: When to stop.
         progress: Called with the figures of each epoch.
-        state: Where the passes are saved, as stages "refine_1", "refine_1_far" and so on.
+        checkpoint: Where the passes are saved, as stages "refine_1", "refine_1_far" and so on.
 
     Returns:
         Labels, counts and inertia are those of the centroids returned: unless these stayed where they were, the
         points are read once more for them.
     """
     run = LloydRun(settings, progress)
-    for iteration in range(1, settings.max_iter + 1):
+    for number in range(1, settings.max_iter + 1):
         started = time.perf_counter()
-        stage = f"refine_{iteration}"
-        epoch = _epoch(stream, centroids, collectives, settings, state, stage, accumulate=True)
+        stage = f"refine_{number}"
+        epoch = _epoch(stream, centroids, collectives, settings, checkpoint, stage, accumulate=True)
         empty = empty_clusters(epoch)
         reseeded = 0
         if empty:
             candidates = collectives.gather_rows(farthest(epoch, sample_index, len(empty)))
             wanted, donors = rank_candidates(candidates, len(empty))
-            points = fetch_rows(stream, wanted, sample_index, centroids, collectives, state, f"{stage}_far")
+            points = fetch_rows(
+                stream, wanted, sample_index, centroids, collectives, checkpoint, f"{stage}_far"
+            )
             reseeded = reseed_(epoch, centroids, empty, points, donors)
         centroids = run.update(epoch, centroids, len(empty), reseeded, started)
         if run.should_stop():
             break
     if not run.settled:
-        epoch = _epoch(stream, centroids, collectives, settings, state, "refine_labels", accumulate=False)
+        epoch = _epoch(
+            stream, centroids, collectives, settings, checkpoint, "refine_labels", accumulate=False
+        )
     return LloydResult(centroids, epoch.counts, epoch.labels, epoch.inertia, run.stats)
 
 
@@ -139,7 +149,7 @@ def _epoch(
     centroids: Tensor,
     collectives: Collectives,
     settings: LloydSettings,
-    state: ClusteringState,
+    checkpoint: ClusteringCheckpoint,
     stage_name: str,
     *,
     accumulate: bool,
@@ -149,7 +159,7 @@ def _epoch(
     backend = settings.backend
 
     def read() -> Epoch:
-        stage = state.stage(stage_name)
+        stage = checkpoint.stage(stage_name)
         sums = centroids.new_zeros(clusters, width if accumulate else 0, dtype=torch.float64)
         sums = stage.restore("sums", sums)
         counts = torch.zeros(clusters, dtype=torch.int64, device=centroids.device)
