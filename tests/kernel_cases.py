@@ -122,12 +122,12 @@ def assert_same(
 
 def accuracy_case(seed: int, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
     """(student, student memory), (teacher, teacher memory), rounded to ``dtype``."""
-    batch, rows, own, given, count = shape
+    batch, rows, width, teacher_width, count = shape
     student, teacher = (
-        bert_features(batch, rows, own, seed=seed),
-        bert_features(batch, rows, given, seed=seed + 50),
+        bert_features(batch, rows, width, seed=seed),
+        bert_features(batch, rows, teacher_width, seed=seed + 50),
     )
-    memories = centroids(count, rows, own, seed=seed), centroids(count, rows, given, seed=seed + 50)
+    memories = centroids(count, rows, width, seed=seed), centroids(count, rows, teacher_width, seed=seed + 50)
     return [student.to(dtype), memories[0].to(dtype)], [teacher.to(dtype), memories[1].to(dtype)]
 
 
@@ -143,10 +143,10 @@ def rms_errors(
         inputs, constants = accuracy_case(seed, dtype, shape)
 
         def run(kind: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
-            given = [x.to(kind) for x in constants]  # noqa: B023
+            cast = [x.to(kind) for x in constants]  # noqa: B023
             # Scaled so that no gradient is too small for float16.
             values, gradients = value_and_gradient(
-                lambda x, m: function(x, m, given, backend),
+                lambda x, m: function(x, m, cast, backend),
                 [x.to(kind) for x in inputs],  # noqa: B023
                 scale=4096.0,
             )

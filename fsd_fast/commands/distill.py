@@ -34,6 +34,7 @@ from fsd_fast.models.teacher import Teacher
 from fsd_fast.models.whole_weights import whole_weights
 from fsd_fast.training.checkpoints import find_checkpoint
 from fsd_fast.training.distillation import DistillationModel, export_state
+from fsd_fast.training.early_stopping import early_stopping
 from fsd_fast.training.export import check_export
 from fsd_fast.training.record import RECORD_FILE, make_record, read_record
 from fsd_fast.training.resume import check_resumed
@@ -167,6 +168,7 @@ def _trainer(
         data_collator=data.collator,
         processing_class=models.tokenizer,
         compute_metrics=metrics_of(data.task),
+        callbacks=early_stopping(run.early_stopping_patience, run.early_stopping_threshold),
         teacher=models.teacher if objective.requires.teacher else None,
         teacher_memory=None if memories is None else memories.teacher,
         start_memory=None if memories is None else memories.start,

@@ -140,6 +140,16 @@ class RunArguments(TrainingArguments):
         "Metric by which the best checkpoint is chosen, with or without 'eval_'. Default: the task's main one.",
         None,
     )
+    early_stopping_patience: int | None = flag(
+        "Stop after so many evaluations in a row without a better metric_for_best_model, and load the best model.",
+        None,
+        numbers=Range(minimum=1),
+    )
+    early_stopping_threshold: float = flag(
+        "How much better than the best one a metric must be to count for --early_stopping_patience.",
+        0.0,
+        numbers=Range(minimum=0),
+    )
     remove_unused_columns: bool = flag(
         "Drop data columns that the model does not take; grouping by length reads one of them.", False
     )
@@ -170,4 +180,6 @@ class RunArguments(TrainingArguments):
         # TrainingArguments would put "loss" in the place of no metric.
         if self.metric_for_best_model is None:
             self.metric_for_best_model = MAIN_METRIC
+        if self.early_stopping_patience is not None:
+            self.load_best_model_at_end = True
         super().__post_init__()

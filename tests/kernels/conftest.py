@@ -93,10 +93,10 @@ class InterpretedTest(pytest.Item):
             self.session.stash[_INTERPRETER] = interpreter
         try:
             reports = interpreter.run(self.nodeid)
-        except RuntimeError:
+        except RuntimeError as error:
             del self.session.stash[_INTERPRETER]
             interpreter.close()
-            raise
+            pytest.fail(str(error), pytrace=False)
         failures = [report["text"] for report in reports if report["outcome"] == "failed"]
         if failures:
             pytest.fail("\n".join(failures), pytrace=False)
@@ -146,10 +146,14 @@ _reports: list[dict[str, str]] = []
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Note the outcome of a phase of a test."""
     if _ENDS is not None:
-        skipped = report.outcome == "skipped" and isinstance(report.longrepr, tuple)
-        text = report.longrepr[2] if skipped else report.longreprtext  # type: ignore[index]
-        sections = "".join(f"\n--- {title} ---\n{content}" for title, content in report.sections)
-        _reports.append({"outcome": report.outcome, "text": text if skipped else text + sections})
+        if isinstance(report.longrepr, tuple):
+            text = report.longrepr[2].removeprefix("Skipped: ")
+        else:
+            # The first line is that of pytest's summary.
+            crash = getattr(report.longrepr, "reprcrash", None)
+            sections = (f"--- {title} ---\n{content}" for title, content in report.sections)
+            text = "\n".join([*([crash.message, ""] if crash else []), report.longreprtext, *sections])
+        _reports.append({"outcome": report.outcome, "text": text})
 
 
 @pytest.hookimpl(tryfirst=True)

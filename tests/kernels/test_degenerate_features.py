@@ -95,14 +95,14 @@ def test_huge_features_are_right_or_not_finite(backend, scale, one, side):
     student, teacher, memory, teacher_memory = features
     results = []
     for kind in (torch.float32, torch.float64):
-        own = leaf(student.to(kind))
+        spoilt = leaf(student.to(kind))
         chosen = backend if kind == torch.float32 else "reference"
-        intra = intra_cka(own, teacher.to(kind), backend=chosen).neg_log[0, 1]
+        intra = intra_cka(spoilt, teacher.to(kind), backend=chosen).neg_log[0, 1]
         between = inter_structure(
-            own, teacher.to(kind), memory.to(kind), teacher_memory.to(kind), backend=chosen
+            spoilt, teacher.to(kind), memory.to(kind), teacher_memory.to(kind), backend=chosen
         )
         values = [intra, between.local, between.distance, between.cosine]
-        results.append([(v, torch.autograd.grad(v, own, retain_graph=True)[0]) for v in values])
+        results.append([(v, torch.autograd.grad(v, spoilt, retain_graph=True)[0]) for v in values])
     for i, ((value, gradient), (true_value, true_gradient)) in enumerate(zip(*results, strict=True)):
         if i == 0:
             gradient, true_gradient = gradient[1], true_gradient[1]
@@ -129,11 +129,11 @@ def test_cosines_with_vectors_far_shorter_count_as_those_with_zero_vectors(backe
         backend="reference",
     ).cosine
     for scale in (1e5, 1e15):
-        own = leaf(student * scale)
-        value = inter_structure(own, teacher, memory, teacher_memory, backend=backend).cosine
+        scaled = leaf(student * scale)
+        value = inter_structure(scaled, teacher, memory, teacher_memory, backend=backend).cosine
         value.backward()
         torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-6)
-        assert not bool(own.grad.any())
+        assert not bool(scaled.grad.any())
     near = inter_structure(student * 300, teacher, memory, teacher_memory, backend=backend).cosine
     truth = inter_structure(
         *(x.double() for x in (student * 300, teacher, memory, teacher_memory)), backend="reference"
@@ -209,10 +209,12 @@ def test_gamma_of_what_is_not_finite_is_nan(backend):
 
 def global_gradient(backend, student, teacher, memory, teacher_memory, name):
     """Value of a term of L_G and its gradients in the student's features and memory."""
-    own, own_memory = leaf(student), leaf(memory)
-    value = getattr(inter_structure(own, teacher, own_memory, teacher_memory, backend=backend), name)
+    student_leaf, memory_leaf = leaf(student), leaf(memory)
+    value = getattr(
+        inter_structure(student_leaf, teacher, memory_leaf, teacher_memory, backend=backend), name
+    )
     value.backward()
-    return value.detach().double(), own.grad.double(), own_memory.grad.double()
+    return value.detach().double(), student_leaf.grad.double(), memory_leaf.grad.double()
 
 
 @every_dtype
@@ -239,10 +241,10 @@ def test_norms_and_distances_that_vanish(backend, dtype, name, kind):
         found = global_gradient(backend, student, teacher, memory, teacher_memory, name)
         # A norm is known to about the square root of its square's rounding.
         tolerance = 1e-6 if dtype == torch.float64 else 2e-2
-        for given, wanted in zip(found, truth, strict=True):
-            assert bool(given.isfinite().all())
+        for value, wanted in zip(found, truth, strict=True):
+            assert bool(value.isfinite().all())
             torch.testing.assert_close(
-                given, wanted, rtol=tolerance, atol=tolerance * max(1e-9, float(wanted.abs().max()))
+                value, wanted, rtol=tolerance, atol=tolerance * max(1e-9, float(wanted.abs().max()))
             )
 
 

@@ -61,8 +61,10 @@ def test_gram_in_float64(shape: str, kind: str) -> None:
         return
     memory = centroids(count, rows + extra, width)
     assert_same(lambda backend: lambda x, m: gram(x, m, mask, backend=backend), [features, memory], 1e-9)
-    known = gram(features, frozen_gram(memory), mask)
-    torch.testing.assert_close(known, gram(features, memory, mask, backend="reference"), rtol=1e-9, atol=1e-9)
+    with_frozen = gram(features, frozen_gram(memory), mask)
+    torch.testing.assert_close(
+        with_frozen, gram(features, memory, mask, backend="reference"), rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -84,8 +86,8 @@ def test_an_offset_that_only_later_slices_have(monkeypatch: pytest.MonkeyPatch) 
     features = torch.randn(7, 48, generator=make_generator(0))
     features[:, 32:] += 1000.0
     truth = gram(features.double(), backend="reference")
-    own = slice(0, 7)
-    assert relative_error(gram(features)[own, own], truth[own, own]) < 1e-4
+    samples = slice(0, 7)
+    assert relative_error(gram(features)[samples, samples], truth[samples, samples]) < 1e-4
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])
@@ -128,9 +130,9 @@ def test_a_memory_whose_offset_lies_between_the_samples() -> None:
     assert eager._looks_centred(memory)
     assert eager._forward_uncentred_memory(memory[:0], memory, None, None) is None
     truth = gram(memory[:2].double(), memory.double(), backend="reference")
-    known = gram(memory[:2], frozen_gram(memory))
-    assert torch.equal(known, gram(memory[:2], memory))
-    assert relative_error(known[:6, :6], truth[:6, :6]) < 1e-6
+    with_frozen = gram(memory[:2], frozen_gram(memory))
+    assert torch.equal(with_frozen, gram(memory[:2], memory))
+    assert relative_error(with_frozen[:6, :6], truth[:6, :6]) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["none", "ragged"])
@@ -186,18 +188,18 @@ GRAM_CASES: list[tuple[tuple[int, ...], str | None]] = [
 
 
 def check_gram(
-    features: Tensor, memory: Tensor | None, mask: Tensor | None, tolerance: float, known: bool = False
+    features: Tensor, memory: Tensor | None, mask: Tensor | None, tolerance: float, frozen: bool = False
 ) -> None:
     features = features.detach().requires_grad_()
     truth = features.detach().double().requires_grad_()
-    given: Any = memory
+    given_memory: Any = memory
     right = memory.double() if memory is not None else None
-    if memory is not None and not known:
-        memory = given = memory.detach().requires_grad_()
+    if memory is not None and not frozen:
+        memory = given_memory = memory.detach().requires_grad_()
         right = memory.detach().double().requires_grad_()
     elif memory is not None:
-        given = frozen_gram(memory.float(), backend="eager")._replace(memory=memory)
-    ours = gram(features, given, mask, backend="triton")
+        given_memory = frozen_gram(memory.float(), backend="eager")._replace(memory=memory)
+    ours = gram(features, given_memory, mask, backend="triton")
     expected = gram(truth, right, mask, backend="reference")
     assert_close(ours, expected, tolerance if GPU and tolerance > 1e-5 else 1e-6)
     assert torch.equal(ours, ours.T)
@@ -216,7 +218,7 @@ def check_gram(
 
 @on_triton
 @pytest.mark.parametrize(("shape", "kind"), GRAM_CASES, ids=str)
-def test_kernels_matches_the_formula(shape: tuple[int, ...], kind: str | None, path: str) -> None:
+def test_kernels_match_the_formula(shape: tuple[int, ...], kind: str | None, path: str) -> None:
     batch, num_centroid, rows, width, extra = shape
     mask = kept_mask(kind, batch, rows)
     features = framed(poison(normal(batch, rows, width, seed=1), mask))
@@ -234,22 +236,22 @@ MANY_ROWS = [
 
 
 @on_triton
-@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("shape", MANY_ROWS, ids=str)
-def test_kernels_of_many_rows(shape: tuple[int, ...], known: bool, tf32: None) -> None:
+def test_kernels_of_many_rows(shape: tuple[int, ...], frozen: bool, tf32: None) -> None:
     batch, num_centroid, rows, width, extra = shape
     features = normal(batch, rows, width, seed=1)
     memory = normal(num_centroid, rows * width + extra, seed=2)
-    check_gram(features, memory, None, on_gpu(TF32, 1e-5), known=known)
+    check_gram(features, memory, None, on_gpu(TF32, 1e-5), frozen=frozen)
 
 
 @on_triton
 @pytest.mark.parametrize("shape", [(4, 3, 2, 8, 0), (20, 31, 2, 8, 3)], ids=str)
-def test_kernels_copies_a_known_block(shape: tuple[int, ...], path: str) -> None:
+def test_kernels_copy_a_frozen_block(shape: tuple[int, ...], path: str) -> None:
     batch, num_centroid, rows, width, extra = shape
     memory = normal(num_centroid, rows * width + extra, seed=2)
     features = normal(batch, rows, width, seed=1)
-    check_gram(features, memory, None, 1e-5, known=True)
+    check_gram(features, memory, None, 1e-5, frozen=True)
     marked = frozen_gram(memory, backend="eager")
     marked.gram.fill_(7.0)
     gamma = gram(features, marked, backend="triton")
@@ -273,7 +275,7 @@ def test_kernels_in_16_bits_of_many_rows(dtype: torch.dtype) -> None:
 
 
 @on_triton
-def test_kernels_reads_any_strides(path: str) -> None:
+def test_kernels_read_any_strides(path: str) -> None:
     mask = kept_mask("ragged", 2, 5)
     assert mask is not None
     features = normal(32, 5, 2, seed=1).permute(1, 2, 0)
@@ -298,7 +300,7 @@ def test_kernels_give_the_gradient_of_one_input_alone(path: str) -> None:
 
 
 @on_triton
-def test_kernels_launches(launches: list[str]) -> None:
+def test_kernels_launched(launches: list[str]) -> None:
     features = normal(4, 40, seed=1).requires_grad_()
     gram(features, normal(6, 40, seed=2), backend="triton").sum().backward()
     assert launches == ["_gram_fwd_kernel", "_gram_sum_kernel", "_gram_rows_kernel", "_gram_bwd_kernel"]

@@ -67,11 +67,11 @@ INTRA_SHAPES = {
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("shape", INTRA_SHAPES)
 def test_intra_cka_in_float64(shape: str, kind: str) -> None:
-    batch, rows, own, given = INTRA_SHAPES[shape]
-    teachers, mask = layers(given, batch, rows, 10), make_mask(kind, batch, rows)
+    batch, rows, widths, teacher_widths = INTRA_SHAPES[shape]
+    teachers, mask = layers(teacher_widths, batch, rows, 10), make_mask(kind, batch, rows)
     assert_same(
         lambda backend: lambda *students: intra_cka(students, teachers, mask, backend=backend),
-        layers(own, batch, rows, 20),
+        layers(widths, batch, rows, 20),
     )
 
 
@@ -250,7 +250,7 @@ def check_intra(
 
 @on_triton
 @pytest.mark.parametrize(("shape", "kind"), INTRA_CASES, ids=str)
-def test_kernels_matches_the_formula(shape: tuple[int, ...], kind: str | None, path: str) -> None:
+def test_kernels_match_the_formula(shape: tuple[int, ...], kind: str | None, path: str) -> None:
     pairs, batch, rows, width_s, width_t = shape
     mask = kept_mask(kind, batch, rows)
     students = [framed(poison(normal(batch, rows, width_s + i, seed=i), mask)) for i in range(pairs)]
@@ -267,7 +267,7 @@ def test_kernels_of_long_inputs(rows: int, tf32: None) -> None:
 
 @on_triton
 @pytest.mark.parametrize("kind", ["one", "none"])
-def test_kernels_of_too_few_rows_is_zero(kind: str, path: str) -> None:
+def test_kernels_give_zero_for_too_few_rows(kind: str, path: str) -> None:
     mask = kept_mask(kind, 3, 18)
     x = poison(normal(3, 18, 20, seed=1), mask)
     check_intra([x], [poison(normal(3, 18, 16, seed=2), mask)], mask, 1e-5)
@@ -284,7 +284,7 @@ def test_kernels_in_16_bits(dtype: torch.dtype, path: str) -> None:
 
 
 @on_triton
-def test_kernels_reads_any_strides(path: str) -> None:
+def test_kernels_read_any_strides(path: str) -> None:
     students = [transposed(normal(2, 20, 24, seed=1)), normal(20, 2, 16, seed=2).transpose(0, 1)]
     teachers = [normal(2, 20, 48, seed=3)[:, :, ::2], transposed(normal(2, 20, 20, seed=4))]
     mask = kept_mask("ragged", 20, 2)
@@ -301,7 +301,7 @@ def test_kernels_of_aligned_rows(path: str) -> None:
 
 
 @on_triton
-def test_kernels_of_equal_features_is_zero(path: str) -> None:
+def test_kernels_give_zero_for_equal_features(path: str) -> None:
     x = normal(2, 18, 32, seed=3).requires_grad_()
     result = intra_cka(x, x.detach().clone(), backend="triton")
     (result.one_minus_cka + result.neg_log).sum().backward()
@@ -312,7 +312,7 @@ def test_kernels_of_equal_features_is_zero(path: str) -> None:
 
 
 @on_triton
-def test_kernels_of_constant_rows_is_zero(path: str) -> None:
+def test_kernels_give_zero_for_constant_rows(path: str) -> None:
     for offset in (1.0, 1e4):
         x = (offset * normal(2, 1, 24, seed=3)).expand(2, 18, 24).contiguous().requires_grad_()
         other = normal(2, 18, 24, seed=4)
@@ -326,7 +326,7 @@ def test_kernels_of_constant_rows_is_zero(path: str) -> None:
 
 @on_triton
 @pytest.mark.parametrize("scale", [1e-15, 1e15])
-def test_kernels_keeps_small_and_large_features(scale: float, path: str) -> None:
+def test_kernels_keep_small_and_large_features(scale: float, path: str) -> None:
     x, y = normal(1, 18, 16, seed=1).double() * scale, normal(1, 18, 16, seed=2).double() * scale
     ours = intra_cka(x.float(), y.float(), backend="triton").one_minus_cka
     assert_close(ours, intra_cka(x, y, backend="reference").one_minus_cka, 1e-5)
@@ -356,13 +356,13 @@ def test_kernels_next_to_one(path: str) -> None:
 
 
 @on_triton
-def test_kernels_keeps_its_promise_on_outlier_features(path: str) -> None:
+def test_kernels_keep_their_promise_on_outlier_features(path: str) -> None:
     x, y = outliers(2, 18, 48, seed=1), outliers(2, 18, 48, seed=2)
     check_intra([x], [y], None, 1e-5)
 
 
 @on_triton
-def test_kernels_launches(launches: list[str], multiprocessors: Callable[[int], None]) -> None:
+def test_kernels_launched(launches: list[str], multiprocessors: Callable[[int], None]) -> None:
     """All layer pairs and samples of a step in one launch each way."""
     students = [normal(2, 9, 16 + i, seed=i).requires_grad_() for i in range(3)]
     result = intra_cka(students, students[::-1], backend="triton")
@@ -421,7 +421,7 @@ def test_rounding_stays_below_plain_torch(
 @on_triton
 @QUICK
 @given(batch=st.integers(1, 3), rows=st.integers(1, 20), width=st.integers(1, 40), seed=st.integers(0, 99))
-def test_kernels_ignores_rotation_scale_and_order(batch: int, rows: int, width: int, seed: int) -> None:
+def test_kernels_ignore_rotation_scale_and_order(batch: int, rows: int, width: int, seed: int) -> None:
     x, y = normal(batch, rows, width, seed=seed), normal(batch, rows, 12, seed=seed + 1)
     rotation = torch.linalg.qr(normal(width, width, seed=seed + 2)).Q
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
@@ -434,7 +434,7 @@ def test_kernels_ignores_rotation_scale_and_order(batch: int, rows: int, width: 
 @on_triton
 @QUICK
 @given(rows=st.integers(2, 20), kept=st.integers(1, 20), seed=st.integers(0, 99))
-def test_kernels_of_a_mask_is_that_of_the_kept_rows(rows: int, kept: int, seed: int) -> None:
+def test_kernels_give_a_mask_the_value_of_its_kept_rows(rows: int, kept: int, seed: int) -> None:
     kept = min(kept, rows)
     x, y = normal(1, rows, 24, seed=seed), normal(1, rows, 24, seed=seed + 1)
     mask = torch.arange(rows, device=DEVICE)[None] < kept

@@ -231,11 +231,11 @@ def test_views_are_read_as_they_are() -> None:
 
 
 class _LargestNew(TorchDispatchMode):
-    """Records how many bytes the largest tensor takes that an operation returns, views of ``known`` apart."""
+    """Records how many bytes the largest tensor takes that an operation returns, views of ``ignored`` apart."""
 
-    def __init__(self, known: Tensor) -> None:
+    def __init__(self, ignored: Tensor) -> None:
         super().__init__()
-        self.known = known.untyped_storage().data_ptr()
+        self.known = ignored.untyped_storage().data_ptr()
         self.bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -599,7 +599,7 @@ def test_kernels_labels_out_of_range_are_refused() -> None:
 
 
 @on_triton
-def test_kernels_launches(
+def test_kernels_launched(
     monkeypatch: pytest.MonkeyPatch, tf32: None, multiprocessors: Callable[[int], None]
 ) -> None:
     launches = record_launches(monkeypatch)

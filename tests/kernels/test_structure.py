@@ -43,21 +43,21 @@ from tests.kernel_cases import (
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("shape", INTER_SHAPES)
 def test_inter_structure_in_float64(shape: str, kind: str) -> None:
-    batch, rows, own, given, count, extra = INTER_SHAPES[shape]
-    teacher, mask = bert_features(batch, rows, given, seed=1), make_mask(kind, batch, rows)
-    student = bert_features(batch, rows, own, seed=2)
+    batch, rows, width, teacher_width, count, extra = INTER_SHAPES[shape]
+    teacher, mask = bert_features(batch, rows, teacher_width, seed=1), make_mask(kind, batch, rows)
+    student = bert_features(batch, rows, width, seed=2)
     if not count:
         assert_same(
             lambda backend: lambda x: inter_structure(x, teacher, mask=mask, backend=backend), [student]
         )
         return
-    memory = centroids(count, rows + extra, given)
-    for given_memory in (memory, frozen_gram(memory)):
+    memory = centroids(count, rows + extra, teacher_width)
+    for teacher_memory in (memory, frozen_gram(memory)):
         assert_same(
-            lambda backend, known=given_memory: (
-                lambda x, m: inter_structure(x, teacher, m, known, mask, backend=backend)
+            lambda backend, teacher_memory=teacher_memory: (
+                lambda x, m: inter_structure(x, teacher, m, teacher_memory, mask, backend=backend)
             ),
-            [student, centroids(count, rows + extra, own, seed=3)],
+            [student, centroids(count, rows + extra, width, seed=3)],
         )
 
 
@@ -74,10 +74,10 @@ def test_structure_in_float64(batch: int, count: int) -> None:
 
 def test_structure_reads_the_losses_of_the_features_off_gamma() -> None:
     student, teacher = bert_features(5, 4, 6, seed=1), bert_features(5, 4, 7, seed=2)
-    own, given = centroids(3, 4, 6), centroids(3, 4, 7, seed=4)
-    direct = inter_structure(student, teacher, own, given, backend="reference")
+    memory, teacher_memory = centroids(3, 4, 6), centroids(3, 4, 7, seed=4)
+    direct = inter_structure(student, teacher, memory, teacher_memory, backend="reference")
     for backend in ("reference", "eager"):
-        read = structure(gram(student, own), gram(teacher, given), 3, backend=backend)
+        read = structure(gram(student, memory), gram(teacher, teacher_memory), 3, backend=backend)
         torch.testing.assert_close(torch.stack(read), torch.stack(direct), rtol=1e-9, atol=0)
 
 
@@ -132,13 +132,13 @@ def test_gradcheck_structure() -> None:
 # --- eager in narrow dtypes ------------------------------------------------------------------------------------------
 
 
-def local(student: Tensor, memory: Tensor, given: Sequence[Tensor], backend: str) -> Tensor:
-    return inter_structure(student, given[0], backend=backend).local
+def local(student: Tensor, memory: Tensor, constants: Sequence[Tensor], backend: str) -> Tensor:
+    return inter_structure(student, constants[0], backend=backend).local
 
 
 def between(name: str) -> Callable[[Tensor, Tensor, Sequence[Tensor], str], Tensor]:
-    return lambda student, memory, given, backend: getattr(
-        inter_structure(student, given[0], memory, given[1], backend=backend), name
+    return lambda student, memory, constants, backend: getattr(
+        inter_structure(student, constants[0], memory, constants[1], backend=backend), name
     )
 
 
@@ -211,7 +211,7 @@ def gammas(batch: int, num_centroid: int, noise: float = 0.3) -> tuple[Tensor, T
 @pytest.mark.parametrize(
     "sizes", [(4, 3), (5, 1), (1, 1), (33, 34), (33, 0), (1, 5), (0, 4), (1, 0), (2, 40), (0, 0)], ids=str
 )
-def test_kernels_matches_the_formula(sizes: tuple[int, int]) -> None:
+def test_kernels_match_the_formula(sizes: tuple[int, int]) -> None:
     student, teacher = gammas(*sizes)
     ours = framed(student.float()).requires_grad_()
     truth = ours.detach().double().requires_grad_()
@@ -278,7 +278,7 @@ def test_kernels_of_a_distance_rounded_below_zero() -> None:
 
 
 @on_triton
-def test_kernels_launches(launches: list[str]) -> None:
+def test_kernels_launched(launches: list[str]) -> None:
     student, teacher = (x.float() for x in gammas(4, 3))
     structure(student.requires_grad_(), teacher, 3, backend="triton").cosine.backward()
     assert launches == ["_structure_stats_kernel", "_structure_grad_kernel", "_structure_bwd_kernel"]
@@ -295,13 +295,13 @@ def test_kernels_of_inter_structure_match_the_formula(num_centroid: int, masked:
     results = []
     for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
         student, teacher = (x.to(dtype, copy=True) for x in inputs)
-        own, given = (x.to(dtype, copy=True) for x in memories)
+        memory, teacher_memory = (x.to(dtype, copy=True) for x in memories)
         student.requires_grad_()
-        own.requires_grad_()
-        pair = (own, given) if num_centroid else (None, None)
+        memory.requires_grad_()
+        pair = (memory, teacher_memory) if num_centroid else (None, None)
         values = inter_structure(student, teacher, pair[0], pair[1], mask, backend=backend)
         (values.local + 2 * values.memory + 0.3 * values.distance + 5 * values.cosine).backward()
-        results.append((torch.stack(values), student.grad, own.grad))
+        results.append((torch.stack(values), student.grad, memory.grad))
     assert_close(results[0][0], results[1][0], 1e-4)
     assert_close(results[0][1], results[1][1].nan_to_num(0.0), 1e-4)  # type: ignore[union-attr, arg-type]
     if num_centroid:

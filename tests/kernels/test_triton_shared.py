@@ -72,7 +72,8 @@ def test_heuristics_of_the_losses_fill_the_gpu_and_fit_it(name: str) -> None:
     assert 64 <= wide.parts <= 2 * target.multiprocessors
     # Both tiles of 128 rows and their Gram would not fit beside the others.
     many = [
-        gram_kernels.forward_config(334, 98304, torch.float32, "tf32", target, known) for known in (0, 301)
+        gram_kernels.forward_config(334, 98304, torch.float32, "tf32", target, skipped)
+        for skipped in (0, 301)
     ]
     for config in many:
         assert not config.tiles

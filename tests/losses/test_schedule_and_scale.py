@@ -238,3 +238,16 @@ def test_features_that_are_not_finite_show():
 def test_an_unknown_scale_is_refused():
     with pytest.raises(ValueError, match="distance_scale: expected one of none, mean, got 'max'"):
         GlobalInterFeatureLoss(distance_scale="max")
+
+
+def test_relative_distances_compile_without_a_break():
+    given = features(torch.float32)
+    leaf = given[0].requires_grad_()
+    module = GlobalInterFeatureLoss(distance_scale="mean")
+    expected = module(leaf, *given[1:]).loss
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")(leaf, *given[1:]).loss
+    torch.testing.assert_close(compiled, expected)
+    torch.testing.assert_close(
+        *(gradients(loss, [leaf])[0] for loss in (compiled, expected)), rtol=1e-4, atol=1e-6
+    )
