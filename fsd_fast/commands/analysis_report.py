@@ -87,8 +87,10 @@ def report_cards(figures: Mapping[str, Any], run: RunFiles) -> dict[str, str]:
     if scores:
         name, value = next(iter(scores.items()))
         cards[name.removeprefix("eval_").replace("_", " ")] = f"{value:.4f}"
-    cards["parameters of the teacher's"] = f"{100 * student['parameters'] / teacher['parameters']:.0f} %"
-    cards["times its throughput"] = f"{student['samples_per_second'] / teacher['samples_per_second']:.1f}x"
+    cards["of the teacher's parameters"] = f"{100 * student['parameters'] / teacher['parameters']:.0f} %"
+    cards["of the teacher's throughput"] = (
+        f"{student['samples_per_second'] / teacher['samples_per_second']:.1f}x"
+    )
     cards["mean CKA of matched layers"] = f"{figures['cka_mean_diagonal']:.3f}"
     agreement = next((value for name, value in scores.items() if name.endswith("teacher_agreement")), None)
     if agreement is not None:
