@@ -149,15 +149,16 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
     shown = [(title, group) for title, group in (("evaluation", scores), ("losses", losses)) if group]
     if not shown:
         return False
-    figure, axes = _figure(len(shown), 6 * len(shown), 4)
+    figure, axes = _figure(len(shown), 7 * len(shown), 3.8)
     for axis, (title, group) in zip(axes, shown, strict=True):
         for name, points in group.items():
             marker = "o" if name.startswith("eval_") else None
-            axis.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1.4, label=name)
+            label = name.removeprefix("eval_") if title == "evaluation" else name
+            axis.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1.4, label=label)
         axis.set(xlabel="step", title=title)
         if title == "losses" and all(value > 0 for points in group.values() for _, value in points):
             axis.set_yscale("log")
-        axis.legend(frameon=False, fontsize="small")
+        axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path, dpi=150)
     return True
 

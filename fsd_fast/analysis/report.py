@@ -29,8 +29,10 @@ p { margin: 0 0 1rem; }
 .card span { color: var(--soft); font-size: .88rem; }
 section { padding: 1.3rem 1.4rem; margin: 0 0 1.1rem; }
 img { display: block; max-width: 100%; height: auto; margin: .4rem auto; background: #ffffff; border-radius: 6px; }
+img.single { width: 40rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .95rem; }
+table.pairs { width: auto; min-width: 26rem; }
 th, td { text-align: left; padding: .38rem .7rem .38rem 0; border-bottom: 1px solid var(--line);
   overflow-wrap: anywhere; vertical-align: top; }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
@@ -52,6 +54,7 @@ class Section:
         header: Headings of a table; columns after the first are numbers.
         rows: Rows of the table.
         folded: Whether the table is folded away until it is asked for.
+        wide: Whether the image has the width of the page.
     """
 
     title: str
@@ -60,6 +63,7 @@ class Section:
     header: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = field(default_factory=list)
     folded: bool = False
+    wide: bool = False
 
 
 def html_report(
@@ -102,22 +106,24 @@ def _section(section: Section) -> str:
     image = ""
     if section.image is not None:
         data = base64.b64encode(section.image.read_bytes()).decode()
-        image = f'<img alt="{_text(section.title)}" src="data:image/png;base64,{data}">'
+        size = "" if section.wide else ' class="single"'
+        image = f'<img{size} alt="{_text(section.title)}" src="data:image/png;base64,{data}">'
     table = _table(section.header, section.rows) if section.rows else ""
     if section.folded and table:
-        table = f"<details><summary>{len(section.rows)} lines</summary>{table}</details>"
+        table = f"<details><summary>Show all {len(section.rows)}</summary>{table}</details>"
     return f"<section>\n<h2>{_text(section.title)}</h2>\n{note}{image}{table}\n</section>"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    numbers = ' class="number"'
+    # Two columns are a name and its value; of more, all but the first are numbers.
+    several = max(map(len, rows)) > 2
+    number, table = (' class="number"', "") if several else ("", ' class="pairs"')
 
     def cells(tag: str, texts: Sequence[str]) -> str:
         return "".join(
-            f"<{tag}{numbers if place and len(texts) > 2 else ''}>{_text(text)}</{tag}>"
-            for place, text in enumerate(texts)
+            f"<{tag}{number if place else ''}>{_text(text)}</{tag}>" for place, text in enumerate(texts)
         )
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     head = f"<thead><tr>{cells('th', header)}</tr></thead>" if header else ""
-    return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll"><table{table}>{head}<tbody>{body}</tbody></table></div>'

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fsd_fast.analysis.report import Section
+from fsd_fast.data import HELDOUT
 from fsd_fast.training.record import RECORD_FILE, read_record
 from fsd_fast.untrusted import read_json_object
 
@@ -78,16 +79,20 @@ def report_cards(figures: Mapping[str, Any], run: RunFiles) -> dict[str, str]:
     """The figures that stand out."""
     teacher, student = figures["cost"]["teacher"], figures["cost"]["student"]
     cards = {}
-    scores = {name: value for name, value in run.scores.items() if not name.endswith("_loss")}
+    scores = {
+        name: value
+        for name, value in run.scores.items()
+        if not name.endswith("_loss") and not name.startswith(f"eval_{HELDOUT}_")
+    }
     if scores:
         name, value = next(iter(scores.items()))
         cards[name.removeprefix("eval_").replace("_", " ")] = f"{value:.4f}"
-    cards["parameters of the teacher's"] = f"{100 * student['parameters'] / teacher['parameters']:.0f} %"
-    cards["times its throughput"] = f"{student['samples_per_second'] / teacher['samples_per_second']:.1f}x"
-    cards["mean CKA of matched layers"] = f"{figures['cka_mean_diagonal']:.3f}"
-    agreement = next(
-        (value for name, value in run.scores.items() if name.endswith("teacher_agreement")), None
+    cards["of the teacher's parameters"] = f"{100 * student['parameters'] / teacher['parameters']:.0f} %"
+    cards["of the teacher's throughput"] = (
+        f"{student['samples_per_second'] / teacher['samples_per_second']:.1f}x"
     )
+    cards["mean CKA of matched layers"] = f"{figures['cka_mean_diagonal']:.3f}"
+    agreement = next((value for name, value in scores.items() if name.endswith("teacher_agreement")), None)
     if agreement is not None:
         cards["agreement with the teacher"] = f"{100 * agreement:.1f} %"
     return cards
@@ -105,7 +110,7 @@ def report_sections(
         ]
         sections.append(Section("Evaluation", "As the run ended.", header=["figure", "value"], rows=rows))
     if curves:
-        sections.append(Section("Training", "The run's own log.", image=folder / "curves.png"))
+        sections.append(Section("Training", "The run's own log.", image=folder / "curves.png", wide=True))
     cost = figures["cost"]
     rows = []
     for key, (name, text) in _COSTS.items():
@@ -130,7 +135,7 @@ def report_sections(
     note = "t-SNE of the penultimate features, coloured by label." + (
         " Crosses are the centroids of the teacher's memory." if memory else ""
     )
-    sections.append(Section("Features", note, image=folder / "tsne.png"))
+    sections.append(Section("Features", note, image=folder / "tsne.png", wide=True))
     if run.settings:
         rows = [[name, str(value)] for name, value in sorted(run.settings.items())]
         sections.append(Section("Settings", header=["setting", "value"], rows=rows, folded=True))

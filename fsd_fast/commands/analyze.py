@@ -102,7 +102,7 @@ def prepare(data_arguments: DataArguments, arguments: AnalysisArguments) -> Work
             memory.identity.num_centroid,
         )
         memory.identity.check(expected, arguments.memory_path)
-    data = load_data(data_arguments, task, splits, tokenizer)
+    data = load_data(data_arguments, task, splits, tokenizer, train=False)
     rows = next(iter(data.evaluation.values()))
     if len(rows) < MINIMUM_BATCH:
         raise ValueError(
