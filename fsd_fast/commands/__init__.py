@@ -19,7 +19,9 @@ COMMANDS = {
     "cache": "keep the teacher's logits and hidden states of the training set",
     "distill": "train a student next to its teacher",
     "evaluate": "score a saved classifier",
+    "predict": "write a classifier's predictions for a test set",
     "sweep": "many runs from one file, and a table of results",
+    "table": "mean, deviation and differences of a sweep's results",
     "demo": "all of it on the built-in task, with a table at the end",
     "env": "versions, devices and backends of this machine",
 }

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from fsd_fast.commands.flags import DataArguments
+from fsd_fast.commands.flags import DEFAULT_TASK, DataArguments
 from fsd_fast.data import PadCollator, Task, choose_rows, get_task, load_task_dataset, tokenize
+from fsd_fast.data.own import Columns, read_own_task
 from fsd_fast.metrics import compute_metrics, hard_label_loss
 from fsd_fast.models.inputs import check_inputs
 from fsd_fast.models.teacher import Teacher
@@ -30,18 +32,71 @@ class TaskData:
     collator: PadCollator
 
 
-def read_task(arguments: DataArguments) -> tuple[Task, DatasetDict]:
-    """Read the splits of a task, and choose the rows of its training set.
+def read_task(
+    arguments: DataArguments,
+    *,
+    needs: tuple[str, ...] = ("train", "validation"),
+    labels: tuple[str, ...] | None = None,
+) -> tuple[Task, DatasetDict]:
+    """Read the labelled splits of a task, and choose the rows of its training set.
+
+    Args:
+        arguments: Flags of the data.
+        needs: Splits without which the command cannot do, where the data is one's own.
+        labels: Classes of one's own data where there is no training file to take them from.
 
     Raises:
         ValueError: The task is unknown, a file is damaged or a setting is out of range.
         FileNotFoundError: A file is missing.
     """
-    task = get_task(arguments.task_name)
-    splits = load_task_dataset(task, arguments.data_dir)
+    files = own_files(arguments)
+    if not files:
+        task = get_task(arguments.task_name)
+        splits = load_task_dataset(task, arguments.data_dir)
+    else:
+        missing = [f"--{split}_file" for split in needs if split not in files]
+        if missing:
+            given = ", ".join(f"--{split}_file" for split in files)
+            raise ValueError(f"{', '.join(missing)}: expected a file for this command beside {given}")
+        task, splits = read_own_task(own_name(arguments), files, own_columns(arguments), labels)
+    if "train" not in splits:
+        return task, splits
     return choose_rows(
         task, splits, arguments.max_train_samples, arguments.subset_seed, arguments.heldout_samples
     )
+
+
+def own_files(arguments: DataArguments) -> dict[str, str]:
+    """Split -> file of one's own data; empty for the tasks there are.
+
+    Raises:
+        ValueError: Flags of both kinds of data are given.
+    """
+    files = {
+        split: file
+        for split in ("train", "validation", "test")
+        if (file := getattr(arguments, f"{split}_file")) is not None
+    }
+    if files and arguments.data_dir is not None:
+        raise ValueError(f"data_dir: expected none with files of one's own, got {arguments.data_dir}")
+    if not files and arguments.text_columns is not None:
+        raise ValueError(
+            "text_columns: expected --train_file, --validation_file or --test_file with it, got none"
+        )
+    return files
+
+
+def own_columns(arguments: DataArguments) -> Columns:
+    """The columns of one's own data."""
+    texts = tuple(arguments.text_columns or ["sentence"])
+    return Columns(texts, arguments.label_column, arguments.label_type)
+
+
+def own_name(arguments: DataArguments) -> str:
+    """The name of one's own data: the one given, or that of the first file."""
+    if arguments.task_name != DEFAULT_TASK:
+        return arguments.task_name
+    return Path(next(iter(own_files(arguments).values()))).stem
 
 
 def load_data(
@@ -62,7 +117,7 @@ def load_data(
     return TaskData(
         task,
         tokenizer,
-        split("train"),
+        split("train") if "train" in splits else Dataset.from_dict({}),
         {name: split(name, arguments.max_eval_samples) for name in task.eval_splits},
         PadCollator(tokenizer, arguments.pad_features, arguments.max_seq_length),
     )

@@ -29,13 +29,13 @@ from fsd_fast.commands.memory_flags import Memories, StudentMemoryArguments, che
 from fsd_fast.commands.values import Range
 from fsd_fast.data import Task, resolve_model, samples_digest
 from fsd_fast.losses import METHODS, Objective, Setup
-from fsd_fast.losses.gather import gather_features
 from fsd_fast.models.layers import parse_layer_pairs, penultimate_pair
 from fsd_fast.models.loading import load_tokenizer, read_config
 from fsd_fast.models.student import load_classifier, parameter_count
 from fsd_fast.models.whole_weights import whole_weights
 from fsd_fast.training.checkpoints import find_checkpoint
 from fsd_fast.training.distillation import DistillationModel, export_state
+from fsd_fast.training.early_stopping import early_stopping
 from fsd_fast.training.export import check_export
 from fsd_fast.training.record import RECORD_FILE, Record, make_record, read_record
 from fsd_fast.training.resume import check_resumed
@@ -53,7 +53,7 @@ class DistillationArguments:
     """The ``distill`` command: student and teacher."""
 
     teacher_model_name_or_path: str | None = flag(
-        "The fine-tuned teacher. Method 'finetune' reads only what it says of the student's start and depth.",
+        "The fine-tuned teacher. Method 'finetune' needs none and is only compared with it.",
         None,
     )
     model_name_or_path: str | None = flag(
@@ -73,11 +73,6 @@ class DistillationArguments:
         "Folder for the teacher's logits on those splits: written once, read by other runs with the same teacher.",
         None,
         writes=True,
-    )
-    gather_features: bool = flag(
-        "Compare the samples of all processes: the structures are then those of one process with the joined batch. "
-        "Without it each of n processes compares its own samples, and L_L is the mean over n batches.",
-        False,
     )
 
 
@@ -118,13 +113,11 @@ def prepare(
     source = _student_source(arguments, teacher_path)
     setup, student_layers = _setup(data_arguments, arguments, loss, teacher_path or source, source)
     objective = METHODS[method].build(loss.settings(), setup)
-    if arguments.gather_features:
-        _gather(objective, method)
     _check_batches(objective, method, run)
     if objective.requires.memories:
         check_memory_flags(memory, method, run)
     _check_cacheable(objective, method, cache)
-    if not objective.requires.teacher:
+    if not objective.requires.teacher and not arguments.fidelity:
         teacher_path = None
     tokenizer = _load_tokenizer(data_arguments, task, teacher_path, source)
     _check_cls_token(objective, method, tokenizer, source)
@@ -145,7 +138,7 @@ def prepare(
     if resume is not None:
         record = check_resumed(record, resume, run.allow_changes)
     title = f"{student_layers}-layer student for {task.name}, "
-    title += f"distilled by {method}" if teacher else "trained without a teacher"
+    title += f"distilled by {method}" if objective.requires.teacher else "trained without a teacher"
     logits = _teacher_logits(arguments, teacher, run, data)
     return functools.partial(_work, trainer, resume, student, data, title, record, logits)
 
@@ -167,7 +160,10 @@ def _trainer(
         data_collator=data.collator,
         processing_class=data.tokenizer,
         compute_metrics=metrics_of(data.task),
-        teacher=None if teacher is None else teacher.source(objective.requires),
+        callbacks=early_stopping(run.early_stopping_patience, run.early_stopping_threshold),
+        teacher=None
+        if teacher is None or not objective.requires.teacher
+        else teacher.source(objective.requires),
         teacher_memory=None if memories is None else memories.teacher,
         start_memory=None if memories is None else memories.start,
         memory_learning_rate=memory_learning_rate,
@@ -285,12 +281,6 @@ def _facts(
         "teacher_fingerprint": None if teacher is None else teacher.description.fingerprint[:16],
         "train_data": samples_digest(data.train),
     }
-
-
-def _gather(objective: Objective, method: str) -> None:
-    """Let the losses of an objective go over the batches of all processes."""
-    if not objective.requires.student_layers or not gather_features(objective):
-        raise ValueError(f"gather_features: method {method!r} has no loss that compares samples, got true")
 
 
 def _check_device(backend: str, run: RunArguments) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from fsd_fast.commands._common import (
@@ -22,8 +22,11 @@ from fsd_fast.commands.flags import DataArguments, flag
 from fsd_fast.commands.values import Range
 from fsd_fast.data import Task, resolve_model
 from fsd_fast.files import write_json
-from fsd_fast.models.loading import load_tokenizer
+from fsd_fast.models.labels import saved_labels
+from fsd_fast.models.loading import load_tokenizer, read_config
 from fsd_fast.models.teacher import Teacher
+from fsd_fast.training.checkpoint_models import check_loadable, load_checkpoint
+from fsd_fast.training.manifest import checkpoint_folders
 from fsd_fast.training.teacher_logits import TeacherLogits, score_splits
 from fsd_fast.training.trainer import ClassifierTrainer
 
@@ -41,6 +44,9 @@ class EvaluationArguments:
         None,
         writes=True,
     )
+    all_checkpoints: bool = flag(
+        "Score every checkpoint-N in the folder of a finished run, and the run's model itself.", False
+    )
     output_dir: str | None = flag(
         "Folder to write evaluate_results.json to. Default: print only.", None, writes=True
     )
@@ -57,9 +63,12 @@ def prepare(data_arguments: DataArguments, arguments: EvaluationArguments) -> Wo
         raise ValueError(
             "teacher_logits_dir: expected --teacher_model_name_or_path with it, whose logits are kept there"
         )
-    task, splits = read_task(data_arguments)
     path = resolve_model(arguments.model_name_or_path)
     tokenizer = load_tokenizer(path)
+    labels = None if data_arguments.train_file is not None else saved_labels(read_config(path))
+    task, splits = read_task(data_arguments, needs=(), labels=labels)
+    if not task.eval_splits:
+        raise ValueError("train_file: expected --validation_file or --test_file beside it, got none to score")
     saved = _load(path, tokenizer, task, data_arguments, "model_name_or_path")
     teacher = None
     if arguments.teacher_model_name_or_path is not None:
@@ -70,30 +79,42 @@ def prepare(data_arguments: DataArguments, arguments: EvaluationArguments) -> Wo
             )
         teacher = _load(teacher_path, tokenizer, task, data_arguments, "teacher_model_name_or_path")
     data = load_data(data_arguments, task, splits, tokenizer)
-    trainer = _trainer(saved, data, tokenizer, arguments)
-
+    checkpoints = _checkpoints(path) if arguments.all_checkpoints else []
+    process = PartialState(cpu=arguments.use_cpu)
     teacher_logits = None
     if teacher is not None:
-        teacher_logits = TeacherLogits(
-            functools.partial(_same, teacher),
-            teacher.describe(),
+        teacher_logits = TeacherLogits.of_loaded(
+            teacher,
             data.collator,
             batch_size=arguments.per_device_eval_batch_size,
-            device=trainer.args.device,
+            device=process.device,
             folder=arguments.teacher_logits_dir,
         )
 
+    def score(model: Teacher) -> dict[str, float]:
+        trainer = _trainer(model, data, tokenizer, arguments)
+        return score_splits(trainer, data.evaluation, task, teacher_logits)
+
     def work() -> dict[str, float]:
-        metrics = score_splits(trainer, data.evaluation, task, teacher_logits)
-        if arguments.output_dir is not None and trainer.is_world_process_zero():
+        metrics = score(saved)
+        for checkpoint in checkpoints:
+            model = load_checkpoint(checkpoint, Path(path))
+            check_outputs(model, task, "model_name_or_path")
+            metrics |= {f"{checkpoint.name}_{name}": value for name, value in score(model).items()}
+        if arguments.output_dir is not None and process.is_main_process:
             write_json(Path(arguments.output_dir) / "evaluate_results.json", metrics)
         return metrics
 
     return work
 
 
-def _same(teacher: Teacher) -> Teacher:
-    return teacher
+def _checkpoints(path: str) -> list[Path]:
+    found = checkpoint_folders(path)
+    if not found:
+        raise FileNotFoundError(f"all_checkpoints: {path} holds no checkpoint-N folder")
+    for folder in found:
+        check_loadable(folder, Path(path))
+    return found
 
 
 def _load(

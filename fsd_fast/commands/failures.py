@@ -71,8 +71,8 @@ def message_of(error: BaseException) -> str:
         text = f"{error.filename}: {error.strerror}"
     else:
         text = str(error)
-    # What a terminal cannot show: half of a surrogate pair, from a command line that is not UTF-8.
-    text = " ".join(text.split()).encode(errors="backslashreplace").decode()
+    # Arguments may hold bytes that are no UTF-8, which Python keeps as halves of characters.
+    text = " ".join(text.encode(errors="backslashreplace").decode().split())
     if not isinstance(error, _SELF_EXPLAINING) or not text:
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."

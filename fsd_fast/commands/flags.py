@@ -42,15 +42,35 @@ def flag(
     return field(default=default, metadata=metadata)
 
 
+DEFAULT_TASK = "reviews"
+
+
 @dataclass
 class DataArguments:
     """What is read, and how it becomes batches."""
 
-    task_name: str = flag("Task: a GLUE task, 'reviews' or 'reviews-score'.", "reviews")
+    task_name: str = flag(
+        "Task: a GLUE task, 'reviews' or 'reviews-score'. For files of one's own a name for them, by default that of "
+        "the file.",
+        DEFAULT_TASK,
+    )
     data_dir: str | None = flag(
         "Folder of the official GLUE TSV files (or its parent). Default: built-in data for the reviews tasks, "
         "the Hub for GLUE.",
         None,
+    )
+    train_file: str | None = flag("Training rows of one's own: a CSV, TSV or JSON lines file.", None)
+    validation_file: str | None = flag("Evaluation rows of one's own.", None)
+    test_file: str | None = flag("Test rows of one's own, for evaluate and predict.", None)
+    text_columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns of one's own files that hold the text: one, or two for pairs. Default: sentence."
+        },
+    )
+    label_column: str = flag("Column of one's own files that holds the label.", "label")
+    label_type: Literal["classes", "score"] = flag(
+        "Whether labels of one's own files are names of classes, or numbers to predict.", "classes"
     )
     max_seq_length: int = flag(
         "Tokens S of a sample, special tokens included; longer ones are cut.", 128, numbers=Range(minimum=2)
@@ -61,10 +81,12 @@ class DataArguments:
         "exclude",
     )
     max_train_samples: int | None = flag(
-        "Use only the first so many training samples; not for evaluate.", None, numbers=Range(minimum=1)
+        "Use only the first so many training samples, in the order of --subset_seed; not for evaluate.",
+        None,
+        numbers=Range(minimum=1),
     )
     subset_seed: int | None = flag(
-        "Order in which training samples are chosen by --max_train_samples and --heldout_samples. Default: the file's.",
+        "Seed of the order in which training samples are chosen and held out. Default: the order of the data.",
         None,
         numbers=Range(minimum=0, maximum=2**32 - 1),
     )
@@ -118,6 +140,16 @@ class RunArguments(TrainingArguments):
         "Metric by which the best checkpoint is chosen, with or without 'eval_'. Default: the task's main one.",
         None,
     )
+    early_stopping_patience: int | None = flag(
+        "Stop after so many evaluations in a row without a better metric_for_best_model, and load the best model.",
+        None,
+        numbers=Range(minimum=1),
+    )
+    early_stopping_threshold: float = flag(
+        "How much better than the best one a metric must be to count for --early_stopping_patience.",
+        0.0,
+        numbers=Range(minimum=0),
+    )
     remove_unused_columns: bool = flag(
         "Drop data columns that the model does not take; grouping by length reads one of them.", False
     )
@@ -148,4 +180,6 @@ class RunArguments(TrainingArguments):
         # TrainingArguments would put "loss" in the place of no metric.
         if self.metric_for_best_model is None:
             self.metric_for_best_model = MAIN_METRIC
+        if self.early_stopping_patience is not None:
+            self.load_best_model_at_end = True
         super().__post_init__()

@@ -69,7 +69,7 @@ def prepare(
 ) -> Work:
     """Check the input; return the work that builds the teacher memory."""
     _check_free(arguments)
-    task, splits = read_task(data_arguments)
+    task, splits = read_task(data_arguments, needs=("train",))
     path = resolve_model(arguments.teacher_model_name_or_path)
     tokenizer = load_tokenizer(path)
     check_model(path, tokenizer, task, data_arguments.max_seq_length)

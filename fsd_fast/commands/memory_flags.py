@@ -41,9 +41,10 @@ class StudentMemoryArguments:
         0.95,
         numbers=Range(above=0, below=1),
     )
-    memory_learning_rate: float | None = flag(
-        "gradient: initial learning rate of the student memory; it falls linearly to 0. Default: the student's.",
-        None,
+    memory_learning_rate: float = flag(
+        "gradient: initial learning rate of the student memory; it falls linearly to 0. The paper's is the student's, "
+        "under which a memory hardly moves.",
+        3e-2,
         numbers=LEARNING_RATES,
     )
 

@@ -15,7 +15,7 @@ from fsd_fast.commands._common import Work, read_task
 from fsd_fast.commands.flags import DataArguments, flag
 from fsd_fast.commands.sweep_plan import Plan, PlannedJob, PlannedRun, make_plan
 from fsd_fast.commands.values import Range
-from fsd_fast.data import HELDOUT, get_task
+from fsd_fast.data import HELDOUT, Task
 from fsd_fast.files import FolderLock, exclusive_folder, write_atomically, write_json
 from fsd_fast.memory.teacher_memory import METADATA_FILE
 from fsd_fast.metrics import main_metric_first
@@ -56,8 +56,7 @@ def prepare(arguments: SweepArguments) -> Work:
     # Runs go on in other processes, and by name: their folders must not depend on where this one was started.
     folder = Path(arguments.output_dir).absolute()
     plan = make_plan(sweep, folder, use_cpu=arguments.use_cpu)
-    for flags in plan.data:
-        read_task(DataArguments(**flags))
+    tasks = {name: read_task(DataArguments(**flags))[0] for name, flags in plan.data}
     results = folder / RESULTS_FILE
     rows = read_results(results) if results.exists() else []
     lock = exclusive_folder(folder, "output_dir")
@@ -68,7 +67,7 @@ def prepare(arguments: SweepArguments) -> Work:
     except BaseException:
         lock.release()
         raise
-    return _Sweep(plan, folder, rows, environments, lock, keep_models=arguments.keep_models).work
+    return _Sweep(plan, tasks, folder, rows, environments, lock, keep_models=arguments.keep_models).work
 
 
 def _environments(arguments: SweepArguments) -> list[dict[str, str]]:
@@ -125,6 +124,7 @@ class _Sweep:
     def __init__(
         self,
         plan: Plan,
+        tasks: dict[str, Task],
         folder: Path,
         rows: list[Row],
         environments: list[dict[str, str]],
@@ -132,7 +132,7 @@ class _Sweep:
         *,
         keep_models: bool,
     ) -> None:
-        self._plan, self._folder, self._rows = plan, folder, rows
+        self._plan, self._tasks, self._folder, self._rows = plan, tasks, folder, rows
         self._environments, self._lock, self._keep_models = environments, lock, keep_models
         finished = {row.run for row in rows}
         self._runs = {run.job.name: run for run in plan.runs if run.job.name not in finished}
@@ -159,16 +159,17 @@ class _Sweep:
 
     def _jobs(self) -> list[Job]:
         """The jobs that are left: the runs without a row, and the unfinished teachers and memories they need."""
-        shared = {job.name: job for job in self._plan.shared if not self._is_done(job)}
+        shared = [*(teacher.job for teacher in self._plan.teachers), *self._plan.memories]
+        unfinished = {job.name: job for job in shared if not self._is_done(job)}
         needed = {need for run in self._runs.values() for need in run.job.needs}
-        planned = [job for job in shared.values() if job.name in needed]
+        planned = [job for job in unfinished.values() if job.name in needed]
         planned += [run.job for run in self._runs.values()]
         return [
             Job(
                 job.name,
                 {"command": job.command, "file": str(self._write(job))},
                 self._folder / "logs" / f"{job.name}.log",
-                tuple(need for need in job.needs if need in shared),
+                tuple(need for need in job.needs if need in unfinished),
             )
             for job in planned
         ]
@@ -187,31 +188,34 @@ class _Sweep:
         """Write down what a job came to; return a line about it."""
         if outcome.result is None:
             return f"failed: {outcome.error}"
-        run = self._runs.get(outcome.job.name)
-        if run is None:
-            job = next(job for job in self._plan.shared if job.name == outcome.job.name)
-            write_json(Path(job.flags["output_dir"]) / DONE_FILE, outcome.result)
-            return f"{outcome.result['seconds']:.0f} s"
-        row = row_of(run, outcome.result["figures"])
-        self._rows.append(row)
+        seconds = f"{outcome.result['seconds']:.0f} s"
+        teachers = {teacher.job.name: teacher for teacher in self._plan.teachers}
+        run = self._runs.get(outcome.job.name) or teachers.get(outcome.job.name)
+        if run is None:  # a memory
+            return seconds
+        row = row_of(run, self._tasks[run.task], outcome.result["figures"])
+        self._rows = [*(each for each in self._rows if each.run != row.run), row]
         write_results(self._folder / RESULTS_FILE, self._rows)
-        if not self._keep_models:
-            _remove_weights(Path(run.job.flags["output_dir"]))
-        return f"{row.score:.4f}, {outcome.result['seconds']:.0f} s"
+        folder = Path(run.job.flags["output_dir"])
+        if outcome.job.name in teachers:
+            write_json(folder / DONE_FILE, outcome.result)
+        elif not self._keep_models:
+            _remove_weights(folder)
+        return f"{row.score:.4f}, {seconds}"
 
 
-def row_of(run: PlannedRun, figures: Mapping[str, float]) -> Row:
+def row_of(run: PlannedRun, task: Task, figures: Mapping[str, float]) -> Row:
     """Make the row of a finished run.
 
     Args:
         run: What was planned.
-        figures: Those of its ``distill``.
+        task: Its task.
+        figures: Those of its command.
     """
-    task = get_task(run.task)
     metric = main_metric_first(task)[0]
     heldout = figures.get(f"eval_{HELDOUT}_{metric}")
-    several = heldout is not None or len(task.eval_splits) > 1
-    dev = f"eval_{task.eval_splits[0]}" if several else "eval"
+    splits = [split for split in task.eval_splits if split != HELDOUT]
+    dev = f"eval_{splits[0]}" if heldout is not None or len(splits) > 1 else "eval"
     record = read_record(Path(run.job.flags["output_dir"]) / RECORD_FILE)
     facts = {name: value for name, value in record.facts.items() if name != "versions"}
     return Row(

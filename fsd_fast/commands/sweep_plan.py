@@ -12,11 +12,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fsd_fast.commands._common import own_files
 from fsd_fast.commands.flags import DataArguments
 from fsd_fast.commands.parsing import check_values, command_flags
 from fsd_fast.data import get_task
 from fsd_fast.losses import METHODS
 from fsd_fast.sweep.config import Flags, SweepFile, TaskEntry
+from fsd_fast.sweep.statistics import TEACHER
 from fsd_fast.untrusted import shorten
 
 _SET_BY_SWEEP = {
@@ -58,12 +60,12 @@ class PlannedJob:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A student, and what its row in the results says about it before it is trained.
+    """A student or a teacher, and what its row in the results says about it before it is trained.
 
     Attributes:
         job: What trains and scores it.
         task: Name of the task.
-        method: Its method.
+        method: Its method; "teacher" for a teacher.
         seed: Its seed.
         settings: Section -> flags, see ``fsd_fast.sweep.results.Row``.
     """
@@ -80,14 +82,16 @@ class Plan:
     """All of a sweep.
 
     Attributes:
-        shared: Teachers and memories; a memory comes after its teacher.
-        runs: The runs, seed by seed: a sweep that is cut off has compared what it can.
-        data: Different flags of the data, to look at the files before anything runs.
+        teachers: The teachers that the sweep trains.
+        memories: The memories; each needs its teacher.
+        runs: The students, seed by seed: a sweep that is cut off has compared what it can.
+        data: Different flags of the data, by name of the task, to look at the files before anything runs.
     """
 
-    shared: list[PlannedJob]
+    teachers: list[PlannedRun]
+    memories: list[PlannedJob]
     runs: list[PlannedRun]
-    data: list[Flags]
+    data: list[tuple[str, Flags]]
 
 
 def make_plan(sweep: SweepFile, folder: Path, *, use_cpu: bool) -> Plan:
@@ -113,15 +117,18 @@ def make_plan(sweep: SweepFile, folder: Path, *, use_cpu: bool) -> Plan:
         if run.job.name in named:
             raise ValueError(f"{sweep.path}: expected different runs, got {shorten(run.settings)} twice")
         named[run.job.name] = run
-    return Plan(list(planner.shared.values()), runs, list(planner.data.values()))
+    return Plan(
+        list(planner.teachers.values()), list(planner.memories.values()), runs, list(planner.data.values())
+    )
 
 
 class _Planner:
     def __init__(self, sweep: SweepFile, folder: Path, use_cpu: bool) -> None:
         self._sweep, self._folder = sweep, folder
         self._device: Flags = {"use_cpu": True} if use_cpu else {}
-        self.shared: dict[str, PlannedJob] = {}
-        self.data: dict[str, Flags] = {}
+        self.teachers: dict[str, PlannedRun] = {}
+        self.memories: dict[str, PlannedJob] = {}
+        self.data: dict[str, tuple[str, Flags]] = {}
 
     def run(self, entry: TaskEntry, where: str, settings: Flags, seed: int) -> PlannedRun:
         """Plan one student, and the teacher and memory it needs unless they are planned already."""
@@ -130,9 +137,11 @@ class _Planner:
                 f"{self._sweep.path}: runs: seed: expected it to be left out: seeds are listed under seeds"
             )
         checked = _checked("runs", settings, f"{self._sweep.path}: runs")
-        task = get_task(entry.name).name
-        data = {"task_name": task, **self._section("data", entry, where)}
+        data = {"task_name": entry.name, **self._section("data", entry, where)}
         data |= {name: value for name, value in checked.items() if name in _DATA_FLAGS}
+        if not own_files(DataArguments(**data)):
+            data["task_name"] = get_task(entry.name).name
+        task = str(data["task_name"])
         method = str(checked.pop("method", command_flags("distill")["method"].field.default))
         distill = self._section("distill", entry, where)
         distill |= {name: value for name, value in checked.items() if name not in _DATA_FLAGS}
@@ -149,7 +158,7 @@ class _Planner:
         output = str(self._folder / "runs" / name)
         flags |= {"output_dir": output, "resume_from_checkpoint": "auto"}
         flags["teacher_logits_dir"] = str(self._folder / "teacher_logits")
-        self.data[_digest(data)] = data
+        self.data[_digest(data)] = (task, data)
         shown["data"] = {key: value for key, value in data.items() if key != "task_name"}
         return PlannedRun(PlannedJob(name, "distill", flags, tuple(needs)), task, method, seed, shown)
 
@@ -171,7 +180,13 @@ class _Planner:
         name = f"{data['task_name']}-teacher-{_digest(settings)}"
         output = str(self._folder / "teachers" / name)
         flags = {**_QUIET, **settings, **self._device, "output_dir": output, "resume_from_checkpoint": "auto"}
-        self.shared.setdefault(name, PlannedJob(name, "teacher", flags, ()))
+        seed = int(settings.get("seed", command_flags("teacher")["seed"].field.default))
+        shown = {
+            "data": {key: settings[key] for key in settings if key in _DATA_FLAGS - {"task_name"}},
+            "teacher": {key: settings[key] for key in settings if key not in _DATA_FLAGS | {"seed"}},
+        }
+        job = PlannedJob(name, "teacher", flags, ())
+        self.teachers.setdefault(name, PlannedRun(job, str(data["task_name"]), TEACHER, seed, shown))
         return output, name, settings
 
     def _memory(
@@ -182,7 +197,7 @@ class _Planner:
         name = f"{data['task_name']}-memory-{_digest([settings, teacher])}"
         flags = {**settings, **self._device, "teacher_model_name_or_path": teacher}
         flags["output_dir"] = str(self._folder / "memories" / name)
-        self.shared.setdefault(name, PlannedJob(name, "memory", flags, tuple(needs)))
+        self.memories.setdefault(name, PlannedJob(name, "memory", flags, tuple(needs)))
         return name, self._section("memory", entry, where)
 
     def _section(self, section: str, entry: TaskEntry, where: str) -> Flags:

@@ -16,6 +16,7 @@ from fsd_fast.models.loading import load_tokenizer
 from fsd_fast.models.student import load_classifier, parameter_count
 from fsd_fast.models.whole_weights import whole_weights
 from fsd_fast.training.checkpoints import find_checkpoint
+from fsd_fast.training.early_stopping import early_stopping
 from fsd_fast.training.export import check_export
 from fsd_fast.training.record import make_record
 from fsd_fast.training.resume import check_resumed
@@ -68,6 +69,7 @@ def prepare(data_arguments: DataArguments, arguments: TeacherArguments, run: Run
         data_collator=data.collator,
         processing_class=tokenizer,
         compute_metrics=metrics_of(task),
+        callbacks=early_stopping(run.early_stopping_patience, run.early_stopping_threshold),
         profile_steps=run.profile,
     )
 

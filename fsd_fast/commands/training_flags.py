@@ -19,6 +19,7 @@ class Refusal(NamedTuple):
     accepted: Any = None
 
 
+_TEST = "test rows are for 'evaluate' and 'predict'"
 _UPLOAD = "nothing is uploaded; upload the run's folder with the Hub's own tools"
 _FSDP = "FSDP is not supported; shard with --deepspeed"
 _LIGER = "Liger's kernels are for language models"
@@ -58,13 +59,27 @@ REFUSED: dict[str, Refusal] = {
 """Refused for every command that trains."""
 
 REFUSED_BY: dict[str, dict[str, Refusal]] = {
+    "teacher": {"test_file": Refusal(_TEST)},
     "distill": {
+        "test_file": Refusal(_TEST),
         "label_smoothing_factor": Refusal("the teacher's logits are the soft labels", 0.0),
         "auto_find_batch_size": Refusal("a smaller batch is another loss: L_L compares its samples", False),
     },
-    "memory": {"max_eval_samples": Refusal("a memory is made of the training set alone")},
-    "cache": {"max_eval_samples": Refusal("a cache is made of the training set alone")},
+    "memory": {
+        "max_eval_samples": Refusal("a memory is made of the training set alone"),
+        "test_file": Refusal(_TEST),
+    },
+    "cache": {
+        "max_eval_samples": Refusal("a cache is made of the training set alone"),
+        "test_file": Refusal(_TEST),
+    },
     "evaluate": {"max_train_samples": Refusal("the evaluation splits alone are scored")},
+    "predict": {
+        **dict.fromkeys(("max_train_samples", "subset_seed"), Refusal("test sets alone are read")),
+        **dict.fromkeys(("train_file", "validation_file"), Refusal("test sets alone are read")),
+        "heldout_samples": Refusal("test sets alone are read", 0),
+        "max_eval_samples": Refusal("a test set is predicted as a whole"),
+    },
 }
 """Refused for one command beside those of ``REFUSED``."""
 

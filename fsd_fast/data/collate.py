@@ -21,7 +21,12 @@ SAMPLE_COLUMN = "sample_index"
 
 
 def tokenize(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, max_seq_length: int
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    max_seq_length: int,
+    *,
+    labelled: bool = True,
 ) -> Dataset:
     """Tokenize one split, truncated and not padded.
 
@@ -30,12 +35,14 @@ def tokenize(
         tokenizer: The tokenizer of the teacher and the student.
         task: Names the text columns.
         max_seq_length: Largest number of tokens S of a sample, special tokens included.
+        labelled: Whether there is a column `label`; a test set has none.
 
     Returns:
         N rows with the tokenizer's columns (`input_ids`, `attention_mask`, and `token_type_ids` where it has
-        them), `labels`, `sample_index`, the row's place, and `length`, the number of tokens, by which
-        `TrainingArguments(train_sampling_strategy="group_by_length")` sorts. Trainer drops the column before
-        it looks for it unless `remove_unused_columns=False`, and then counts the tokens itself.
+        them), `labels` where there are any, `sample_index`, the row's place, and `length`, the number of
+        tokens, by which `TrainingArguments(train_sampling_strategy="group_by_length")` sorts. Trainer drops
+        the column before it looks for it unless `remove_unused_columns=False`, and then counts the tokens
+        itself.
 
     Raises:
         ValueError: If `max_seq_length` leaves no room for text or exceeds what the tokenizer's model takes,
@@ -48,7 +55,7 @@ def tokenize(
             f"max_seq_length is {max_seq_length}; expected more than the {special} special tokens of a "
             f"sample and at most {limit}, the longest input of the model"
         )
-    missing = {*task.text_columns, "label"} - set(dataset.column_names)
+    missing = {*task.text_columns, *(["label"] if labelled else [])} - set(dataset.column_names)
     if missing:
         raise ValueError(
             f"dataset has the columns {dataset.column_names}; task {task.name!r} also expects "
@@ -58,7 +65,8 @@ def tokenize(
     def encode(rows: dict[str, list[Any]], places: list[int]) -> dict[str, list[Any]]:
         texts = [rows[name] for name in task.text_columns]
         encoded = dict(tokenizer(*texts, truncation=True, max_length=max_seq_length))
-        encoded["labels"] = rows["label"]
+        if labelled:
+            encoded["labels"] = rows["label"]
         encoded[SAMPLE_COLUMN] = places
         encoded[LENGTH_COLUMN] = [len(ids) for ids in encoded["input_ids"]]
         return encoded

@@ -47,6 +47,17 @@ _OFFICIAL_ROWS: dict[str, dict[str, int]] = {
     "rte": {"train": 2490, "validation": 277},
     "wnli": {"train": 635, "validation": 71},
 }
+_OFFICIAL_TEST_ROWS: dict[str, dict[str, int]] = {
+    "cola": {"test": 1063},
+    "sst2": {"test": 1821},
+    "mrpc": {"test": 1725},
+    "stsb": {"test": 1379},
+    "qqp": {"test": 390965},
+    "mnli": {"test_matched": 9796, "test_mismatched": 9847},
+    "qnli": {"test": 5463},
+    "rte": {"test": 3000},
+    "wnli": {"test": 146},
+}
 
 
 def _file_names(task: Task) -> dict[str, str]:
@@ -57,9 +68,16 @@ def _file_names(task: Task) -> dict[str, str]:
     return files
 
 
-def _task_folder(task: Task, data_dir: Path) -> Path:
+def _test_file_names(task: Task) -> dict[str, str]:
+    """Name of a test split -> file name."""
+    return {
+        split.replace("validation", "test"): split.replace("validation", "test") + ".tsv"
+        for split in task.eval_splits
+    }
+
+
+def _task_folder(task: Task, data_dir: Path, files: dict[str, str]) -> Path:
     """The folder of the task: below `data_dir`, or `data_dir` itself."""
-    files = _file_names(task)
     wanted = ", ".join(files.values())
     if not data_dir.is_dir():
         raise FileNotFoundError(
@@ -111,17 +129,27 @@ def _parse_label(task: Task, text: str, where: str) -> int | float:
     return known.index(text)
 
 
+def _read_header(
+    path: Path, lines: Iterator[tuple[int, list[str]]], wanted: tuple[str, ...]
+) -> tuple[str, ...]:
+    header = tuple(name.strip() for name in next(lines, (1, []))[1])
+    if any(name not in header for name in wanted):
+        found = f"the header {', '.join(header)}" if header else "an empty file"
+        raise ValueError(f"{path}, line 1: expected a header with {', '.join(wanted)}; found {found}")
+    return header
+
+
+def _wrong_columns(path: Path, number: int, fields: list[str], header: tuple[str, ...]) -> ValueError:
+    return ValueError(
+        f"{path}, line {number}: found {len(fields)} columns, expected {len(header)} "
+        f"({', '.join(header)}); the file may be damaged or not completely downloaded"
+    )
+
+
 def _read_tsv(task: Task, path: Path, split: str) -> Dataset:
     wanted = _COLUMNS[task.name]
     lines = _lines(path)
-    if task.name == "cola":
-        header: tuple[str, ...] = _COLA_COLUMNS
-    else:
-        header = tuple(name.strip() for name in next(lines, (1, []))[1])
-        missing = [name for name in wanted if name not in header]
-        if missing:
-            found = f"the header {', '.join(header)}" if header else "an empty file"
-            raise ValueError(f"{path}, line 1: expected a header with {', '.join(wanted)}; found {found}")
+    header = _COLA_COLUMNS if task.name == "cola" else _read_header(path, lines, wanted)
     *text_at, label_at = (header.index(name) for name in wanted)
 
     columns: dict[str, list[str]] = {name: [] for name in task.text_columns}
@@ -133,10 +161,7 @@ def _read_tsv(task: Task, path: Path, split: str) -> Dataset:
             if task.name == "qqp":
                 skipped += 1
                 continue
-            raise ValueError(
-                f"{path}, line {number}: found {len(fields)} columns, expected {len(header)} "
-                f"({', '.join(header)}); the file may be damaged or not completely downloaded"
-            )
+            raise _wrong_columns(path, number, fields, header)
         labels.append(_parse_label(task, fields[label_at], f"{path}, line {number}"))
         for name, at in zip(columns, text_at, strict=True):
             columns[name].append(fields[at])
@@ -191,7 +216,48 @@ def read_glue_folder(task: Task, data_dir: str | Path) -> DatasetDict:
     """
     if task.folder is None:
         raise ValueError(f"task {task.name!r} is built in; only GLUE tasks are read from a folder")
-    folder = _task_folder(task, Path(data_dir))
+    folder = _task_folder(task, Path(data_dir), _file_names(task))
     return DatasetDict(
         {split: _read_tsv(task, folder / name, split) for split, name in _file_names(task).items()}
     )
+
+
+def read_glue_test(task: Task, data_dir: str | Path) -> DatasetDict:
+    """Read the test files of a GLUE task, which have no labels.
+
+    Args:
+        task: One of the nine GLUE tasks.
+        data_dir: The folder of the task, or the folder that holds it under its official name.
+
+    Returns:
+        "test", or for MNLI "test_matched" and "test_mismatched", with the text columns and `idx`.
+
+    Raises:
+        FileNotFoundError: If a file is missing; the message names it.
+        ValueError: If a file is empty, not UTF-8, has another header, or a row with another number of columns: none is
+            skipped here, since a submission has a line for each.
+    """
+    files = _test_file_names(task)
+    folder = _task_folder(task, Path(data_dir), files)
+    return DatasetDict({split: _read_test_tsv(task, folder / name, split) for split, name in files.items()})
+
+
+def _read_test_tsv(task: Task, path: Path, split: str) -> Dataset:
+    wanted = _COLUMNS[task.name][:-1]
+    if task.name == "cola":  # whose test file alone has a header
+        wanted = ("sentence",)
+    lines = _lines(path)
+    header = _read_header(path, lines, wanted)
+    columns: dict[str, list[str]] = {name: [] for name in task.text_columns}
+    for number, fields in lines:
+        if len(fields) != len(header):
+            raise _wrong_columns(path, number, fields, header)
+        for name, source in zip(columns, wanted, strict=True):
+            columns[name].append(fields[header.index(source)])
+    rows = len(next(iter(columns.values())))
+    if not rows:
+        raise ValueError(f"{path}: no rows; the file is empty or was not completely downloaded")
+    official = _OFFICIAL_TEST_ROWS[task.name][split]
+    if rows != official:
+        logger.warning("%s: %d rows, where the official file has %d", path, rows, official)
+    return Dataset.from_dict({**columns, "idx": list(range(rows))})

@@ -5,6 +5,7 @@ which splits it is evaluated on. Column names and label order are those of GLUE 
 that a checkpoint fine-tuned there and one fine-tuned here agree on what logit 0 means.
 """
 
+import re
 from dataclasses import dataclass
 
 _LARGE_TASKS = ("mnli", "qqp")
@@ -87,6 +88,11 @@ TASKS: dict[str, Task] = {
         Task("reviews-score", None, ("sentence", None), (), _CORRELATIONS, score_range=(-4.0, 4.0)),
     )
 }
+
+
+def label_key(label: str) -> str:
+    """What two spellings of a class name have in common: case, hyphens, underscores and spaces make no difference."""
+    return re.sub(r"[\s_-]+", "_", label.strip().lower())
 
 
 def _key(name: str) -> str:

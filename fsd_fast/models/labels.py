@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import logging
-import re
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from fsd_fast.data.tasks import label_key
 from fsd_fast.models.families import outputs_of, same, sample_inputs
 
 logger = logging.getLogger(__name__)
 
 
-def _key(label: str) -> str:
-    return re.sub(r"[\s_-]+", "_", label.strip().lower())
-
-
 def id2label_of(config: PreTrainedConfig) -> dict[int, str]:
     """A copy of a configuration's names of its outputs, by their numbers."""
     return {int(output): str(label) for output, label in (config.id2label or {}).items()}
+
+
+def saved_labels(config: PreTrainedConfig) -> tuple[str, ...]:
+    """The class names of a classifier's outputs in their order; empty for one output, which is a score."""
+    names = id2label_of(config)
+    return tuple(names[output] for output in sorted(names)) if len(names) > 1 else ()
 
 
 def label_order(id2label: dict[int, str], labels: tuple[str, ...], name: str) -> list[int]:
@@ -40,9 +42,9 @@ def label_order(id2label: dict[int, str], labels: tuple[str, ...], name: str) ->
     Raises:
         ValueError: The names are not those of the task.
     """
-    found = [_key(id2label[output]) for output in sorted(id2label)]
+    found = [label_key(id2label[output]) for output in sorted(id2label)]
     numbers = [str(number) for number in range(len(labels))]
-    for own in ([_key(label) for label in labels], numbers, [f"label_{number}" for number in numbers]):
+    for own in ([label_key(label) for label in labels], numbers, [f"label_{number}" for number in numbers]):
         if sorted(found) == sorted(own):
             if own[0] == "label_0":
                 logger.warning(

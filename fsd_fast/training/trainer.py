@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -169,9 +170,20 @@ class ClassifierTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Read all samples of an evaluation split."""
+        with self._every_sample():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Read all samples whose predictions are wanted."""
+        with self._every_sample():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _every_sample(self) -> Iterator[None]:
+        """Keep ``dataloader_drop_last`` away from what is no training."""
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            yield
         finally:
             self.args.dataloader_drop_last = drop_last
 
@@ -277,6 +289,7 @@ class FSDTrainer(ClassifierTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the integrated loss of a micro-batch."""
+        self.distillation.objective.set_progress(self.state.global_step / max(1, self.state.max_steps))
         with section("teacher"):
             signals = self.signals(inputs)
         if self._clusters is not None and self._sample_index is not None:

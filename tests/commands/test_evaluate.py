@@ -1,6 +1,7 @@
 """``evaluate``: the scores of a classifier, and how far it follows its teacher."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from fsd_fast import cli
 from fsd_fast.commands import run
-from tests.tiny import save_backbone, tiny
+from tests.tiny import TRAINING, history, save_backbone, tiny
 
 __all__ = ["tiny"]
 
@@ -92,3 +93,58 @@ def test_what_cannot_be_compared_is_refused(tiny, student, tmp_path, capsys):
     other = save_backbone(tmp_path / "three", labels=3)
     assert "teacher_model_name_or_path: " in message("--teacher_model_name_or_path", other)
     assert "heldout_samples: expected fewer than the 24" in message("--heldout_samples", 24)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------
+
+
+def checkpointed(tiny, folder, command, method="fsd_ilg"):
+    """A run of three epochs with all its checkpoints; returns the accuracy and loss that it logged for each."""
+    more = ["--save_strategy", "epoch", "--eval_strategy", "epoch", "--save_total_limit", "5"]
+    if command == "distill":
+        flags = tiny.distillation(folder, method, steps=-1)
+    else:
+        flags = [
+            *tiny.data(),
+            *TRAINING,
+            "--model_name_or_path",
+            str(tiny.backbone),
+            "--output_dir",
+            str(folder),
+        ]
+        flags += ["--learning_rate", "1e-3"]
+    run(command, [*flags, *more, "--max_steps", "-1", "--num_train_epochs", "3"])
+    return {entry["step"]: entry for entry in history(folder) if "eval_loss" in entry}
+
+
+@pytest.mark.parametrize("command", ["teacher", "distill"])
+def test_all_checkpoints_have_the_scores_that_were_logged(tiny, tmp_path, command):
+    logged = checkpointed(tiny, tmp_path / "run", command)
+    assert len(logged) == 3
+    found = run("evaluate", flags(tiny, tmp_path / "run", "--all_checkpoints"))
+    for step, entry in logged.items():
+        assert found[f"checkpoint-{step}_eval_loss"] == pytest.approx(entry["eval_loss"], rel=1e-6)
+        assert found[f"checkpoint-{step}_eval_accuracy"] == entry["eval_accuracy"]
+    assert found["eval_loss"] == pytest.approx(found[f"checkpoint-{max(logged)}_eval_loss"], rel=1e-6)
+    assert len({found[f"checkpoint-{step}_eval_loss"] for step in logged}) == 3
+
+
+def test_checkpoints_that_cannot_be_scored_are_named(tiny, tmp_path, capsys):
+    def message():
+        assert cli.main(["evaluate", *flags(tiny, tmp_path / "run", "--all_checkpoints")]) != 0
+        return capsys.readouterr().err.splitlines()[-1]
+
+    checkpointed(tiny, tmp_path / "run", "distill", "vkd")
+    first = min((tmp_path / "run").glob("checkpoint-*"))
+    weights = (first / "model.safetensors").read_bytes()
+    (first / "model.safetensors").write_bytes(weights[:-10])
+    assert f"{first / 'model.safetensors'}: not a safetensors file" in message()
+    save_file({"student.other": np.zeros(3, np.float32)}, first / "model.safetensors")
+    assert f"{first / 'model.safetensors'}: expected the weights of the model in" in message()
+    (first / "model.safetensors").unlink()
+    assert f"{first}: expected the model in model.safetensors, found none" in message()
+    (first / "manifest.json").unlink()
+    assert f"{first}: manifest.json is missing: it was cut off" in message()
+    for folder in (tmp_path / "run").glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    assert "all_checkpoints: " in message()

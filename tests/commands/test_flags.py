@@ -25,7 +25,9 @@ NEEDED = {
     "cache": {"teacher_cache_dir": "cache", "teacher_model_name_or_path": "teacher"},
     "distill": {"output_dir": "run", "teacher_model_name_or_path": "teacher", "use_cpu": True},
     "evaluate": {"model_name_or_path": "teacher"},
+    "predict": {"model_name_or_path": "teacher", "output_dir": "run"},
     "sweep": {"config_file": "sweep.yaml", "output_dir": "run"},
+    "table": {"results_file": "results.csv"},
 }
 
 

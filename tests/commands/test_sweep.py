@@ -63,12 +63,15 @@ def test_a_failed_run_is_reported_and_the_others_have_rows(swept, capsys):
     assert status == 1
     rows = read_results(folder / "results.csv")
     assert {(row.task, row.method, row.seed, row.train_samples) for row in rows} == {
+        ("rte", "teacher", 42, 20),
         ("rte", "vkd", 0, 20),
         ("rte", "fsd_ilg", 0, 20),
     }
     (log,) = [path for path in (folder / "logs").iterdir() if "needs at least 2, got 1" in path.read_text()]
     assert log.name.startswith("rte-fsd_ilg-seed0-")
     before = (folder / "results.csv").read_bytes()
+    (memory,) = (folder / "memories").glob("*/memory.json")
+    built = memory.stat().st_mtime_ns
     # Again: nothing but the failed run.
     assert sweep(path, folder) == 1
     captured = capsys.readouterr()
@@ -76,6 +79,7 @@ def test_a_failed_run_is_reported_and_the_others_have_rows(swept, capsys):
     assert f"[1/1] {log.stem}: failed: distill: per_device_train_batch_size: method 'fsd_ilg'" in captured.out
     assert "1 of 1 jobs failed" in captured.err
     assert (folder / "results.csv").read_bytes() == before
+    assert memory.stat().st_mtime_ns == built
 
 
 def test_runs_share_a_teacher_a_memory_and_its_logits(swept):
@@ -120,25 +124,19 @@ def test_a_row_is_what_the_commands_give(swept, tiny, tmp_path):
     assert "torch" in row.versions
 
 
-def test_a_finished_memory_is_taken_as_it_is(swept, tiny, monkeypatch):
-    # Killed after the memory was written and before the sweep noted it down.
-    path, folder, _ = swept
-    (memory,) = (folder / "memories").iterdir()
-    (memory / "done.json").unlink()
-    before = (memory / "memory.json").stat().st_mtime_ns
-    assert sweep(path, folder) == 1
-    assert (memory / "memory.json").stat().st_mtime_ns == before
-
-
 def test_weights_are_removed_where_they_are_not_to_be_kept(swept, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")
     teacher = f"{{teacher_model_name_or_path: {tiny.teacher}}}"
-    path = write(tmp_path / "sweep.yaml", sweep_text(tiny, runs="  - {method: vkd}", teacher=teacher))
+    path = write(tmp_path / "sweep.yaml", sweep_text(tiny, runs="  - {method: finetune}", teacher=teacher))
     assert sweep(path, tmp_path / "out", "--keep_models", "false") == 0
     (folder,) = (tmp_path / "out" / "runs").iterdir()
     assert (folder / "all_results.json").is_file()
     assert not list(folder.glob("*.safetensors"))
     assert not (tmp_path / "out" / "teachers").exists()
+    # A student that is trained without a teacher is compared with it all the same.
+    (row,) = read_results(tmp_path / "out" / "results.csv")
+    assert row.agreement is not None
+    assert row.kl > 0
 
 
 # --- refused before anything runs -------------------------------------------------------------------------------
@@ -235,6 +233,10 @@ def plan(tiny, tmp_path, text):
     return make_plan(read_sweep(write(tmp_path / "sweep.yaml", text)), tmp_path / "out", use_cpu=True)
 
 
+def shared(found):
+    return [*(teacher.job.name for teacher in found.teachers), *(memory.name for memory in found.memories)]
+
+
 def test_the_same_settings_have_the_same_names(tiny, tmp_path):
     text = sweep_text(tiny, runs=RUNS, seeds="[0, 1]")
     one, two = (
@@ -243,10 +245,10 @@ def test_the_same_settings_have_the_same_names(tiny, tmp_path):
     )
     names = [{run.job.name for run in each.runs} for each in (one, two)]
     assert len(names[0] & names[1]) == 3
-    assert [job.name for job in one.shared] == [job.name for job in two.shared]
+    assert shared(one) == shared(two)
     other = plan(tiny, tmp_path, text.replace("max_steps: 3", "max_steps: 4"))
     assert not {run.job.name for run in other.runs} & names[0]
-    assert [job.name for job in other.shared] == [job.name for job in one.shared]
+    assert shared(other) == shared(one)
     # Seed by seed, so that a sweep that is cut off has compared what it could.
     assert [run.seed for run in one.runs] == [0, 0, 0, 1, 1, 1]
 
@@ -254,11 +256,12 @@ def test_the_same_settings_have_the_same_names(tiny, tmp_path):
 def test_a_subset_has_a_teacher_and_a_memory_of_its_own_unless_told_otherwise(tiny, tmp_path):
     runs = "  - {method: [vkd, fsd_g], max_train_samples: [8, 16]}"
     found = plan(tiny, tmp_path, sweep_text(tiny, runs=runs))
-    assert sorted(job.command for job in found.shared) == ["memory", "memory", "teacher", "teacher"]
+    assert [len(found.teachers), len(found.memories)] == [2, 2]
     teacher = f"{{model_name_or_path: {tiny.backbone}, max_train_samples: null}}"
     found = plan(tiny, tmp_path, sweep_text(tiny, runs=runs, teacher=teacher))
-    assert sorted(job.command for job in found.shared) == ["memory", "memory", "teacher"]
-    assert {job.flags.get("max_train_samples") for job in found.shared} == {None, 8, 16}
+    assert [len(found.teachers), len(found.memories)] == [1, 2]
+    assert found.teachers[0].job.flags["max_train_samples"] is None
+    assert {job.flags["max_train_samples"] for job in found.memories} == {8, 16}
     by_method = {run.method: run for run in found.runs}
     assert len(by_method["vkd"].job.needs) == 1
     assert len(by_method["fsd_g"].job.needs) == 2

@@ -108,7 +108,9 @@ def test_every_import_is_declared(metadata):
                 elif isinstance(node, ast.ImportFrom) and not node.level:
                     imported.add(node.module.split(".")[0])
     imported -= sys.stdlib_module_names | {"fsd_fast", "fsd_kernels"}
-    names = {{"sklearn": "scikit-learn"}.get(name, name).replace("_", "-") for name in imported}
+    names = {
+        {"sklearn": "scikit-learn", "yaml": "pyyaml"}.get(name, name).replace("_", "-") for name in imported
+    }
     assert names <= required(metadata) | required(metadata, "all")
 
 

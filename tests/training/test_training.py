@@ -292,8 +292,8 @@ def test_student_memory_started_from_the_teacher(tiny, tmp_path, trainers):
     steps = [
         weights(tmp_path / "run" / f"checkpoint-{i}")["student_memory.centroids"] - centroids for i in (1, 2)
     ]
-    # AdamW's first step moves an entry by the learning rate, so the start shows: the teacher's centroids.
-    assert 0 < steps[0].abs().max() <= 1.01e-3
+    # AdamW's first step moves an entry by the memory's learning rate, so the start shows: the teacher's centroids.
+    assert 0 < steps[0].abs().max() <= 3.03e-2
     assert steps[1].abs().max() > steps[0].abs().max()
     assert torch.equal(trainers[0].teacher_memory, centroids), "the teacher's own memory is a constant"
 
