@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,9 +83,8 @@ def prepare(data_arguments: DataArguments, arguments: EvaluationArguments) -> Wo
     process = PartialState(cpu=arguments.use_cpu)
     teacher_logits = None
     if teacher is not None:
-        teacher_logits = TeacherLogits(
-            functools.partial(_same, teacher),
-            teacher.describe(),
+        teacher_logits = TeacherLogits.of_loaded(
+            teacher,
             data.collator,
             batch_size=arguments.per_device_eval_batch_size,
             device=process.device,
@@ -117,10 +115,6 @@ def _checkpoints(path: str) -> list[Path]:
     for folder in found:
         check_loadable(folder, Path(path))
     return found
-
-
-def _same(teacher: Teacher) -> Teacher:
-    return teacher
 
 
 def _load(

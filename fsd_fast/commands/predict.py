@@ -57,9 +57,8 @@ def prepare(data_arguments: DataArguments, arguments: PredictionArguments) -> Wo
         for name, rows in splits.items()
     }
     process = PartialState(cpu=arguments.use_cpu)
-    logits = TeacherLogits(
-        lambda: saved,
-        saved.describe(),
+    logits = TeacherLogits.of_loaded(
+        saved,
         PadCollator(tokenizer, data_arguments.pad_features, data_arguments.max_seq_length),
         batch_size=arguments.per_device_eval_batch_size,
         device=process.device,

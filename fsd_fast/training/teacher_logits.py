@@ -10,6 +10,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +57,11 @@ class TeacherLogits:
         self._collator, self._precision = collator, precision
         self._batch_size, self._device = batch_size, device
         self._folder = None if folder is None else Path(folder)
+
+    @classmethod
+    def of_loaded(cls, teacher: Teacher, collator: PadCollator, **options: Any) -> TeacherLogits:
+        """The logits of a teacher that is loaded; ``options`` are the keyword arguments of the class."""
+        return cls(lambda: teacher, teacher.describe(), collator, **options)
 
     def of(self, rows: Dataset) -> npt.NDArray[np.float32]:
         """Return the logits of a split's N tokenized samples, float32 [N, C], in their order.
