@@ -15,6 +15,7 @@ COMMANDS = {
     "enqueue": "benchmarks.speed.commands.enqueue",
     "rkd": "benchmarks.speed.commands.rkd",
     "memory": "benchmarks.memory.command",
+    "train": "benchmarks.train.command",
     "kernels-report": "benchmarks.compiled.kernels_report",
     "traffic": "benchmarks.compiled.traffic",
     "mutate": "benchmarks.compiled.mutate",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         IntraFeatureLoss,
         LocalInterFeatureLoss,
         LogitDistillationLoss,
+        RelationalLoss,
     )
     from fsd_fast.memory.student_memory import StudentMemory
     from fsd_fast.memory.teacher_memory import TeacherMemory
@@ -36,6 +37,7 @@ __all__ = [
     "LocalInterFeatureLoss",
     "LogitDistillationLoss",
     "MiniBatchKMeans",
+    "RelationalLoss",
     "StudentMemory",
     "Teacher",
     "TeacherMemory",

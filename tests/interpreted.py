@@ -1,19 +1,14 @@
-"""What the tests of the Triton kernels share: where they run, and inputs in which a wrong read shows.
-
-They run in Triton's interpreter (TRITON_INTERPRET=1) on the CPU, and without it on a GPU where there is one.
-"""
+"""Shared by the tests of the Triton kernels: where they run, inputs that show a wrong read, plain torch in tf32."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
@@ -21,29 +16,22 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 GPU = not INTERPRETED and torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
-RUNS_KERNELS = INTERPRETED or GPU
 
 if INTERPRETED:
     from triton.runtime import interpreter
 
-interpreter_only = pytest.mark.skipif(GPU, reason="looks into the interpreter")
+
+Test = TypeVar("Test", bound=Callable[..., None])
+
+
+def on_triton(test: Test) -> Test:
+    """Mark a test of the Triton kernels: where it runs (see tests/kernels/conftest.py), and on few multiprocessors."""
+    return pytest.mark.triton(pytest.mark.usefixtures("few_multiprocessors")(test))
 
 
 def on_gpu(tolerance: float, in_interpreter: float) -> float:
     """What products on tensor cores may lose; the interpreter multiplies in float32, whatever is asked."""
     return tolerance if GPU else in_interpreter
-
-
-def run_in_interpreter(path: str) -> None:
-    """Run the tests of a file in a process of their own, with TRITON_INTERPRET=1."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(path).resolve())],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).resolve().parents[1],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
 def poison_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,3 +120,111 @@ def round_dots(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
         return original(self, *operands, *rest)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", rounded)
+
+
+QUICK = settings(
+    max_examples=6,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
+)
+
+
+def backpropagate(total: Tensor) -> None:
+    """Backward, unless nothing the total was made of needs it (the formula of a sample without structure)."""
+    if total.requires_grad:
+        total.backward()
+
+
+def normal(*shape: int, seed: int, offset: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(*shape, generator=generator) + offset * torch.randn(shape[-1], generator=generator)
+    return values.to(DEVICE)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The same values with the last two axes swapped in memory."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def kept_mask(kind: str | None, batch: int, rows: int) -> Tensor | None:
+    if kind is None:
+        return None
+    mask = torch.zeros(batch, rows, dtype=torch.bool, device=DEVICE)
+    for i in range(batch):
+        kept = {"ragged": rows - (5 * i) % rows, "one": 1, "none": 0 if i == 0 else rows}[kind]
+        mask[i, :kept] = True
+    if kind == "ragged" and rows > 3:
+        mask[0, 2] = False
+    return mask
+
+
+def poison(x: Tensor, mask: Tensor | None) -> Tensor:
+    """NaN wherever the mask drops."""
+    return x if mask is None else x.masked_fill(~mask[:, :, None], float("nan"))
+
+
+def assert_close(ours: Tensor, truth: Tensor, tolerance: float) -> None:
+    """|ours - truth| <= tolerance |truth| in Euclidean norm, and everything finite."""
+    assert ours.isfinite().all()
+    ours, truth = ours.detach().double(), truth.detach().double()
+    assert float((ours - truth).norm()) <= tolerance * float(truth.norm()) + 1e-7
+
+
+TF32 = 4e-3
+"""What products of operands of 10 bits may be off by."""
+
+
+def outliers(*shape: int, seed: int) -> Tensor:
+    """Features like BERT's: a few dimensions with a mean of 30 standard deviations."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    x[..., ::16] += 30
+    return x.to(DEVICE)
+
+
+class RoundedProduct(torch.autograd.Function):
+    """a @ b on tensor cores: operands rounded to some bits of mantissa, sums in float32, both ways."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, bits: int) -> Tensor:
+        a, b = (torch.from_numpy(round_like(z.detach().cpu().numpy(), bits)).to(z.device) for z in (a, b))
+        ctx.save_for_backward(a, b)
+        ctx.bits = bits
+        return a @ b
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        a, b = ctx.saved_tensors
+        gradient = torch.from_numpy(round_like(gradients[0].contiguous().cpu().numpy(), ctx.bits)).to(
+            a.device
+        )
+        return gradient @ b.mT, a.mT @ gradient, None
+
+
+def plain_gram(x: Tensor, bits: int) -> Tensor:
+    """The Gram matrix in plain torch, centred by its means: in bfloat16 throughout, or with tf32 products."""
+    gram = x @ x.mT if x.dtype == torch.bfloat16 else RoundedProduct.apply(x, x.mT, bits)
+    mean = gram.mean(dim=-1, keepdim=True)
+    return gram - mean - mean.mT + mean.mean(dim=-2, keepdim=True)
+
+
+def error_of(run: Callable[[Tensor], Tensor], x: Tensor, truth: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """Relative errors of a value and of the gradient of its sum weighted by w, against (value, gradient)."""
+    x = x.detach().clone().requires_grad_()
+    value = run(x)
+    (value.float() * normal(*value.shape, seed=7)).sum().backward()
+    assert x.grad is not None
+    pairs = ((value, truth[0]), (x.grad, truth[1]))
+    value_error, gradient_error = (float((a.detach().double() - b).norm() / b.norm()) for a, b in pairs)
+    return value_error, gradient_error
+
+
+def truth_of(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.detach().double().requires_grad_()
+    value = run(x)
+    (value * normal(*value.shape, seed=7)).sum().backward()
+    assert x.grad is not None
+    return value.detach(), x.grad
+
+
+TENSOR_CORES = [(10, torch.float32), (7, torch.bfloat16)]

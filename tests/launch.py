@@ -48,7 +48,7 @@ def start(command, **environment):
     )
 
 
-def finish(process, seconds=300):
+def finish(process, seconds=600):
     """Wait for a process that ``start`` has started; return its exit status and what it printed."""
     try:
         printed, _ = process.communicate(timeout=seconds)
@@ -59,26 +59,24 @@ def finish(process, seconds=300):
     return subprocess.CompletedProcess(process.args, process.returncode, printed)
 
 
-def start_deepspeed(processes, arguments):
+def start_deepspeed(processes, arguments, script="train_ds.py"):
     launcher = [BIN / "deepspeed", "--num_accelerators", processes, "--master_port", free_port()]
-    return start(
-        [*launcher, "train_ds.py", *arguments], DS_ACCELERATOR="cpu", TORCH_EXTENSIONS_DIR=str(EXTENSIONS)
-    )
+    return start([*launcher, script, *arguments], DS_ACCELERATOR="cpu", TORCH_EXTENSIONS_DIR=str(EXTENSIONS))
 
 
-def start_torchrun(processes, arguments):
+def start_torchrun(processes, arguments, script="train_ds.py"):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    return start([*launcher, "train_ds.py", *arguments])
+    return start([*launcher, script, *arguments])
 
 
-def run_deepspeed(processes, arguments):
+def run_deepspeed(processes, arguments, **options):
     """Run a command under the deepspeed launcher; it must succeed. Returns what it printed."""
-    return _succeeded(finish(start_deepspeed(processes, arguments)))
+    return _succeeded(finish(start_deepspeed(processes, arguments, **options)))
 
 
-def run_torchrun(processes, arguments):
+def run_torchrun(processes, arguments, **options):
     """Run a command under torchrun; it must succeed. Returns what it printed."""
-    return _succeeded(finish(start_torchrun(processes, arguments)))
+    return _succeeded(finish(start_torchrun(processes, arguments, **options)))
 
 
 def _succeeded(done):

@@ -12,7 +12,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "faults.md"
 _BEGIN, _END = "<!-- table: begin -->", "<!-- table: end -->"
 # Room of the tests -> what the table calls it.
-_TITLES = {"faults": "Runs", "training": "Checkpoints and exports", "memory": "Memories and caches"}
+_TITLES = {
+    "faults": "Runs",
+    "training": "Checkpoints and exports",
+    "memory": "Memories",
+    "cache": "Teacher caches",
+}
 _OTHER = "Files, models and data"
 
 

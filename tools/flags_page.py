@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from fsd_fast.commands import COMMANDS
+from fsd_fast.commands._teacher import CacheArguments
 from fsd_fast.commands.flags import DataArguments
 from fsd_fast.commands.parsing import Flag, command_flags
 from fsd_fast.commands.training_flags import REFUSED, REFUSED_BY
@@ -119,12 +120,20 @@ def _refusals() -> str:
 def page() -> str:
     """Return docs/flags.md."""
     data = [flag for flag in listed_flags("memory") if flag.group is DataArguments]
-    parts = [_INTRODUCTION, "## Data", "For `teacher`, `memory`, `distill` and `evaluate`.", table(data)]
+    parts = [
+        _INTRODUCTION,
+        "## Data",
+        "For `teacher`, `memory`, `cache`, `distill` and `evaluate`.",
+        table(data),
+    ]
+    cache = [flag for flag in listed_flags("memory") if flag.group is CacheArguments]
+    parts += ["## Teacher cache", "For `memory` and `distill`.", table(cache)]
+    shared = (DataArguments, CacheArguments)
     for command, text in COMMANDS.items():
         own = [
             flag
             for flag in listed_flags(command)
-            if flag.group is not DataArguments and not issubclass(flag.group, TrainingArguments)
+            if flag.group not in shared and not issubclass(flag.group, TrainingArguments)
         ]
         parts += [f"## {command}", f"{text[0].upper()}{text[1:]}.", table(own) if own else "It has no flags."]
     training = [flag for flag in listed_flags("teacher") if issubclass(flag.group, TrainingArguments)]

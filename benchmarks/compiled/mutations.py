@@ -228,7 +228,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "def _gram_tile_kernel",
             "(block_i + 1) * BLOCK_N <= head",
             "block_i * BLOCK_N <= head",
-            "tiles with features skipped as known",
+            "tiles with features skipped as given",
         ),
         Mutation(
             "def _load_means",

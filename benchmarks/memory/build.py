@@ -20,14 +20,14 @@ from benchmarks.tables import aligned
 from fsd_fast.memory.teacher_memory import TeacherMemory
 
 _BUILDS = {
-    (policy, cached): f"padding {policy}d, {'with' if cached else 'without'} a feature cache"
+    (policy, cached): f"padding {policy}d, {'with' if cached else 'without'} a teacher cache"
     for policy in ("exclude", "include")
     for cached in (True, False)
 }
 
 
 def build_once(features: TaskFeatures, pad_features: str, cached: bool) -> tuple[TeacherMemory, float]:
-    """Build a memory; return it and the seconds, which include writing a new feature cache if ``cached``."""
+    """Build a memory; return it and the seconds, which include writing a new teacher cache if ``cached``."""
     features.teacher.reset()
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()

@@ -7,6 +7,7 @@ longest sample.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from fsd_fast.cache.feature_cache import FeatureCache
+from fsd_fast.cache.identity import CacheIdentity
+from fsd_fast.cache.teacher_cache import TeacherCache
 from fsd_fast.data import (
     LENGTH_COLUMN,
     PadCollator,
@@ -24,6 +26,7 @@ from fsd_fast.data import (
     load_task_dataset,
     resolve_model,
     tokenize,
+    tokens_digest,
 )
 from fsd_fast.memory.features import (
     FeatureBatch,
@@ -32,9 +35,9 @@ from fsd_fast.memory.features import (
     flatten_features,
     local_sample_indices,
     memory_identity,
-    open_feature_cache,
-    tokens_digest,
 )
+from fsd_fast.models.families import STOPS_EARLY
+from fsd_fast.models.fingerprint import settings_digest
 from fsd_fast.models.loading import load_weights, read_config
 from fsd_fast.models.teacher import Teacher
 
@@ -57,16 +60,24 @@ class CountingTeacher(Teacher):
         """Start counting from 0."""
         self.samples, self.seconds = 0, 0.0
 
+    def hidden_states(self, inputs: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return (logits [B, C], hidden states [B, S, D] of all layers)."""
+        with self._counted(inputs):
+            return super().hidden_states(inputs)
+
     def penultimate(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return the hidden state [B, S, D] before the last layer."""
+        if self.all_layers or self.model.config.model_type not in STOPS_EARLY:
+            return self.hidden_states(inputs)[1][self.num_layers - 1]
+        with self._counted(inputs):
+            return super().penultimate(inputs)
+
+    @contextlib.contextmanager
+    def _counted(self, inputs: dict[str, Tensor]) -> Iterator[None]:
         started = time.perf_counter()
-        if self.all_layers:
-            features = self.hidden_states(inputs)[1][self.num_layers - 1]
-        else:
-            features = super().penultimate(inputs)
+        yield
         self.seconds += time.perf_counter() - started
-        self.samples += len(features)
-        return features
+        self.samples += len(inputs["input_ids"])
 
 
 class TaskFeatures:
@@ -106,7 +117,6 @@ class TaskFeatures:
         tokens = tokenize(rows, self.tokenizer, self.task, length)
         self.samples = tokens.select(np.argsort(tokens[LENGTH_COLUMN], kind="stable"))
         self.longest = int(max(tokens[LENGTH_COLUMN]))
-        self.digest = tokens_digest(self.samples)
         classifier, _ = load_weights(path, read_config(path), fresh_head=True)
         self.teacher = CountingTeacher(classifier, path)
 
@@ -116,28 +126,39 @@ class TaskFeatures:
     def identity(self, pad_features: str, length: int | None = None) -> MemoryIdentity:
         """Return the identity of a memory of these features; ``length`` replaces S."""
         max_length = self.length if length is None else length
-        return memory_identity(self.teacher, self.task, max_length, pad_features, self.num_centroid)
-
-    def open_cache(self, folder: Path, identity: MemoryIdentity) -> FeatureCache:
-        """Create a feature cache in a folder."""
-        indices = local_sample_indices(self.samples)
-        cache = open_feature_cache(
-            str(folder), self.teacher, self.samples, identity, indices, BATCH, self.digest
+        return memory_identity(
+            self.teacher.describe(), self.task, max_length, pad_features, self.num_centroid
         )
+
+    def open_cache(self, folder: Path, identity: MemoryIdentity) -> TeacherCache:
+        """Create a cache of the teacher's logits and penultimate features in a folder."""
+        wanted = CacheIdentity(
+            task_name=identity.task_name,
+            teacher_fingerprint=identity.teacher_fingerprint,
+            teacher_config=settings_digest(self.teacher.name),
+            tokens=tokens_digest(self.samples),
+            layers=(identity.layer,),
+            num_samples=len(self),
+            max_seq_length=identity.max_seq_length,
+            hidden_size=identity.hidden_size,
+            num_labels=int(self.teacher.model.config.num_labels),
+            pad_features=identity.pad_features,
+            precision="float32",
+            dtype="float32",
+        )
+        cache = TeacherCache(folder, wanted)
         cache.create()
         return cache
 
     def batches(
-        self, pad_features: str, first: int = 0, cache: FeatureCache | None = None
+        self, pad_features: str, first: int = 0, cache: TeacherCache | None = None
     ) -> Iterator[FeatureBatch]:
         """Yield the features from batch number ``first`` on."""
-        collate = PadCollator(self.tokenizer, pad_features, self.length)
-        indices = local_sample_indices(self.samples)
         return feature_batches(
-            self.teacher,
+            lambda: self.teacher,
             self.samples,
-            collate,
-            indices,
+            PadCollator(self.tokenizer, pad_features, self.length),
+            local_sample_indices(self.samples),
             batch_size=BATCH,
             device=torch.device("cpu"),
             first_batch=first,

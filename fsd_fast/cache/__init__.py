@@ -1,1 +1,1 @@
-"""What the teacher computed, kept on disk."""
+"""What the teacher computed for a training set, kept on disk."""

@@ -181,7 +181,7 @@ class Stage:
         """Count a batch that has been worked in; save ``snapshot()`` now and then.
 
         Raises:
-            Stopped: A signal asked for it; ``snapshot()`` are saved.
+            Stopped: A signal asked for it; ``snapshot()`` is saved.
         """
         self.batches, self.rows = batch.batch_number + 1, batch.end
         if stop_requested() is not None or self.batches % self._checkpoint.save_every == 0:

@@ -33,7 +33,7 @@ from fsd_fast.distributed import Collectives
 from fsd_kernels import resolve_backend
 from fsd_kernels.kmeans import assign, update_
 
-# The norms of a sample in the two passes may differ by the rounding of a feature cache, not by more.
+# The norms of a sample in the two passes may differ by the rounding of a teacher cache, not by more.
 _NORM_TOLERANCE = 1e-2
 
 ALGORITHMS = ("sketch", "lloyd")

@@ -16,6 +16,7 @@ COMMANDS = {
     "fetch": "get the built-in data and backbone",
     "teacher": "fine-tune a classifier on the hard labels",
     "memory": "cluster the teacher's features into its memory",
+    "cache": "keep the teacher's logits and hidden states of the training set",
     "distill": "train a student next to its teacher",
     "evaluate": "score a saved classifier",
     "predict": "write a classifier's predictions for a test set",

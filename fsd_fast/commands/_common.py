@@ -26,6 +26,7 @@ class TaskData:
     """A task, tokenized."""
 
     task: Task
+    tokenizer: PreTrainedTokenizerBase
     train: Dataset
     evaluation: dict[str, Dataset]
     collator: PadCollator
@@ -120,6 +121,7 @@ def load_data(
 
     return TaskData(
         task,
+        tokenizer,
         split("train") if train else Dataset.from_dict({}),
         {name: split(name, arguments.max_eval_samples) for name in task.eval_splits},
         PadCollator(tokenizer, arguments.pad_features, arguments.max_seq_length),

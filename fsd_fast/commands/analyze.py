@@ -95,7 +95,7 @@ def prepare(data_arguments: DataArguments, arguments: AnalysisArguments) -> Work
     if arguments.memory_path is not None:
         memory = TeacherMemory.from_pretrained(arguments.memory_path)
         expected = memory_identity(
-            teacher,
+            teacher.describe(),
             task,
             data_arguments.max_seq_length,
             data_arguments.pad_features,

@@ -2,45 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from fsd_fast.cache.teacher_cache import EVALUATION_FOLDER
 from fsd_fast.commands._common import (
     TaskData,
     Work,
     check_model,
-    check_outputs,
     evaluation_sets,
     load_data,
     metrics_of,
     read_task,
 )
+from fsd_fast.commands._teacher import CacheArguments, OpenedTeacher, open_teacher, writer_lock
 from fsd_fast.commands.flags import LEARNING_RATES, DataArguments, RunArguments, flag
 from fsd_fast.commands.loss_flags import LossArguments, check_settings
 from fsd_fast.commands.memory_flags import Memories, StudentMemoryArguments, check_memory_flags, open_memories
 from fsd_fast.commands.values import Range
 from fsd_fast.data import Task, resolve_model, samples_digest
 from fsd_fast.losses import METHODS, Objective, Setup
-from fsd_fast.losses.gather import gather_features
-from fsd_fast.memory.features import model_fingerprint
 from fsd_fast.models.layers import parse_layer_pairs, penultimate_pair
 from fsd_fast.models.loading import load_tokenizer, read_config
 from fsd_fast.models.student import load_classifier, parameter_count
-from fsd_fast.models.teacher import Teacher
 from fsd_fast.models.whole_weights import whole_weights
 from fsd_fast.training.checkpoints import find_checkpoint
 from fsd_fast.training.distillation import DistillationModel, export_state
 from fsd_fast.training.early_stopping import early_stopping
 from fsd_fast.training.export import check_export
-from fsd_fast.training.record import RECORD_FILE, make_record, read_record
+from fsd_fast.training.record import RECORD_FILE, Record, make_record, read_record
 from fsd_fast.training.resume import check_resumed
 from fsd_fast.training.run import choose_best_metric, finish_run
 from fsd_fast.training.teacher_logits import TeacherLogits, score_splits
+from fsd_fast.training.teacher_source import CachedTeacher, CacheScan
 from fsd_fast.training.trainer import FSDTrainer
 from fsd_kernels import resolve_backend
 
@@ -73,11 +74,6 @@ class DistillationArguments:
         None,
         writes=True,
     )
-    gather_features: bool = flag(
-        "Compare the samples of all processes: the structures are then those of one process with the joined batch. "
-        "Without it each of n processes compares its own samples, and L_L is the mean over n batches.",
-        False,
-    )
 
 
 @dataclass
@@ -89,21 +85,16 @@ class DistillRunArguments(RunArguments):
     )
 
 
-ARGUMENTS = (DataArguments, DistillationArguments, StudentMemoryArguments, LossArguments, DistillRunArguments)
-
-
-@dataclass(frozen=True)
-class _Models:
-    """What a distillation starts from."""
-
-    tokenizer: PreTrainedTokenizerBase
-    teacher: Teacher | None
-    student: PreTrainedModel
+ARGUMENTS = (
+    *(DataArguments, DistillationArguments, CacheArguments),
+    *(StudentMemoryArguments, LossArguments, DistillRunArguments),
+)
 
 
 def prepare(
     data_arguments: DataArguments,
     arguments: DistillationArguments,
+    cache: CacheArguments,
     memory: StudentMemoryArguments,
     loss: LossArguments,
     run: DistillRunArguments,
@@ -122,71 +113,127 @@ def prepare(
     source = _student_source(arguments, teacher_path)
     setup, student_layers = _setup(data_arguments, arguments, loss, teacher_path or source, source)
     objective = METHODS[method].build(loss.settings(), setup)
-    if arguments.gather_features:
-        _gather(objective, method)
     _check_batches(objective, method, run)
     if objective.requires.memories:
         check_memory_flags(memory, method, run)
+    _check_cacheable(objective, method, cache)
     if not objective.requires.teacher and not arguments.fidelity:
         teacher_path = None
-    models = _load_models(data_arguments, task, teacher_path, source, student_layers)
-    _check_cls_token(objective, method, models.tokenizer, source)
-    data = load_data(data_arguments, task, splits, models.tokenizer)
+    tokenizer = _load_tokenizer(data_arguments, task, teacher_path, source)
+    _check_cls_token(objective, method, tokenizer, source)
+    data = load_data(data_arguments, task, splits, tokenizer)
+    teacher = None
+    if teacher_path is not None:
+        layers = objective.requires.teacher_layers
+        teacher = open_teacher(teacher_path, data, data_arguments, cache, layers, precision=_precision(run))
+    student = _load_student(source, task, student_layers, tokenizer)
     memories = None
-    if objective.requires.memories and models.teacher is not None:
-        memories = open_memories(memory, data_arguments, task, run, models.teacher, models.student)
-        if resume is None:
-            memories = memories.with_start(memory, data, run, models.student)
-    trainer = FSDTrainer(
-        model=DistillationModel(models.student, objective, None if memories is None else memories.student),
+    if objective.requires.memories and teacher is not None:
+        memories = open_memories(
+            memory, data_arguments, data, run, teacher.description, student, resume is None
+        )
+    trainer = _trainer(objective, student, teacher, memories, data, run, memory.memory_learning_rate)
+    facts = _facts(setup, student, teacher, memories, data)
+    record = make_record("distill", data_arguments, arguments, cache, memory, loss, run, **facts)
+    if resume is not None:
+        record = check_resumed(record, resume, run.allow_changes)
+    title = f"{student_layers}-layer student for {task.name}, "
+    title += f"distilled by {method}" if objective.requires.teacher else "trained without a teacher"
+    logits = _teacher_logits(arguments, teacher, run, data)
+    return functools.partial(_work, trainer, resume, student, data, title, record, logits)
+
+
+def _trainer(
+    objective: Objective,
+    student: PreTrainedModel,
+    teacher: OpenedTeacher | None,
+    memories: Memories | None,
+    data: TaskData,
+    run: DistillRunArguments,
+    memory_learning_rate: float | None,
+) -> FSDTrainer:
+    return FSDTrainer(
+        model=DistillationModel(student, objective, None if memories is None else memories.student),
         args=run,
         train_dataset=data.train,
         eval_dataset=evaluation_sets(data),
         data_collator=data.collator,
-        processing_class=models.tokenizer,
-        compute_metrics=metrics_of(task),
+        processing_class=data.tokenizer,
+        compute_metrics=metrics_of(data.task),
         callbacks=early_stopping(run.early_stopping_patience, run.early_stopping_threshold),
-        teacher=models.teacher if objective.requires.teacher else None,
+        teacher=teacher.source(objective.requires) if teacher and objective.requires.teacher else None,
         teacher_memory=None if memories is None else memories.teacher,
         start_memory=None if memories is None else memories.start,
-        memory_learning_rate=memory.memory_learning_rate,
+        memory_learning_rate=memory_learning_rate,
         profile_steps=run.profile,
     )
-    facts = _facts(setup, student_layers, models, memories)
-    facts["train_data"] = samples_digest(data.train)
-    record = make_record("distill", data_arguments, arguments, memory, loss, run, **facts)
-    if resume is not None:
-        record = check_resumed(record, resume, run.allow_changes)
-    return functools.partial(
-        finish_run,
-        trainer,
-        resume,
-        lambda: export_state(trainer.gathered_state()),
-        models.student,
-        task.name,
-        len(data.train),
-        models.tokenizer,
-        f"{student_layers}-layer student for {task.name}, "
-        + (f"distilled by {method}" if objective.requires.teacher else "trained without a teacher"),
-        record,
-        functools.partial(
-            score_splits, trainer, data.evaluation, task, _teacher_logits(arguments, models, trainer, data)
-        ),
-    )
+
+
+def _work(
+    trainer: FSDTrainer,
+    resume: str | None,
+    student: PreTrainedModel,
+    data: TaskData,
+    title: str,
+    record: Record,
+    logits: TeacherLogits | None,
+) -> dict[str, float]:
+    """Train, and write to the teacher's cache where no other run does."""
+    source = trainer.teacher
+    with contextlib.ExitStack() as locks:
+        if isinstance(source, CachedTeacher):
+            trainer.add_callback(CacheScan(source.cache))
+            source.writes = locks.enter_context(writer_lock(source.cache, required=False))
+        return finish_run(
+            trainer,
+            resume,
+            lambda: export_state(trainer.gathered_state()),
+            student,
+            data.task.name,
+            len(data.train),
+            data.tokenizer,
+            title,
+            record,
+            functools.partial(score_splits, trainer, data.evaluation, data.task, logits),
+        )
 
 
 def _teacher_logits(
-    arguments: DistillationArguments, models: _Models, trainer: FSDTrainer, data: TaskData
+    arguments: DistillationArguments, teacher: OpenedTeacher | None, run: RunArguments, data: TaskData
 ) -> TeacherLogits | None:
-    """The teacher's logits that the student's are compared with when training ends."""
-    if not arguments.fidelity or models.teacher is None:
+    """The teacher's logits that the student's are compared with when training ends.
+
+    With a cache they are kept in it, so that later runs need not load the teacher for them.
+    """
+    if not arguments.fidelity or teacher is None:
         return None
+    kept = None if teacher.cache is None else str(teacher.cache.folder / EVALUATION_FOLDER)
     return TeacherLogits(
-        models.teacher,
+        teacher.load,
+        teacher.description,
         data.collator,
-        batch_size=trainer.args.per_device_eval_batch_size,
-        device=trainer.args.device,
-        folder=arguments.teacher_logits_dir,
+        precision={"bfloat16": torch.bfloat16, "float16": torch.float16}.get(_precision(run)),
+        batch_size=run.per_device_eval_batch_size,
+        device=run.device,
+        folder=arguments.teacher_logits_dir or kept,
+    )
+
+
+def _precision(run: RunArguments) -> str:
+    """The precision of the teacher's matrix products."""
+    return "bfloat16" if run.bf16 else "float16" if run.fp16 else "float32"
+
+
+def _check_cacheable(objective: Objective, method: str, cache: CacheArguments) -> None:
+    """Check that a cache holds what the objective reads of a teacher."""
+    if cache.teacher_cache_dir is None or (
+        objective.requires.teacher and not objective.requires.relation_heads
+    ):
+        return
+    reason = "reads queries, keys and values" if objective.requires.teacher else "reads no teacher"
+    raise ValueError(
+        f"teacher_cache_dir: method {method!r} {reason}; a cache holds logits and hidden states, got "
+        f"{cache.teacher_cache_dir}"
     )
 
 
@@ -215,23 +262,23 @@ def _setup(
     return setup, student_layers
 
 
-def _facts(setup: Setup, student_layers: int, models: _Models, memories: Memories | None) -> dict[str, Any]:
+def _facts(
+    setup: Setup,
+    student: PreTrainedModel,
+    teacher: OpenedTeacher | None,
+    memories: Memories | None,
+    data: TaskData,
+) -> dict[str, Any]:
     """What the record of the run says beside its flags."""
-    teacher = models.teacher
     return {
-        "student_layers": student_layers,
+        "student_layers": int(student.config.num_hidden_layers),
         "layer_pairs": ",".join(f"{of_teacher}:{of_student}" for of_teacher, of_student in setup.layer_pairs),
         "num_centroid": None if memories is None else memories.teacher.identity.num_centroid,
-        "parameters": parameter_count(models.student),
-        "teacher_parameters": None if teacher is None else parameter_count(teacher.model),
-        "teacher_fingerprint": None if teacher is None else model_fingerprint(teacher.model)[:16],
+        "parameters": parameter_count(student),
+        "teacher_parameters": None if teacher is None else teacher.parameters(),
+        "teacher_fingerprint": None if teacher is None else teacher.description.fingerprint[:16],
+        "train_data": samples_digest(data.train),
     }
-
-
-def _gather(objective: Objective, method: str) -> None:
-    """Let the losses of an objective go over the batches of all processes."""
-    if not objective.requires.student_layers or not gather_features(objective):
-        raise ValueError(f"gather_features: method {method!r} has no loss that compares samples, got true")
 
 
 def _check_device(backend: str, run: RunArguments) -> None:
@@ -311,10 +358,10 @@ def _check_cls_token(
         )
 
 
-def _load_models(
-    data_arguments: DataArguments, task: Task, teacher_path: str | None, source: str, student_layers: int
-) -> _Models:
-    """Load the models and check that they take the task's samples, and that the student can be exported."""
+def _load_tokenizer(
+    data_arguments: DataArguments, task: Task, teacher_path: str | None, source: str
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of both models, and check that they take the task's samples."""
     tokenizer = load_tokenizer(teacher_path or source)
     if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
         raise ValueError(
@@ -322,10 +369,14 @@ def _load_models(
         )
     for path in filter(None, (teacher_path, source)):
         check_model(path, tokenizer, task, data_arguments.max_seq_length)
+    return tokenizer
+
+
+def _load_student(
+    source: str, task: Task, student_layers: int, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """Load the student, and check that it can be exported."""
     with whole_weights():
-        teacher = None if teacher_path is None else Teacher.from_pretrained(teacher_path)
-        if teacher is not None:
-            check_outputs(teacher, task)
         student = load_classifier(source, task.labels, student_layers)
     check_export(student, tokenizer)
-    return _Models(tokenizer, teacher, student)
+    return student

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,8 @@ def prepare(data_arguments: DataArguments, arguments: EvaluationArguments) -> Wo
     teacher_logits = None
     if teacher is not None:
         teacher_logits = TeacherLogits(
-            teacher,
+            functools.partial(_same, teacher),
+            teacher.describe(),
             data.collator,
             batch_size=arguments.per_device_eval_batch_size,
             device=process.device,
@@ -115,6 +117,10 @@ def _checkpoints(path: str) -> list[Path]:
     for folder in found:
         check_loadable(folder, Path(path))
     return found
+
+
+def _same(teacher: Teacher) -> Teacher:
+    return teacher
 
 
 def _load(

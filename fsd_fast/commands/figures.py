@@ -13,10 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_GROUPS = {"train": "training", "eval": "evaluation", "memory": "memory", "demo": "demo"}
+_GROUPS = {
+    "train": "training",
+    "eval": "evaluation",
+    "memory": "memory",
+    "cache": "teacher cache",
+    "demo": "demo",
+}
 _NAMES = {
     "runtime": "seconds",
     "total_flos": "floating-point operations",
+    "computed": "samples that the teacher ran on",
     "matthews_correlation": "Matthews correlation",
     "pearson": "Pearson correlation",
     "spearmanr": "Spearman correlation",

@@ -97,7 +97,7 @@ class DataArguments:
         numbers=Range(minimum=0),
     )
     max_eval_samples: int | None = flag(
-        "Use only the first so many samples of each evaluation split; not for memory.",
+        "Use only the first so many samples of each evaluation split; not for memory and cache.",
         None,
         numbers=Range(minimum=1),
     )

@@ -26,6 +26,26 @@ def _number(name: str) -> int:
     return int(text) if text.isdecimal() else 0
 
 
+# What MPI's launchers, which accelerate can start, tell their processes.
+_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def check_launch(command: str) -> None:
+    """Check that ``accelerate launch`` has started as many processes as it was asked for.
+
+    With ``--cpu`` it starts one, whatever ``--num_processes`` says, and tells it where the others would meet.
+
+    Raises:
+        ValueError: It has not; the message says what to run instead.
+    """
+    told = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+    if told and not launched() and not any(name in os.environ for name in _MPI):
+        raise ValueError(
+            "accelerate launch was asked for several processes and started one, as it does with --cpu; run "
+            f"`torchrun --nproc_per_node N train_ds.py {command} ...`"
+        )
+
+
 def check_deepspeed(command: str) -> None:
     """Check that ``--deepspeed``, which was given, is used under a launcher.
 

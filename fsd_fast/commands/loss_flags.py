@@ -49,6 +49,29 @@ class LossArguments:
         "L_I: mean over samples of -log CKA (the paper), or -log of the mean CKA (the released code).",
         DEFAULTS.intra_reduction,
     )
+    measure: Literal["cka", "gram"] = flag(
+        "How L_I and L_L compare structures. cka: -log CKA (the paper). gram: the squared distance of normalised Gram "
+        "matrices.",
+        DEFAULTS.measure,
+    )
+    estimator: Literal["biased", "unbiased"] = flag(
+        "CKA in L_I and L_L. biased: the paper's. unbiased: 1 - CKA from the unbiased estimator of HSIC.",
+        DEFAULTS.estimator,
+    )
+    distance_scale: Literal["none", "mean"] = flag(
+        "Distances in L_G. none: as they are (the paper). mean: divided by their mean, on each side; L_G then is of "
+        "the other losses' size, and gamma_g near 1 fits.",
+        DEFAULTS.distance_scale,
+    )
+    structure_schedule: Literal["constant", "linear", "cosine"] = flag(
+        "Weight of all terms beside L_VKD over the training, after the warm-up: constant, or falling to 0.",
+        DEFAULTS.structure_schedule,
+    )
+    structure_warmup_ratio: float = flag(
+        "Part of the training in which that weight rises linearly from 0 to 1.",
+        DEFAULTS.structure_warmup_ratio,
+        numbers=Range(minimum=0, maximum=1),
+    )
     pkd_weight: float = flag(
         "Weight of pkd's normalised [CLS] states against L_VKD.", DEFAULTS.pkd_weight, numbers=_WEIGHTS
     )
@@ -69,6 +92,11 @@ class LossArguments:
         "Relation heads of minilm; a divisor of the widths of both models.",
         DEFAULTS.minilm_relation_heads,
         numbers=Range(minimum=1),
+    )
+    gather_features: bool = flag(
+        "Compare the samples of all processes: the structures are then those of one process with the joined batch. "
+        "Without it each of n processes compares its own samples, and L_L is the mean over n batches.",
+        DEFAULTS.gather_features,
     )
     backend: Literal["auto", "triton", "eager", "reference"] = flag(
         "Kernels of the structure losses.", BACKEND

@@ -13,12 +13,12 @@ from typing import Any
 from accelerate import PartialState
 from torch import Tensor
 
-from fsd_fast.cache.feature_cache import FeatureCache
 from fsd_fast.clustering.checkpoint import discard_checkpoint
-from fsd_fast.commands._common import TaskData, Work, check_model, check_outputs, load_data, read_task
+from fsd_fast.commands._common import TaskData, Work, check_model, load_data, read_task
+from fsd_fast.commands._teacher import CacheArguments, OpenedTeacher, open_teacher, writer_lock
 from fsd_fast.commands.flags import DataArguments, flag
 from fsd_fast.commands.values import Range
-from fsd_fast.data import resolve_model
+from fsd_fast.data import resolve_model, tokens_digest
 from fsd_fast.distributed import Collectives
 from fsd_fast.files import exclusive_folder
 from fsd_fast.memory.build import CHECKPOINT_FOLDER
@@ -28,13 +28,10 @@ from fsd_fast.memory.features import (
     feature_batches,
     local_sample_indices,
     memory_identity,
-    open_feature_cache,
-    tokens_digest,
 )
 from fsd_fast.memory.plot import PLOT_FILE, plot_memory, plotted_samples
 from fsd_fast.memory.teacher_memory import TeacherMemory
-from fsd_fast.models.loading import load_tokenizer
-from fsd_fast.models.teacher import Teacher
+from fsd_fast.models.loading import load_tokenizer, read_config
 from fsd_fast.shutdown import Stopped, stoppable
 from fsd_fast.training.checkpoints import check_output_dir
 from fsd_kernels import resolve_backend
@@ -56,12 +53,6 @@ class MemoryArguments:
         0,
         numbers=Range(minimum=0),
     )
-    feature_cache_dir: str | None = flag(
-        "Folder for the teacher's features: written as the teacher runs, read instead of running it again, now and "
-        "in later builds.",
-        None,
-        writes=True,
-    )
     plot: bool = flag("Draw cluster sizes and a t-SNE of the memory into memory_plot.png.", False)
     seed: int = flag(
         "Seed of the sketch and of the first centroids.", 42, numbers=Range(minimum=0, maximum=2**32 - 1)
@@ -70,29 +61,40 @@ class MemoryArguments:
     overwrite_output_dir: bool = flag("Start anew: replace a memory and discard an unfinished build.", False)
 
 
-ARGUMENTS = (DataArguments, MemoryArguments)
+ARGUMENTS = (DataArguments, CacheArguments, MemoryArguments)
 
 
-def prepare(data_arguments: DataArguments, arguments: MemoryArguments) -> Work:
+def prepare(
+    data_arguments: DataArguments, cache_arguments: CacheArguments, arguments: MemoryArguments
+) -> Work:
     """Check the input; return the work that builds the teacher memory."""
     _check_free(arguments)
     task, splits = read_task(data_arguments, needs=("train",))
     path = resolve_model(arguments.teacher_model_name_or_path)
     tokenizer = load_tokenizer(path)
     check_model(path, tokenizer, task, data_arguments.max_seq_length)
-    teacher = Teacher.from_pretrained(path)
-    check_outputs(teacher, task)
     data = load_data(data_arguments, task, splits, tokenizer)
+    state = PartialState(cpu=arguments.use_cpu)
+    resolve_backend(None, state.device, "kmeans")
+    teacher = open_teacher(
+        path,
+        data,
+        data_arguments,
+        cache_arguments,
+        (int(read_config(path).num_hidden_layers) - 1,),
+        device=state.device,
+    )
     identity = memory_identity(
-        teacher, task, data_arguments.max_seq_length, data_arguments.pad_features, arguments.num_centroid
+        teacher.description,
+        task,
+        data_arguments.max_seq_length,
+        data_arguments.pad_features,
+        arguments.num_centroid,
     )
     if len(data.train) < identity.num_centroid:
         raise ValueError(
             f"num_centroid: expected at most the {len(data.train)} training samples, got {identity.num_centroid}"
         )
-    state = PartialState(cpu=arguments.use_cpu)
-    resolve_backend(None, state.device, "kmeans")
-    teacher.to(state.device)
     builder = _Builder(arguments, teacher, data, identity, state)
     builder.lock()
     return builder.run
@@ -109,19 +111,16 @@ class _Builder:
 
     Args:
         arguments: The command's flags.
-        teacher: On the process's device.
+        teacher: On the process's device, with the cache of its outputs.
         data: The task, tokenized.
         identity: Of the memory.
         state: The processes and this one's device.
-
-    Raises:
-        ValueError: The feature cache is another one's, or its disk has not enough room.
     """
 
     def __init__(
         self,
         arguments: MemoryArguments,
-        teacher: Teacher,
+        teacher: OpenedTeacher,
         data: TaskData,
         identity: MemoryIdentity,
         state: PartialState,
@@ -132,50 +131,43 @@ class _Builder:
         self._sample_index = local_sample_indices(data.train)
         self._tokens = tokens_digest(data.train)
         self._locks = ExitStack()
-        self._cache: FeatureCache | None = None
-        if arguments.feature_cache_dir is not None:
-            self._cache = open_feature_cache(
-                arguments.feature_cache_dir,
-                teacher,
-                data.train,
-                identity,
-                self._sample_index,
-                arguments.per_device_batch_size,
-                self._tokens,
-            )
+        self._writes_cache = False
 
     def lock(self) -> None:
-        """Keep other builds out of the memory's folder, and out of the cache's where features are to be written.
+        """Keep other builds out of the memory's folder, and out of the cache's where outputs are to be written.
 
         Raises:
             BlockingIOError: Another build is there.
             FileExistsError: Another build has ended there.
         """
 
-        def lock_folders() -> None:
+        def lock_folder() -> None:
             if self._process.is_main_process:
                 self._locks.enter_context(exclusive_folder(self._folder, "output_dir"))
                 # Another build may have ended since it was checked.
                 _check_free(self._arguments)
-                if self._cache is not None and not self._cache.is_whole():
-                    self._locks.enter_context(exclusive_folder(self._cache.folder, "feature_cache_dir"))
 
         try:
-            Collectives().run_on_all_ranks(lock_folders)
+            Collectives().run_on_all_ranks(lock_folder)
+            if self._teacher.cache is not None:
+                self._writes_cache = self._locks.enter_context(
+                    writer_lock(self._teacher.cache, required=True)
+                )
         except BaseException:
             self._locks.close()
             raise
 
     def _features(self, sample_index: Tensor, first_batch: int = 0) -> Iterator[FeatureBatch]:
         return feature_batches(
-            self._teacher,
+            self._teacher.load,
             self._data.train,
             self._data.collator,
             sample_index,
             batch_size=self._arguments.per_device_batch_size,
             device=self._process.device,
             first_batch=first_batch,
-            cache=self._cache,
+            cache=self._teacher.cache,
+            write=self._writes_cache,
         )
 
     def _layout(self) -> dict[str, Any]:
@@ -206,9 +198,6 @@ class _Builder:
             checkpoint_folder = self._folder / CHECKPOINT_FOLDER
             if self._arguments.overwrite_output_dir:
                 discard_checkpoint(checkpoint_folder)
-            if self._cache is not None:
-                create = self._cache.create if self._process.is_main_process else lambda: None
-                Collectives().run_on_all_ranks(create)
             memory = TeacherMemory.build(
                 functools.partial(self._features, self._sample_index),
                 self._identity,
@@ -231,7 +220,7 @@ class _Builder:
     def _save(self, memory: TeacherMemory) -> None:
         memory.save_pretrained(self._folder)
         if self._arguments.plot:
-            if self._cache is not None:
-                self._cache.scan()
+            if self._teacher.cache is not None:
+                self._teacher.cache.scan()
             chosen = plotted_samples(len(self._data.train))
             plot_memory(memory, self._features(chosen), self._folder / PLOT_FILE)

@@ -13,13 +13,12 @@ from transformers import PreTrainedModel
 from fsd_fast.commands._common import TaskData
 from fsd_fast.commands.flags import LEARNING_RATES, DataArguments, RunArguments, flag
 from fsd_fast.commands.values import Range
-from fsd_fast.data import Task
 from fsd_fast.losses import METHODS
 from fsd_fast.memory.features import memory_identity
 from fsd_fast.memory.start import check_training_set, start_from_clusters
 from fsd_fast.memory.student_memory import StudentMemory
 from fsd_fast.memory.teacher_memory import TeacherMemory
-from fsd_fast.models.teacher import Teacher
+from fsd_fast.models.teacher import TeacherDescription
 
 
 @dataclass
@@ -42,9 +41,10 @@ class StudentMemoryArguments:
         0.95,
         numbers=Range(above=0, below=1),
     )
-    memory_learning_rate: float | None = flag(
-        "gradient: initial learning rate of the student memory; it falls linearly to 0. Default: the student's.",
-        None,
+    memory_learning_rate: float = flag(
+        "gradient: initial learning rate of the student memory; it falls linearly to 0. The paper's is the student's, "
+        "under which a memory hardly moves.",
+        3e-2,
         numbers=LEARNING_RATES,
     )
 
@@ -112,12 +112,13 @@ def check_memory_flags(arguments: StudentMemoryArguments, method: str, run: RunA
 def open_memories(
     arguments: StudentMemoryArguments,
     data_arguments: DataArguments,
-    task: Task,
+    data: TaskData,
     run: RunArguments,
-    teacher: Teacher,
+    teacher: TeacherDescription,
     student: PreTrainedModel,
+    fresh: bool,
 ) -> Memories:
-    """Load the teacher's memory and make the student's.
+    """Load the teacher's memory and make the student's; ``fresh`` unless a checkpoint will hold that.
 
     Raises:
         ValueError: The teacher's memory is damaged or another run's, or does not suit the student.
@@ -125,7 +126,7 @@ def open_memories(
     memory = TeacherMemory.from_pretrained(str(arguments.memory_path))
     expected = memory_identity(
         teacher,
-        task,
+        data.task,
         data_arguments.max_seq_length,
         data_arguments.pad_features,
         memory.identity.num_centroid,
@@ -141,4 +142,5 @@ def open_memories(
         decay=arguments.student_memory_decay if arguments.student_memory_update == "ema" else None,
         pad_features=data_arguments.pad_features,
     )
-    return Memories(memory, student_memory)
+    memories = Memories(memory, student_memory)
+    return memories.with_start(arguments, data, run, student) if fresh else memories

@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 from transformers import TrainingArguments
 
 from fsd_fast.commands import load_command
-from fsd_fast.commands.launcher import check_deepspeed
+from fsd_fast.commands.deepspeed_config import check_config
+from fsd_fast.commands.launcher import check_deepspeed, check_launch
 from fsd_fast.commands.training_checks import check_optimisation, check_training
 from fsd_fast.commands.training_flags import CHOICES, RANGES, REFUSED_BY, Refusal, refusal_of
 from fsd_fast.commands.values import FlagType, shown
@@ -105,11 +106,13 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Any, ...]:
     values = {name: _checked(flags[name], entry) for name, entry in given.items()}
     groups = load_command(command).ARGUMENTS
     # All of it before the dataclasses are made: making TrainingArguments starts the process group.
+    check_launch(command)
     if values.get("deepspeed") is not None:
         check_deepspeed(command)
     _check_folders(values, flags)
     if any(issubclass(group, TrainingArguments) for group in groups):
         check_training(values, {name: entry.name for name, entry in given.items()})
+        _check_deepspeed_config(values, flags)
         check_output_dir(
             values["output_dir"],
             values.get("resume_from_checkpoint"),
@@ -258,6 +261,15 @@ def _checked(flag: Flag, given: Given) -> Any:
         return flag.values.check(given.value)
     except ValueError as error:
         raise ValueError(f"{given.name}: {error}") from None
+
+
+def _check_deepspeed_config(values: dict[str, Any], flags: dict[str, Flag]) -> None:
+    given = values.get("deepspeed")
+    if given is None:
+        return
+    content = given if isinstance(given, dict) else read_json_object(Path(given))
+    where = "--deepspeed" if isinstance(given, dict) else str(given)
+    check_config(content, lambda name: values.get(name, flags[name].field.default), where)
 
 
 def _check_folders(values: dict[str, Any], flags: dict[str, Flag]) -> None:

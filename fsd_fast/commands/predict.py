@@ -58,7 +58,8 @@ def prepare(data_arguments: DataArguments, arguments: PredictionArguments) -> Wo
     }
     process = PartialState(cpu=arguments.use_cpu)
     logits = TeacherLogits(
-        saved,
+        lambda: saved,
+        saved.describe(),
         PadCollator(tokenizer, data_arguments.pad_features, data_arguments.max_seq_length),
         batch_size=arguments.per_device_eval_batch_size,
         device=process.device,

@@ -69,6 +69,10 @@ REFUSED_BY: dict[str, dict[str, Refusal]] = {
         "max_eval_samples": Refusal("a memory is made of the training set alone"),
         "test_file": Refusal(_TEST),
     },
+    "cache": {
+        "max_eval_samples": Refusal("a cache is made of the training set alone"),
+        "test_file": Refusal(_TEST),
+    },
     "evaluate": {"max_train_samples": Refusal("the evaluation splits alone are scored")},
     "predict": {
         **dict.fromkeys(("max_train_samples", "subset_seed"), Refusal("test sets alone are read")),

@@ -2,7 +2,7 @@
 
 from fsd_fast.data.builtin import BACKBONE_NAME, backbone_path, cache_dir, fetch, resolve_model, reviews_path
 from fsd_fast.data.collate import LENGTH_COLUMN, SAMPLE_COLUMN, PadCollator, tokenize
-from fsd_fast.data.digest import samples_digest
+from fsd_fast.data.digest import samples_digest, tokens_digest
 from fsd_fast.data.glue import read_glue_folder
 from fsd_fast.data.load import load_task_dataset
 from fsd_fast.data.reviews import load_reviews
@@ -29,4 +29,5 @@ __all__ = [
     "reviews_path",
     "samples_digest",
     "tokenize",
+    "tokens_digest",
 ]

@@ -7,6 +7,7 @@ padding is dropped and so need not be made.
 
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
@@ -117,8 +118,9 @@ class PadCollator:
         """Pad B samples as `tokenize` makes them.
 
         Returns:
-            The tokenizer's tensors `[B, S]` (int64), `sample_index` `[B]`, and `labels` `[B]`, int64 for classes
-            and float32 for scores. `length` is left out: the model takes no such argument.
+            The tokenizer's tensors `[B, S]` (int64), `labels` `[B]`, int64 for classes and float32 for scores, and
+            `sample_index` `[B]`, an int64 array of NumPy: the host reads it, so nothing may move it to a GPU.
+            `length` is left out: the model takes no such argument.
 
         Raises:
             ValueError: If a sample has more than `max_seq_length` tokens.
@@ -128,7 +130,13 @@ class PadCollator:
             raise ValueError(
                 f"a sample has {longest} tokens; expected at most max_seq_length = {self.max_seq_length}"
             )
-        batch = self._pad([{k: v for k, v in sample.items() if k != LENGTH_COLUMN} for sample in samples])
+        kept = [
+            {name: value for name, value in sample.items() if name not in (LENGTH_COLUMN, SAMPLE_COLUMN)}
+            for sample in samples
+        ]
+        batch = self._pad(kept)
+        if SAMPLE_COLUMN in samples[0]:
+            batch[SAMPLE_COLUMN] = np.array([sample[SAMPLE_COLUMN] for sample in samples], dtype=np.int64)
         if "labels" in batch:
             labels = torch.as_tensor(batch["labels"])
             batch["labels"] = labels.to(torch.float32 if labels.is_floating_point() else torch.long)

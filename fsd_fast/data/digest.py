@@ -1,4 +1,4 @@
-"""A digest of tokenized samples, by which a run tells that its data are no longer those it began with."""
+"""Digests of tokenized samples, by which a run tells that its data are other ones than those of a file or a run."""
 
 from __future__ import annotations
 
@@ -26,3 +26,13 @@ def samples_digest(samples: Dataset) -> str:
             dtype = np.float64 if values.dtype.kind == "f" else np.int64
             digest.update(np.ascontiguousarray(values, dtype).tobytes())
     return digest.hexdigest()[:_HEXADECIMAL_DIGITS]
+
+
+def tokens_digest(samples: Dataset) -> str:
+    """sha256 over the tokens, and their types, of all samples in their order."""
+    columns = [name for name in ("input_ids", "token_type_ids") if name in samples.column_names]
+    digest = hashlib.sha256()
+    for rows in samples.select_columns(columns).iter(batch_size=1000):
+        for name in columns:
+            digest.update(repr([list(row) for row in rows[name]]).encode())
+    return digest.hexdigest()

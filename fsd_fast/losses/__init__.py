@@ -14,6 +14,7 @@ from fsd_fast.losses.logits import LogitDistillationLoss, hard_label_loss
 from fsd_fast.losses.methods import METHODS, Method, Setup
 from fsd_fast.losses.objective import Objective, ObjectiveOutput, Projections, Requirements, Signals
 from fsd_fast.losses.relational import RelationalLoss, RelationalOutput
+from fsd_fast.losses.schedule import StructureSchedule
 from fsd_fast.losses.structures import (
     GlobalInterFeatureLoss,
     GlobalInterFeatureOutput,
@@ -47,6 +48,7 @@ __all__ = [
     "Requirements",
     "Setup",
     "Signals",
+    "StructureSchedule",
     "attention_relation_loss",
     "hard_label_loss",
 ]

@@ -22,6 +22,7 @@ from fsd_fast.losses.defaults import DEFAULTS
 from fsd_fast.losses.logits import LogitDistillationLoss, hard_label_loss
 from fsd_fast.losses.objective import Objective, ObjectiveOutput, Requirements, Signals
 from fsd_fast.losses.relational import RelationalLoss
+from fsd_fast.losses.schedule import StructureSchedule
 
 
 class FinetuneObjective(Objective):
@@ -42,10 +43,11 @@ class _BesideLogits(Objective):
 
     Args:
         logits: L_VKD.
+        schedule: Of the added terms' weight.
     """
 
-    def __init__(self, logits: LogitDistillationLoss) -> None:
-        super().__init__()
+    def __init__(self, logits: LogitDistillationLoss, schedule: StructureSchedule | None = None) -> None:
+        super().__init__(schedule)
         self.logits = logits
 
     def _combine(
@@ -54,7 +56,9 @@ class _BesideLogits(Objective):
         """Return L_VKD + ``added``, with the terms of both by name."""
         loss, hard, soft = self.logits.components(student.logits, teacher.logits, labels)
         components = {"loss_vkd": loss, "loss_hard": hard, "loss_soft": soft, **terms}
-        return ObjectiveOutput(loss + added, {name: value.detach() for name, value in components.items()})
+        return ObjectiveOutput(
+            loss + added * self.structure_weight, {name: value.detach() for name, value in components.items()}
+        )
 
 
 class PatientObjective(_BesideLogits):
@@ -68,6 +72,7 @@ class PatientObjective(_BesideLogits):
         logits: L_VKD.
         layer_pairs: (teacher layer, student layer) pairs, of the same width.
         weight: Of L_PT.
+        schedule: Of that weight over the training.
 
     Raises:
         ValueError: There is no pair, or the weight is negative.
@@ -78,8 +83,9 @@ class PatientObjective(_BesideLogits):
         logits: LogitDistillationLoss,
         layer_pairs: Sequence[tuple[int, int]],
         weight: float = DEFAULTS.pkd_weight,
+        schedule: StructureSchedule | None = None,
     ) -> None:
-        super().__init__(logits)
+        super().__init__(logits, schedule)
         check_weights(pkd_weight=weight)
         if not layer_pairs:
             raise ValueError("layer_pairs: expected at least one pair of layers, got none")
@@ -116,6 +122,7 @@ class RelationalObjective(_BesideLogits):
         logits: L_VKD.
         layer_pairs: (teacher layer, student layer) pairs, of any widths.
         relations: L_D and L_A with their weights. A weight of 0 leaves its term out.
+        schedule: Of those weights over the training.
 
     Raises:
         ValueError: There is no pair.
@@ -126,8 +133,9 @@ class RelationalObjective(_BesideLogits):
         logits: LogitDistillationLoss,
         layer_pairs: Sequence[tuple[int, int]],
         relations: RelationalLoss,
+        schedule: StructureSchedule | None = None,
     ) -> None:
-        super().__init__(logits)
+        super().__init__(logits, schedule)
         if not layer_pairs:
             raise ValueError("layer_pairs: expected at least one pair of layers, got none")
         self.relations = relations
@@ -167,6 +175,7 @@ class AttentionRelationObjective(_BesideLogits):
         logits: L_VKD.
         relation_heads: R; it divides the widths of queries, keys and values of both models.
         weight: Of the relations.
+        schedule: Of that weight over the training.
 
     Raises:
         ValueError: A number is out of range.
@@ -177,8 +186,9 @@ class AttentionRelationObjective(_BesideLogits):
         logits: LogitDistillationLoss,
         relation_heads: int = DEFAULTS.minilm_relation_heads,
         weight: float = DEFAULTS.minilm_weight,
+        schedule: StructureSchedule | None = None,
     ) -> None:
-        super().__init__(logits)
+        super().__init__(logits, schedule)
         check_weights(minilm_weight=weight)
         if relation_heads < 1:
             raise ValueError(f"minilm_relation_heads: expected at least 1, got {relation_heads}")

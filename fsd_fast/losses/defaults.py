@@ -9,6 +9,10 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 Reduction = Literal["mean_log", "log_mean"]
+Measure = Literal["cka", "gram"]
+Estimator = Literal["biased", "unbiased"]
+DistanceScale = Literal["none", "mean"]
+ScheduleKind = Literal["constant", "linear", "cosine"]
 
 
 class LossSettings(NamedTuple):
@@ -34,6 +38,16 @@ class LossSettings(NamedTuple):
     """Of the Euclidean term in L_G against the cosine term."""
     intra_reduction: Reduction = "mean_log"
     """Of L_I over the samples: the paper's."""
+    measure: Measure = "cka"
+    """Of L_I and L_L: the paper's."""
+    estimator: Estimator = "biased"
+    """Of CKA in L_I and L_L: the paper's."""
+    distance_scale: DistanceScale = "none"
+    """Of the distances in L_G: the paper's."""
+    structure_schedule: ScheduleKind = "constant"
+    """Of the weight of all terms beside L_VKD over the training: the paper's."""
+    structure_warmup_ratio: float = 0.0
+    """Part of the training in which that weight rises from 0."""
     pkd_weight: float = 100.0
     """Of PKD's patient term: beta of Sun et al. (2019), who choose it from 10, 100, 500 and 1000."""
     rkd_distance_weight: float = 25.0
@@ -44,6 +58,8 @@ class LossSettings(NamedTuple):
     """Of MiniLM's self-attention relations."""
     minilm_relation_heads: int = 48
     """Relation heads of MiniLM: Wang et al. (2021), for teachers of BERT-base's size."""
+    gather_features: bool = False
+    """Whether the structures go over the samples of all processes."""
 
 
 DEFAULTS = LossSettings()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fsd_fast.losses.integrated import FeatureStructureLoss
 from fsd_fast.losses.objective import Objective, ObjectiveOutput, Requirements, Signals
+from fsd_fast.losses.schedule import StructureSchedule
 
 
 class FeatureStructureObjective(Objective):
@@ -17,6 +18,7 @@ class FeatureStructureObjective(Objective):
         loss: The integrated loss.
         layer_pairs: (teacher layer, student layer) pairs that L_I and L_L compare.
         penultimate: The pair that L_G compares: the last layer but one on both sides.
+        schedule: Of the structures' weight.
     """
 
     def __init__(
@@ -24,8 +26,9 @@ class FeatureStructureObjective(Objective):
         loss: FeatureStructureLoss,
         layer_pairs: Sequence[tuple[int, int]],
         penultimate: tuple[int, int],
+        schedule: StructureSchedule | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(schedule)
         self.loss = loss
         self._pairs = list(layer_pairs) if loss.uses_intra or loss.uses_local else []
         self._penultimate = penultimate if loss.uses_global else None
@@ -34,7 +37,7 @@ class FeatureStructureObjective(Objective):
             student_layers=tuple(sorted({student for _, student in read})),
             teacher_layers=tuple(sorted({teacher for teacher, _ in read})),
             memories=loss.uses_global,
-            minimum_batch=2 if loss.uses_local else 1,
+            minimum_batch=loss.local.minimum_batch if loss.uses_local else 1,
         )
 
     def forward(
@@ -53,5 +56,6 @@ class FeatureStructureObjective(Objective):
             teacher_penultimate=None if pair is None else teacher.hidden_states[pair[0]],
             student_memory=student.memory,
             teacher_memory=teacher.memory,
+            structure_weight=self.structure_weight,
         )
         return ObjectiveOutput(loss, components)

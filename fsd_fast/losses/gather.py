@@ -122,18 +122,51 @@ def joined_inter_structure(
     """
     if Collectives().world_size == 1:
         return inter_structure(student, teacher, student_memory, teacher_memory, mask, backend=backend)
+    own, given = gammas(student, teacher, student_memory, teacher_memory, mask, backend=backend, gather=True)
+    result = structure(own, given, 0 if student_memory is None else len(student_memory), backend=backend)
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    return InterStructure(*(value.to(dtype) for value in result))
+
+
+def gammas(
+    student: Tensor,
+    teacher: Tensor,
+    student_memory: Tensor | None = None,
+    teacher_memory: GramBasis | None = None,
+    mask: Tensor | None = None,
+    *,
+    backend: str | None,
+    gather: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gamma of the student, differentiable, and of the teacher, in one dtype; see ``fsd_kernels.gram``.
+
+    Arguments are as for ``joined_inter_structure``. With ``gather`` both are those of the joined batch, and all
+    processes call it together.
+    """
+    if gather and Collectives().world_size > 1:
+        return _joined_gammas(student, teacher, student_memory, teacher_memory, mask, backend)
+    own = gram(student, student_memory, mask, backend=backend)
+    given = gram(teacher.detach(), teacher_memory, mask, backend=backend)
+    return own, given.to(own.dtype)
+
+
+@torch.compiler.disable
+def _joined_gammas(
+    student: Tensor,
+    teacher: Tensor,
+    student_memory: Tensor | None,
+    teacher_memory: GramBasis | None,
+    mask: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
     sizes = exchange_integers(*student.shape[:2])
     batches, length = [batch for batch, _ in sizes], max(rows for _, rows in sizes)
-    centroids, memory = 0, None
-    if student_memory is not None:
-        centroids, memory = len(student_memory), own_positions(student_memory, student.shape[2])
+    memory = None if student_memory is None else own_positions(student_memory, student.shape[2])
     own = gram(_exchanged(student, mask, batches, length), memory, backend=backend)
     with torch.no_grad():
         given = gram(_exchanged(teacher.detach(), mask, batches, length), teacher_memory, backend=backend)
     total = _SumOverProcesses.apply(torch.stack([own, given.to(own.dtype)]))
-    result = structure(total[0], total[1].detach(), centroids, backend=backend)
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    return InterStructure(*(value.to(dtype) for value in result))
+    return total[0], total[1].detach()
 
 
 def own_positions(memory: Tensor, hidden_size: int) -> Tensor:

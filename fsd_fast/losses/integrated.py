@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fsd_fast.losses._checks import check_choice, check_weights
-from fsd_fast.losses.defaults import BACKEND, DEFAULTS, METHOD, Reduction
+from fsd_fast.losses.defaults import BACKEND, DEFAULTS, METHOD, DistanceScale, Estimator, Measure, Reduction
 from fsd_fast.losses.logits import LogitDistillationLoss
 from fsd_fast.losses.structures import (
     Features,
@@ -56,6 +56,9 @@ class FeatureStructureLoss(nn.Module):
         pad_features: "include" (the paper's, the default of the modules) or "exclude" (the default of ``distill``),
             for all structures.
         backend: "auto", "triton", "eager" or "reference".
+        measure: "cka" or "gram", for L_I and L_L.
+        estimator: "biased" or "unbiased", for L_I and L_L.
+        distance_scale: "none" or "mean", for L_G.
 
     Raises:
         ValueError: A name is unknown (the known ones are listed) or a weight is out of range.
@@ -75,6 +78,9 @@ class FeatureStructureLoss(nn.Module):
         reduction: Reduction = DEFAULTS.intra_reduction,
         pad_features: PadFeatures = "include",
         backend: str = BACKEND,
+        measure: Measure = DEFAULTS.measure,
+        estimator: Estimator = DEFAULTS.estimator,
+        distance_scale: DistanceScale = DEFAULTS.distance_scale,
     ) -> None:
         super().__init__()
         check_choice("method", method, list(STRUCTURES))
@@ -83,9 +89,9 @@ class FeatureStructureLoss(nn.Module):
         self.uses_intra, self.uses_local, self.uses_global = STRUCTURES[method]
         self.beta, self.gamma_i, self.gamma_l, self.gamma_g = beta, gamma_i, gamma_l, gamma_g
         self.logits = LogitDistillationLoss(alpha, temperature)
-        self.intra = IntraFeatureLoss(reduction, pad_features, backend)
-        self.local = LocalInterFeatureLoss(pad_features, backend)
-        self.global_ = GlobalInterFeatureLoss(gamma_m, pad_features, backend)
+        self.intra = IntraFeatureLoss(reduction, pad_features, backend, measure=measure, estimator=estimator)
+        self.local = LocalInterFeatureLoss(pad_features, backend, measure=measure, estimator=estimator)
+        self.global_ = GlobalInterFeatureLoss(gamma_m, pad_features, backend, distance_scale=distance_scale)
 
     def extra_repr(self) -> str:
         """Show the settings in repr."""
@@ -107,6 +113,7 @@ class FeatureStructureLoss(nn.Module):
         teacher_penultimate: Tensor | None = None,
         student_memory: Tensor | None = None,
         teacher_memory: Tensor | None = None,
+        structure_weight: Tensor | float = 1.0,
     ) -> FeatureStructureOutput:
         """Return the integrated loss and every component.
 
@@ -124,6 +131,7 @@ class FeatureStructureLoss(nn.Module):
             teacher_penultimate: [B, S, D_t], for L_G; a constant.
             student_memory: [K, S * D_s], for L_G; trained.
             teacher_memory: [K, S * D_t], for L_G; a constant.
+            structure_weight: A further factor of beta, as a schedule gives it.
 
         Raises:
             TypeError: An argument is not of the expected kind.
@@ -148,7 +156,7 @@ class FeatureStructureLoss(nn.Module):
             structures = structures + self.gamma_g * output.loss
             components |= {
                 "loss_global": output.loss,
-                "global_memory_cka": output.memory_cka,
+                "global_memory": output.memory,
                 "global_distance": output.distance,
                 "global_cosine": output.cosine,
             }
@@ -161,7 +169,7 @@ class FeatureStructureLoss(nn.Module):
             terms = []
             for student_layer, teacher_layer in pairs:
                 is_penultimate = student_layer is student_penultimate and teacher_layer is teacher_penultimate
-                if shared is not None and is_penultimate:
+                if shared is not None and is_penultimate and self.local.is_neg_log_cka:
                     terms.append(shared)
                 elif student_layer.shape[0] == 1 and not self.local.gather:
                     terms.append(torch.zeros_like(loss))
@@ -171,5 +179,5 @@ class FeatureStructureLoss(nn.Module):
             local = terms[0] if len(terms) == 1 else torch.stack(terms).mean()
             structures = structures + self.gamma_l * local
             components["loss_local"] = local
-        loss = loss + self.beta * structures
+        loss = loss + self.beta * structures * structure_weight
         return FeatureStructureOutput(loss, {name: value.detach() for name, value in components.items()})

@@ -13,10 +13,12 @@ from fsd_fast.losses.baselines import (
 )
 from fsd_fast.losses.defaults import BACKEND, LossSettings
 from fsd_fast.losses.feature_structure import FeatureStructureObjective
+from fsd_fast.losses.gather import gather_features
 from fsd_fast.losses.integrated import STRUCTURES, FeatureStructureLoss
 from fsd_fast.losses.logits import LogitDistillationLoss
 from fsd_fast.losses.objective import Objective
 from fsd_fast.losses.relational import RelationalLoss
+from fsd_fast.losses.schedule import StructureSchedule
 from fsd_fast.losses.structures import PadFeatures
 
 
@@ -57,6 +59,7 @@ class Method(NamedTuple):
 
 
 _LOGITS = frozenset({"alpha", "temperature"})
+_SCHEDULE = frozenset({"structure_schedule", "structure_warmup_ratio"})
 _MEMORY = frozenset(
     {
         "memory_path",
@@ -72,15 +75,19 @@ def _logits(settings: LossSettings) -> LogitDistillationLoss:
     return LogitDistillationLoss(settings.alpha, settings.temperature)
 
 
+def _schedule(settings: LossSettings) -> StructureSchedule:
+    return StructureSchedule(settings.structure_schedule, settings.structure_warmup_ratio)
+
+
 def _feature_structure(name: str) -> Method:
     """The entry of a method of the paper, from the structures that it uses."""
     intra, local, global_ = STRUCTURES[name]
     settings = set(_LOGITS)
     terms = ["L_VKD"]
     if intra or local or global_:
-        settings |= {"beta", "backend"}
+        settings |= {"beta", "backend", "gather_features", *_SCHEDULE}
     if intra or local:
-        settings |= {"layer_pairs"}
+        settings |= {"layer_pairs", "measure", "estimator"}
     if intra:
         settings |= {"gamma_i", "intra_reduction"}
         terms.append("L_I")
@@ -88,7 +95,7 @@ def _feature_structure(name: str) -> Method:
         settings |= {"gamma_l"}
         terms.append("L_L")
     if global_:
-        settings |= {"gamma_g", "gamma_m", *_MEMORY}
+        settings |= {"gamma_g", "gamma_m", "distance_scale", *_MEMORY}
         terms.append("L_G")
 
     def build(given: LossSettings, setup: Setup) -> Objective:
@@ -104,8 +111,13 @@ def _feature_structure(name: str) -> Method:
             reduction=given.intra_reduction,
             pad_features=setup.pad_features,
             backend=setup.backend,
+            measure=given.measure,
+            estimator=given.estimator,
+            distance_scale=given.distance_scale,
         )
-        return FeatureStructureObjective(loss, setup.layer_pairs, setup.penultimate)
+        if given.gather_features:
+            gather_features(loss)
+        return FeatureStructureObjective(loss, setup.layer_pairs, setup.penultimate, _schedule(given))
 
     return Method(", ".join(terms), frozenset(settings), build)
 
@@ -116,7 +128,7 @@ def _patient(settings: LossSettings, setup: Setup) -> Objective:
             f"method: 'pkd' compares hidden states number by number; expected a student as wide as its teacher, "
             f"{setup.teacher_width}, got {setup.student_width}; rkd, minilm and the fsd methods take any widths"
         )
-    return PatientObjective(_logits(settings), setup.layer_pairs, settings.pkd_weight)
+    return PatientObjective(_logits(settings), setup.layer_pairs, settings.pkd_weight, _schedule(settings))
 
 
 def _relational(settings: LossSettings, setup: Setup) -> Objective:
@@ -127,12 +139,12 @@ def _relational(settings: LossSettings, setup: Setup) -> Objective:
     relations = RelationalLoss(
         settings.rkd_distance_weight, settings.rkd_angle_weight, setup.pad_features, setup.backend
     )
-    return RelationalObjective(_logits(settings), setup.layer_pairs, relations)
+    return RelationalObjective(_logits(settings), setup.layer_pairs, relations, _schedule(settings))
 
 
 def _attention_relations(settings: LossSettings, setup: Setup) -> Objective:
     return AttentionRelationObjective(
-        _logits(settings), settings.minilm_relation_heads, settings.minilm_weight
+        _logits(settings), settings.minilm_relation_heads, settings.minilm_weight, _schedule(settings)
     )
 
 
@@ -141,18 +153,18 @@ METHODS: dict[str, Method] = {
     **{name: _feature_structure(name) for name in STRUCTURES},
     "pkd": Method(
         "L_VKD, normalised states of [CLS]",
-        _LOGITS | {"layer_pairs", "pkd_weight"},
+        _LOGITS | _SCHEDULE | {"layer_pairs", "pkd_weight"},
         _patient,
         layer_pairs="layerwise",
     ),
     "rkd": Method(
         "L_VKD, distances and angles between samples",
-        _LOGITS | {"layer_pairs", "backend", "rkd_distance_weight", "rkd_angle_weight"},
+        _LOGITS | _SCHEDULE | {"layer_pairs", "backend", "rkd_distance_weight", "rkd_angle_weight"},
         _relational,
     ),
     "minilm": Method(
         "L_VKD, self-attention relations of the last layer",
-        _LOGITS | {"minilm_weight", "minilm_relation_heads"},
+        _LOGITS | _SCHEDULE | {"minilm_weight", "minilm_relation_heads"},
         _attention_relations,
     ),
 }

@@ -6,10 +6,13 @@ calls it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+from fsd_fast.losses.schedule import StructureSchedule
 
 
 class Projections(NamedTuple):
@@ -67,11 +70,38 @@ class ObjectiveOutput(NamedTuple):
 class Objective(nn.Module):
     """The loss of a training method.
 
+    Args:
+        schedule: Of the weight of all terms beside L_VKD; constant by default.
+
     Attributes:
         requires: What ``forward`` reads of the two models.
+        structure_weight: The weight at the present step, a float32 scalar. It follows the module from device to device
+            and stays float32; a buffer would be rounded with a model that is cast to bfloat16.
+
+    Raises:
+        ValueError: The schedule is out of range.
     """
 
     requires: Requirements
+
+    def __init__(self, schedule: StructureSchedule | None = None) -> None:
+        super().__init__()
+        self.schedule = (schedule or StructureSchedule()).check()
+        self.structure_weight = torch.ones(())
+        self.set_progress(0.0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Objective:
+        super()._apply(fn, recurse)
+        self.structure_weight = self.structure_weight.to(fn(self.structure_weight).device)
+        return self
+
+    def set_progress(self, progress: float) -> None:
+        """Set the weight for the next step.
+
+        Args:
+            progress: The part of the training that is done, in [0, 1].
+        """
+        self.structure_weight.fill_(self.schedule.weight(progress))
 
     def forward(
         self, student: Signals, teacher: Signals, labels: Tensor, attention_mask: Tensor | None

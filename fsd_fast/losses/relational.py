@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fsd_fast.losses._checks import check_choice, check_weights
 from fsd_fast.losses.defaults import BACKEND, DEFAULTS
+from fsd_fast.losses.gather import Gathers, gammas
 from fsd_fast.losses.structures import PadFeatures, pair_layers
-from fsd_kernels import gram
 
 # Cosines that are in memory at once: more than that, and the backward computes them again.
 _MOST_COSINES = 2**24
@@ -85,7 +85,7 @@ def _angle_sum(
     )
 
 
-class RelationalLoss(nn.Module):
+class RelationalLoss(Gathers, nn.Module):
     """Distance-wise and angle-wise RKD: which samples are far apart, and at what angles they see each other.
 
     Args:
@@ -115,7 +115,7 @@ class RelationalLoss(nn.Module):
         """Show the settings in repr."""
         return (
             f"distance_weight={self.distance_weight}, angle_weight={self.angle_weight}, "
-            f"pad_features={self.pad_features!r}, backend={self.backend!r}"
+            f"pad_features={self.pad_features!r}, backend={self.backend!r}, gather={self.gather}"
         )
 
     def forward(
@@ -139,9 +139,9 @@ class RelationalLoss(nn.Module):
         mask = attention_mask if self.pad_features == "exclude" else None
         dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
         rounding = 64 * torch.finfo(dtype).eps
-        # The last row of a Gram matrix belongs to the samples' mean.
-        own = gram(student, mask=mask, backend=self.backend)[:-1, :-1]
-        given = gram(teacher.detach(), mask=mask, backend=self.backend)[:-1, :-1].to(own.dtype)
+        both = gammas(student, teacher, mask=mask, backend=self.backend, gather=self.gather)
+        # The last row belongs to the samples' mean.
+        own, given = (gamma[:-1, :-1] for gamma in both)
         own_distances, own_inverse = _distances(own, rounding)
         given_distances, given_inverse = _distances(given, rounding)
         distance = angle = own.sum() * 0

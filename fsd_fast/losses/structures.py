@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from fsd_fast.losses._checks import check_choice, check_unit_interval
-from fsd_fast.losses.defaults import BACKEND, DEFAULTS, Reduction
+from fsd_fast.losses.defaults import BACKEND, DEFAULTS, DistanceScale, Estimator, Measure, Reduction
+from fsd_fast.losses.distances import scaled_structures
 from fsd_fast.losses.gather import Gathers, joined_inter_structure, mean_over_processes, own_positions
+from fsd_fast.losses.measures import check_measure, intra_losses, local_loss
 from fsd_kernels import GramBasis, InterStructure, frozen_gram, inter_structure, intra_cka
 
 PadFeatures = Literal["include", "exclude"]
@@ -74,19 +76,45 @@ class _StructureLoss(Gathers, nn.Module):
         return f"pad_features={self.pad_features!r}, backend={self.backend!r}, gather={self.gather}"
 
 
-class IntraFeatureLoss(_StructureLoss):
-    """L_I: how the tokens of one sample relate to each other, compared by CKA.
+class _MeasuredLoss(_StructureLoss):
+    """What L_I and L_L share: how two structures are compared."""
+
+    def __init__(
+        self, pad_features: PadFeatures, backend: str, measure: Measure, estimator: Estimator
+    ) -> None:
+        super().__init__(pad_features, backend)
+        check_choice("measure", measure, get_args(Measure))
+        check_choice("estimator", estimator, get_args(Estimator))
+        check_measure(measure, estimator)
+        self.measure: Measure = measure
+        self.estimator: Estimator = estimator
+
+    @property
+    def is_neg_log_cka(self) -> bool:
+        """Whether structures are compared by -log CKA, as in the paper."""
+        return (self.measure, self.estimator) == ("cka", "biased")
+
+    def extra_repr(self) -> str:
+        """Show the settings in repr."""
+        return f"{super().extra_repr()}, measure={self.measure!r}, estimator={self.estimator!r}"
+
+
+class IntraFeatureLoss(_MeasuredLoss):
+    """L_I: how the tokens of one sample relate to each other.
 
     "mean_log" is the paper's mean_i -log CKA_i [eq. 6]. "log_mean" is the released code's
-    -log(mean_i CKA_i + 1e-8), which by Jensen's inequality is never larger.
+    -log(mean_i CKA_i + 1e-8), which by Jensen's inequality is never larger. With another measure or estimator the loss
+    is the mean over samples of what ``fsd_fast.losses.measures`` says.
 
     Args:
         reduction: "mean_log" or "log_mean".
         pad_features: "include": all S positions are rows. "exclude": only positions with attention mask 1 are.
         backend: "auto", "triton", "eager" or "reference".
+        measure: "cka", or "gram", the squared distance of normalised Gram matrices.
+        estimator: "biased" (the paper), or "unbiased": CKA from the unbiased estimator of HSIC.
 
     Raises:
-        ValueError: ``reduction`` or ``pad_features`` is none of the named values.
+        ValueError: A setting is none of the named values, or two do not go together.
     """
 
     def __init__(
@@ -94,9 +122,23 @@ class IntraFeatureLoss(_StructureLoss):
         reduction: Reduction = DEFAULTS.intra_reduction,
         pad_features: PadFeatures = "include",
         backend: str = BACKEND,
+        *,
+        measure: Measure = DEFAULTS.measure,
+        estimator: Estimator = DEFAULTS.estimator,
     ) -> None:
-        super().__init__(pad_features, backend)
+        super().__init__(pad_features, backend, measure, estimator)
         check_choice("reduction", reduction, get_args(Reduction))
+        if not self.is_neg_log_cka:
+            if reduction == "log_mean":
+                raise ValueError(
+                    f"reduction: 'log_mean' is a mean of CKA; expected 'mean_log' with measure {measure!r} and "
+                    f"estimator {estimator!r}"
+                )
+            if backend == "triton":
+                raise ValueError(
+                    f"backend: L_I with measure {measure!r} and estimator {estimator!r} has no Triton kernel; expected "
+                    "auto, eager or reference, got 'triton'"
+                )
         self.reduction = reduction
 
     def forward(self, student: Features, teacher: Features, attention_mask: Tensor | None = None) -> Tensor:
@@ -107,7 +149,8 @@ class IntraFeatureLoss(_StructureLoss):
             teacher: [B, S, D_t], or as many layers; a constant.
             attention_mask: [B, S], 1 = keep; used under pad_features="exclude".
 
-        A sample without structure (fewer than two rows, or equal rows) and an empty batch contribute 0.
+        A sample without structure and an empty batch contribute 0. Fewer than two rows (four for the unbiased
+        estimator) and equal rows have none; for measure "gram" only rows of zeros.
 
         Raises:
             TypeError: Features are not floating tensors.
@@ -118,36 +161,58 @@ class IntraFeatureLoss(_StructureLoss):
             return sum(
                 (layer.float().sum() for layer, _ in pairs), start=torch.zeros((), device=pairs[0][0].device)
             )
+        if not self.is_neg_log_cka:
+            mask = self._mask(attention_mask)
+            losses = [intra_losses(*pair, mask, self.measure, self.backend) for pair in pairs]
+            return torch.stack(losses).mean()
         students, teachers = zip(*pairs, strict=True)
         cka = intra_cka(students, teachers, self._mask(attention_mask), backend=self.backend)
         if self.reduction == "mean_log":
             return cka.neg_log.mean()
-        distance = cka.distance.mean(dim=1)
+        one_minus_cka = cka.one_minus_cka.mean(dim=1)
         if self.gather:
-            distance = mean_over_processes(distance, cka.distance.shape[1])
-        # Near CKA = 1 the logarithm of 1 - distance would round; near CKA = 0, 1e-8 - 1 would, to -1.
-        near = distance < 0.5
-        log1p = torch.log1p(1e-8 - torch.where(near, distance, 0.0))
-        log = torch.log(torch.where(near, 1.0, 1 - distance) + 1e-8)
+            one_minus_cka = mean_over_processes(one_minus_cka, cka.one_minus_cka.shape[1])
+        # Near CKA = 1 the logarithm of CKA would round; near CKA = 0, 1e-8 - 1 would, to -1.
+        near = one_minus_cka < 0.5
+        log1p = torch.log1p(1e-8 - torch.where(near, one_minus_cka, 0.0))
+        log = torch.log(torch.where(near, 1.0, 1 - one_minus_cka) + 1e-8)
         return -torch.where(near, log1p, log).mean()
 
 
-class LocalInterFeatureLoss(_StructureLoss):
+class LocalInterFeatureLoss(_MeasuredLoss):
     """L_L = -log CKA(h_S, h_T): how the samples of a batch relate to each other [eq. 7].
+
+    With another measure or estimator it is what ``fsd_fast.losses.measures`` says.
 
     Args:
         pad_features: "include": all S positions count. "exclude": positions with attention mask 0 count as zeros.
         backend: "auto", "triton", "eager" or "reference".
+        measure: "cka", or "gram", the squared distance of normalised Gram matrices.
+        estimator: "biased" (the paper), or "unbiased": CKA from the unbiased estimator of HSIC.
 
     Raises:
-        ValueError: ``pad_features`` is none of the named values.
+        ValueError: A setting is none of the named values, or two do not go together.
     """
 
-    def __init__(self, pad_features: PadFeatures = "include", backend: str = BACKEND) -> None:
-        super().__init__(pad_features, backend)
+    def __init__(
+        self,
+        pad_features: PadFeatures = "include",
+        backend: str = BACKEND,
+        *,
+        measure: Measure = DEFAULTS.measure,
+        estimator: Estimator = DEFAULTS.estimator,
+    ) -> None:
+        super().__init__(pad_features, backend, measure, estimator)
+
+    @property
+    def minimum_batch(self) -> int:
+        """Samples below which there is no structure to compare: HSIC_1 needs four, the others two."""
+        return 4 if self.estimator == "unbiased" else 2
 
     def forward(self, student: Features, teacher: Features, attention_mask: Tensor | None = None) -> Tensor:
         """Return the loss, a float32 scalar (float64 for float64 features).
+
+        The unbiased estimator sees no structure in fewer than four samples: the loss is 0 there.
 
         Args:
             student: [B, S, D_s], or a sequence of such layers, over which the loss is averaged.
@@ -165,7 +230,10 @@ class LocalInterFeatureLoss(_StructureLoss):
                 "student: L_L compares the samples of a batch and needs at least 2, got a batch of 1"
             )
         mask = self._mask(attention_mask)
-        values = [self._inter_structure(*pair, mask=mask, backend=self.backend).local for pair in pairs]
+        if self.is_neg_log_cka:
+            values = [self._inter_structure(*pair, mask=mask, backend=self.backend).local for pair in pairs]
+        else:
+            values = [local_loss(*pair, mask, self.measure, self.backend, self.gather) for pair in pairs]
         return values[0] if len(values) == 1 else torch.stack(values).mean()
 
 
@@ -174,7 +242,7 @@ class GlobalInterFeatureOutput(NamedTuple):
 
     loss: Tensor
     """L_G = gamma_m F^E + (1 - gamma_m) F^C + F_MM."""
-    memory_cka: Tensor
+    memory: Tensor
     """F_MM = -log CKA of the two memories."""
     distance: Tensor
     """F^E, the mean squared difference of Euclidean distances between samples and centroids."""
@@ -194,17 +262,26 @@ class GlobalInterFeatureLoss(_StructureLoss):
             positions with attention mask 0 count as zeros, and features padded only to their batch's longest
             sample end in zeros.
         backend: "auto", "triton", "eager" or "reference".
+        distance_scale: "none" (the paper), or "mean": in F^E distances are divided by their mean over samples and
+            centroids, on each side.
 
     Raises:
-        ValueError: ``gamma_m`` or ``pad_features`` is out of range.
+        ValueError: A setting is out of range.
     """
 
     def __init__(
-        self, gamma_m: float = DEFAULTS.gamma_m, pad_features: PadFeatures = "include", backend: str = BACKEND
+        self,
+        gamma_m: float = DEFAULTS.gamma_m,
+        pad_features: PadFeatures = "include",
+        backend: str = BACKEND,
+        *,
+        distance_scale: DistanceScale = DEFAULTS.distance_scale,
     ) -> None:
         super().__init__(pad_features, backend)
         check_unit_interval("gamma_m", gamma_m)
+        check_choice("distance_scale", distance_scale, get_args(DistanceScale))
         self.gamma_m = gamma_m
+        self.distance_scale = distance_scale
         self._cached_basis: tuple[weakref.ref[Tensor], int, GramBasis] | None = None
 
     def _basis(self, memory: Tensor, student: Tensor, teacher: Tensor) -> GramBasis:
@@ -257,23 +334,15 @@ class GlobalInterFeatureLoss(_StructureLoss):
                 f"student_memory: expected {teacher_memory.shape[0]} centroids like teacher_memory, "
                 f"got {student_memory.shape[0]}"
             )
-        return self._inter_structure(
-            student,
-            teacher,
-            student_memory,
-            self._basis(teacher_memory, student, teacher),
-            self._mask(attention_mask),
-            backend=self.backend,
-        )
+        basis, mask = self._basis(teacher_memory, student, teacher), self._mask(attention_mask)
+        if self.distance_scale == "none":
+            return self._inter_structure(student, teacher, student_memory, basis, mask, backend=self.backend)
+        return scaled_structures(student, teacher, student_memory, basis, mask, self.backend, self.gather)
 
     def combine(self, structures: InterStructure) -> GlobalInterFeatureOutput:
         """Weigh F_MM, F^E and F^C into L_G."""
-        loss = (
-            self.gamma_m * structures.distance
-            + (1 - self.gamma_m) * structures.cosine
-            + structures.memory_cka
-        )
-        return GlobalInterFeatureOutput(loss, structures.memory_cka, structures.distance, structures.cosine)
+        loss = self.gamma_m * structures.distance + (1 - self.gamma_m) * structures.cosine + structures.memory
+        return GlobalInterFeatureOutput(loss, structures.memory, structures.distance, structures.cosine)
 
     def forward(
         self,

@@ -6,21 +6,20 @@ A feature vector is a hidden state ``[S, D]`` of one layer, flattened to F = S*D
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 
-from fsd_fast.cache.feature_cache import FeatureCache, FeatureIdentity
-from fsd_fast.data import LENGTH_COLUMN, PadCollator, Task
-from fsd_fast.distributed import Collectives
+from fsd_fast.cache.teacher_cache import TeacherCache
+from fsd_fast.data import LENGTH_COLUMN, SAMPLE_COLUMN, PadCollator, Task
 from fsd_fast.files import differences
-from fsd_fast.models.teacher import Teacher
+from fsd_fast.models.caching import compute_batch
+from fsd_fast.models.teacher import Teacher, TeacherDescription
 
 PAD_POLICIES = ("include", "exclude")
 
@@ -90,16 +89,6 @@ class MemoryIdentity:
             raise ValueError(f"{where} was built for another run: {differences(found, wanted)}")
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """sha256 over names, shapes, dtypes and bytes of a model's parameters, sorted by name."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        values = parameter.detach().cpu().contiguous()
-        digest.update(f"{name} {list(values.shape)} {values.dtype}\n".encode())
-        digest.update(values.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def flatten_features(batch: FeatureBatch, identity: MemoryIdentity) -> Tensor:
     """Flattened features ``[b, S_b*D]`` of a batch, padding treated as ``identity.pad_features`` says.
 
@@ -134,13 +123,13 @@ def flatten_features(batch: FeatureBatch, identity: MemoryIdentity) -> Tensor:
 
 
 def memory_identity(
-    teacher: Teacher, task: Task, max_seq_length: int, pad_features: str, num_centroid: int | None
+    teacher: TeacherDescription, task: Task, max_seq_length: int, pad_features: str, num_centroid: int | None
 ) -> MemoryIdentity:
     """What a memory for this teacher, task and padding policy must be; K defaults to the paper's for the task."""
     return MemoryIdentity(
         task_name=task.name,
         teacher=teacher.name,
-        teacher_fingerprint=model_fingerprint(teacher.model),
+        teacher_fingerprint=teacher.fingerprint,
         layer=teacher.num_layers - 1,
         max_seq_length=max_seq_length,
         hidden_size=teacher.hidden_size,
@@ -160,7 +149,7 @@ def local_sample_indices(dataset: Dataset) -> Tensor:
 
 
 def feature_batches(
-    teacher: Teacher,
+    teacher: Callable[[], Teacher],
     dataset: Dataset,
     collator: PadCollator,
     sample_index: Tensor,
@@ -168,86 +157,41 @@ def feature_batches(
     batch_size: int,
     device: torch.device,
     first_batch: int = 0,
-    cache: FeatureCache | None = None,
+    cache: TeacherCache | None = None,
+    write: bool = True,
 ) -> Iterator[FeatureBatch]:
     """The teacher's penultimate features of chosen samples, computed or from a cache.
 
     Args:
-        teacher: On ``device``.
+        teacher: Gives the teacher, on ``device``; called only where a batch must be computed.
         dataset: Tokenized samples.
         collator: Pads a batch of them.
         sample_index: Places of the samples in the data set, int64 ``[n]``; batches take them in this order.
         batch_size: Samples of a batch; the last may have fewer.
         device: Where the features are given.
         first_batch: Batches left out at the start.
-        cache: Where features are read where it holds them, and written where it does not, once the caller has asked for
-            the batch after: it has then accepted them as finite. None: the teacher always runs.
+        cache: Where the teacher's outputs are read where it holds them, opened for the penultimate layer alone; None:
+            the teacher always runs.
+        write: Whether outputs that the cache does not hold are written to it.
 
     Yields:
         Batches in order; a cached one has its padding zeroed under "exclude" and no mask.
 
     Raises:
         OSError: The cache cannot be written.
+        ValueError: The cache is to keep numbers that are not finite.
     """
     for index in sample_index.split(batch_size)[first_batch:]:
         stored = None if cache is None else cache.read(index)
         if stored is not None:
-            yield FeatureBatch(stored.to(device), None, index, computed=False)
+            [features] = stored.hidden_states.values()
+            yield FeatureBatch(features.to(device).float(), None, index, computed=False)
             continue
         inputs = collator([dataset[place] for place in index.tolist()])
-        inputs = {name: value.to(device) for name, value in inputs.items()}
-        batch = FeatureBatch(teacher.penultimate(inputs), inputs.get("attention_mask"), index)
-        yield batch
-        if cache is not None:
-            cache.write(index, batch.features, batch.attention_mask)
-
-
-def open_feature_cache(
-    folder: str,
-    teacher: Teacher,
-    dataset: Dataset,
-    identity: MemoryIdentity,
-    sample_index: Tensor,
-    batch_size: int,
-    tokens: str,
-) -> FeatureCache:
-    """Open the cache of a training set's features, on all processes together.
-
-    Args:
-        folder: Of the cache.
-        teacher: Whose features they are.
-        dataset: Tokenized samples.
-        identity: Gives task, layer, S, D and the padding policy.
-        sample_index: Places of this process's samples, int64 ``[n]``.
-        batch_size: Samples of a batch.
-        tokens: The data set's ``tokens_digest``.
-
-    Raises:
-        ValueError: The folder holds something else, or its disk has not enough room.
-    """
-    record = dataclasses.asdict(identity)
-    shared = {
-        item.name: record[item.name] for item in dataclasses.fields(FeatureIdentity) if item.name in record
-    }
-    dtype = next(teacher.model.parameters()).dtype
-    own = FeatureIdentity(
-        **shared, dtype=str(dtype).removeprefix("torch."), num_samples=len(dataset), tokens=tokens
-    )
-    collectives = Collectives()
-    cache = collectives.run_on_all_ranks(lambda: FeatureCache(folder, own))
-    # Short samples take less room only where padding is left out.
-    lengths = torch.tensor(dataset[LENGTH_COLUMN])
-    if identity.pad_features == "include":
-        lengths = torch.full_like(lengths, identity.max_seq_length)
-    missing = [index for index in sample_index.split(batch_size) if not cache.holds(index)]
-    positions = sum(collectives.gather_sizes(sum(int(lengths[index].sum()) for index in missing)))
-    collectives.run_on_all_ranks(lambda: cache.check_room(positions))
-    return cache
-
-
-def tokens_digest(samples: Dataset) -> str:
-    """sha256 over the tokens of all samples in their order."""
-    digest = hashlib.sha256()
-    for rows in samples.select_columns("input_ids").iter(batch_size=1000):
-        digest.update(repr([list(row) for row in rows["input_ids"]]).encode())
-    return digest.hexdigest()
+        inputs = {name: value.to(device) for name, value in inputs.items() if name != SAMPLE_COLUMN}
+        if cache is None:
+            features = teacher().penultimate(inputs)
+        else:
+            [features] = compute_batch(teacher(), cache, inputs, index, write=write).hidden_states.values()
+            features = features.float()
+        yield FeatureBatch(features, inputs.get("attention_mask"), index)

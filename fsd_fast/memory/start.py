@@ -8,8 +8,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from fsd_fast.data import SAMPLE_COLUMN, PadCollator
-from fsd_fast.memory.features import feature_batches, local_sample_indices, tokens_digest
+from fsd_fast.data import SAMPLE_COLUMN, PadCollator, tokens_digest
+from fsd_fast.memory.features import feature_batches, local_sample_indices
 from fsd_fast.memory.student_memory import StudentMemory, cluster_means
 from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.models.teacher import Teacher
@@ -58,7 +58,12 @@ def start_from_clusters(
     # A frozen copy in evaluation mode, so that the student itself keeps its mode and its gradients.
     snapshot = Teacher(copy.deepcopy(student), "the student").to(device)
     batches = feature_batches(
-        snapshot, dataset, collator, local_sample_indices(dataset), batch_size=batch_size, device=device
+        lambda: snapshot,
+        dataset,
+        collator,
+        local_sample_indices(dataset),
+        batch_size=batch_size,
+        device=device,
     )
     means = cluster_means(batches, memory, snapshot.hidden_size)
     with torch.no_grad():

@@ -102,7 +102,7 @@ class TeacherMemory:
         epoch_stats: The figures of each epoch: of the restart that was kept (stage "sketch", inertia in the
             sketch), then of the exact ones (stage "exact").
         settings: The arguments of the clustering.
-        teacher_passes: Samples that the teacher was run on / N. Without a feature cache these are all passes of
+        teacher_passes: Samples that the teacher was run on / N. Without a teacher cache these are all passes of
             ``build``, 2 by default; with a new cache 1, with a whole one 0. What a killed build had not yet saved is
             not counted.
         seconds: Wall-clock time of each stage, earlier runs of a continued build included.

@@ -55,3 +55,28 @@ def parse_layer_pairs(text: str, teacher_layers: int, student_layers: int) -> li
             )
         pairs.append((teacher, student))
     return pairs
+
+
+def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
+    """Turn ``--layers`` into indices of hidden states, ascending.
+
+    Args:
+        text: "penultimate"; "all"; or a list such as "0,3,5".
+        num_layers: Layers of the model.
+
+    Raises:
+        ValueError: The text is none of the three forms, or names a layer that does not exist.
+    """
+    if text == "penultimate":
+        return (num_layers - 1,)
+    if text == "all":
+        return tuple(range(num_layers + 1))
+    try:
+        layers = sorted({int(number) for number in text.split(",")})
+    except ValueError:
+        raise ValueError(
+            f"layers: expected 'penultimate', 'all' or a list such as '0,3,5', got {text!r}"
+        ) from None
+    if not 0 <= layers[0] <= layers[-1] <= num_layers:
+        raise ValueError(f"layers: expected hidden states 0 to {num_layers}, got {text!r}")
+    return tuple(layers)

@@ -130,7 +130,13 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """List the safetensors files of a model's weights.
+
+    Raises:
+        OSError: There are none, or one that the index names is missing.
+        ValueError: The index is damaged.
+    """
     if (folder / SAFE_WEIGHTS_NAME).is_file():
         return [folder / SAFE_WEIGHTS_NAME]
     index = folder / SAFE_WEIGHTS_INDEX_NAME
@@ -169,7 +175,7 @@ def _stored_numbers(files: Iterable[Path]) -> int:
 def _check_size(config: PreTrainedConfig, folder: Path) -> None:
     """Compare the number of weights with what is stored, before memory is taken for them."""
     described = sum(parameter.numel() for parameter in skeleton(config).parameters())
-    stored = _stored_numbers(_weight_files(folder))
+    stored = _stored_numbers(weight_files(folder))
     # A head and a pooler may be missing: a few D x D matrices.
     if described > 2 * stored + 10_000_000:
         raise ValueError(

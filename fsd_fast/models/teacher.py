@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fsd_fast.models.families import STOPS_EARLY, layer_stack
+from fsd_fast.models.fingerprint import model_fingerprint
 from fsd_fast.models.inputs import input_arguments
 from fsd_fast.models.labels import id2label_of, label_order, name_outputs, order_outputs
 from fsd_fast.models.loading import load_weights, read_config
@@ -18,6 +20,25 @@ from fsd_fast.models.projections import ProjectionRecorder, record_projections
 
 class _Reached(Exception):
     """The forward pass has come to the layer whose input is wanted."""
+
+
+@dataclass(frozen=True)
+class TeacherDescription:
+    """What is known of a teacher, also where it is not loaded.
+
+    Attributes:
+        name: Its name or path, for messages and files.
+        fingerprint: sha256 of its parameters, see ``model_fingerprint``.
+        num_layers: Number of encoder layers.
+        hidden_size: Width D_t of the hidden states.
+        num_labels: C, the number of its outputs.
+    """
+
+    name: str
+    fingerprint: str
+    num_layers: int
+    hidden_size: int
+    num_labels: int
 
 
 class Teacher:
@@ -84,6 +105,16 @@ class Teacher:
     def hidden_size(self) -> int:
         """Width D_t of the hidden states."""
         return int(self.model.config.hidden_size)
+
+    def describe(self) -> TeacherDescription:
+        """What a memory or a cache records of this teacher; reads every parameter."""
+        return TeacherDescription(
+            self.name,
+            model_fingerprint(self.model),
+            self.num_layers,
+            self.hidden_size,
+            int(self.model.config.num_labels),
+        )
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Teacher:
         """Move the model and choose the precision of its matrix products; returns self.

@@ -1,7 +1,8 @@
 """Whole checkpoints: a manifest, written last, with the size and sha256 of every file.
 
     checkpoint-N/manifest.json
-    {"format": 1, "resumable": true, "files": {"optimizer.pt": {"size": 5243, "sha256": "9f86..."}, ...}}
+    {"format": 2, "resumable": true, "files": {"optimizer.pt": {"size": 5243, "sha256": "9f86..."}, ...},
+     "checksum": "60ed..."}
 
 A checkpoint without a manifest was cut off while it was written. One whose files differ from it was damaged afterwards.
 Neither is resumed from.
@@ -17,18 +18,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fsd_fast.files import is_scratch, write_json
-from fsd_fast.untrusted import FLAG, SHA256, integer, map_of, object_of, read_json_object
+from fsd_fast.untrusted import (
+    CHECKSUM,
+    FLAG,
+    SHA256,
+    check_seal,
+    integer,
+    map_of,
+    object_of,
+    read_json_object,
+    seal,
+    shorten,
+)
 
 MANIFEST_FILE = "manifest.json"
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK_BYTES = 1 << 20
-_FIELDS = object_of(
-    {
-        "format": integer(_FORMAT),
-        "resumable": FLAG,
-        "files": map_of(object_of({"size": integer(0), "sha256": SHA256})),
-    }
-)
+_FIELDS = {
+    "format": integer(1),
+    "resumable": FLAG,
+    "files": map_of(object_of({"size": integer(0), "sha256": SHA256})),
+}
+# Format -> the check of its fields. Manifests of version 0.2.0 have no checksum.
+_CHECKS = {1: object_of(_FIELDS), _FORMAT: object_of({**_FIELDS, CHECKSUM: SHA256})}
 # What a run can go on without, on another trajectory; the weights are not among them.
 _STATE_FILES = re.compile(r"optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth")
 
@@ -71,7 +83,8 @@ def seal_checkpoint(folder: Path, *, resumable: bool) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST_FILE and not is_scratch(path.name)
     }
-    write_json(folder / MANIFEST_FILE, {"format": _FORMAT, "resumable": resumable, "files": files})
+    manifest = seal({"format": _FORMAT, "resumable": resumable, "files": files})
+    write_json(folder / MANIFEST_FILE, manifest)
 
 
 def break_seal(folder: Path) -> None:
@@ -94,13 +107,16 @@ def checkpoint_faults(folder: Path) -> Faults | None:
         )
     try:
         manifest = read_json_object(path)
-        _FIELDS(manifest, str(path))
+        number = manifest.get("format")
+        check = _CHECKS.get(number) if isinstance(number, int) else None
+        if check is None:
+            expected = " or ".join(map(str, _CHECKS))
+            raise ValueError(f"{path}: format: expected {expected}, got {shorten(number)}")
+        check(manifest, str(path))
+        if CHECKSUM in manifest:
+            check_seal(manifest, path)
     except (OSError, ValueError) as error:
         return Faults([str(error)], missing_state=False)
-    if manifest["format"] != _FORMAT:
-        return Faults(
-            [f"{MANIFEST_FILE} has the format {manifest['format']}, expected {_FORMAT}"], missing_state=False
-        )
     if not manifest["resumable"]:
         return Faults(["it holds the model alone, as --save_only_model asks for"], missing_state=False)
     reasons, missing_state = [], True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ _FREE = frozenset(
         "early_stopping_patience", "early_stopping_threshold", "eval_on_start", "eval_steps", "eval_strategy",
         "greater_is_better", "include_num_input_tokens_seen",
         "load_best_model_at_end", "max_eval_samples", "max_steps", "metric_for_best_model", "num_train_epochs",
-        "per_device_eval_batch_size", "report_to", "run_name", "skip_memory_metrics",
+        "per_device_eval_batch_size", "report_to", "run_name", "skip_memory_metrics", "teacher_cache_dir",
     }
 )  # fmt: skip
 _FREE_PREFIXES = ("logging_", "log_", "save_", "trackio_", "project")
@@ -41,6 +42,10 @@ _FIXED = frozenset(
 _FACTS = ("layer_pairs", "num_centroid", "student_layers", "teacher_fingerprint", "train_data", "world_size")
 
 
+# How a batch is spread over processes and accumulated parts.
+_LAYOUT = ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+
+
 def check_resumed(record: Record, checkpoint: str, allowed: Iterable[str] | None) -> Record:
     """Check that a run goes on as it began, and put into its record what was changed.
 
@@ -48,6 +53,9 @@ def check_resumed(record: Record, checkpoint: str, allowed: Iterable[str] | None
         record: Of the run that is about to go on.
         checkpoint: The checkpoint that it goes on from; the record of its beginning lies beside it.
         allowed: Further flags that may differ (``--allow_changes``).
+
+    The layout of a batch may change where its size does not, but under DeepSpeed: 2 processes of 16 samples may go on
+    as one of 32.
 
     Returns:
         The record with the fact ``resumed``: each resumption's checkpoint, and what differed as [before, now].
@@ -69,19 +77,45 @@ def check_resumed(record: Record, checkpoint: str, allowed: Iterable[str] | None
     before = read_record(path)
     known = [name for name in _FACTS if name in before.facts and name in record.facts]
     changed = _changes(_comparable(before, known), _comparable(record, known))
+    layout = _LAYOUT if _same_batch(before, record) else ()
     refused = {
         name: values
         for name, values in changed.items()
-        if name not in _FREE and name not in allowed and not name.startswith(_FREE_PREFIXES)
+        if name not in layout
+        and name not in _FREE
+        and name not in allowed
+        and not name.startswith(_FREE_PREFIXES)
     }
     if refused:
-        listed = "; ".join(f"{name} was {was!r}, now {now!r}" for name, (was, now) in refused.items())
+        listed = _listed(refused, refused)
         names = " ".join(name for name in refused if name not in _FIXED)
         advice = f"; --allow_changes {names} allows what a checkpoint does not hold" if names else ""
         raise ValueError(
             f"resume_from_checkpoint: {checkpoint} belongs to a run with other settings: {listed}{advice}"
         )
+    if changed.keys() & set(layout):
+        logger.warning("the run goes on in another layout of processes: %s", _listed(changed, layout))
     return _resumed(record, before.facts.get("resumed", []), checkpoint, changed)
+
+
+def _same_batch(before: Record, now: Record) -> bool:
+    """Whether two runs make their steps of the same samples, spread in whatever way over processes and parts.
+
+    DeepSpeed's checkpoints are cut for their number of processes.
+    """
+    batches = []
+    for record in (before, now):
+        settings = {**record.arguments, **record.facts}
+        if settings.get("deepspeed") is not None or not all(name in settings for name in _LAYOUT):
+            return False
+        batches.append(math.prod(int(settings[name]) for name in _LAYOUT))
+    return batches[0] == batches[1]
+
+
+def _listed(changed: Mapping[str, list[Any]], names: Iterable[str]) -> str:
+    return "; ".join(
+        f"{name} was {changed[name][0]!r}, now {changed[name][1]!r}" for name in names if name in changed
+    )
 
 
 def _comparable(record: Record, known: Iterable[str]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from fsd_fast.data import SAMPLE_COLUMN
 from fsd_fast.files import named_write_errors
 from fsd_fast.losses import Signals
 from fsd_fast.memory.teacher_memory import TeacherMemory
-from fsd_fast.models.teacher import Teacher
 from fsd_fast.sections import section
 from fsd_fast.training.distillation import DistillationModel
 from fsd_fast.training.finite import FiniteCheck
 from fsd_fast.training.manifest import break_seal, checkpoint_folders, remove_checkpoint, seal_checkpoint
 from fsd_fast.training.profile import StepProfile, time_steps
 from fsd_fast.training.stopping import StopAtSignal
+from fsd_fast.training.teacher_source import TeacherSource
 from fsd_fast.training.throughput import Throughput
 
 
@@ -67,7 +68,8 @@ class ClassifierTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Run forward and backward on a micro-batch and return its loss, checked to be finite."""
-        self._sample_index = inputs.pop(SAMPLE_COLUMN, None)
+        places = inputs.pop(SAMPLE_COLUMN, None)
+        self._sample_index = None if places is None else torch.from_numpy(places)
         self.throughput.add(inputs)
         # The forward's parts are sections of their own.
         with section("backward"):
@@ -168,9 +170,20 @@ class ClassifierTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Read all samples of an evaluation split."""
+        with self._every_sample():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Read all samples whose predictions are wanted."""
+        with self._every_sample():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _every_sample(self) -> Iterator[None]:
+        """Keep ``dataloader_drop_last`` away from what is no training."""
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            yield
         finally:
             self.args.dataloader_drop_last = drop_last
 
@@ -195,7 +208,7 @@ class FSDTrainer(ClassifierTrainer):
 
     Args:
         *arguments: As for Trainer.
-        teacher: The frozen teacher; None where the method requires none.
+        teacher: The frozen teacher, or its cache; None where the method requires none.
         teacher_memory: The memory that the teacher's features are compared with; None where the method uses none.
         start_memory: Called before the first step of a run that is not resumed, to set where the student memory starts.
         memory_learning_rate: Initial learning rate of the student memory; None: the student's.
@@ -206,14 +219,13 @@ class FSDTrainer(ClassifierTrainer):
     together.
 
     Raises:
-        ValueError: The method requires a teacher and there is none, or the other way round; or the teacher has no
-            queries, keys and values as the method requires them.
+        ValueError: The method requires a teacher and there is none, or the other way round.
     """
 
     def __init__(
         self,
         *arguments: Any,
-        teacher: Teacher | None,
+        teacher: TeacherSource | None,
         teacher_memory: TeacherMemory | None = None,
         start_memory: Callable[[], None] | None = None,
         memory_learning_rate: float | None = None,
@@ -228,14 +240,9 @@ class FSDTrainer(ClassifierTrainer):
             )
         self.teacher = teacher
         if teacher is not None:
-            if requires.relation_heads:
-                teacher.record_projections(requires.relation_heads)
-            teacher.to(
-                self.args.device,
-                torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None,
-            )
-            if self.args.torch_compile:
-                teacher.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
+            half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+            compiled = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
+            teacher.start(self.args.device, half, compiled if self.args.torch_compile else None)
         self._start_memory, self._memory_learning_rate = start_memory, memory_learning_rate
         self.teacher_memory: Tensor | None = None
         self._clusters: Tensor | None = None
@@ -246,7 +253,7 @@ class FSDTrainer(ClassifierTrainer):
         self._steps = 0.0
 
     def _cluster_table(self, memory: TeacherMemory) -> Tensor | None:
-        """The cluster of every training sample on the device, for a student memory that follows the features."""
+        """The cluster of every training sample, for a student memory that follows the features."""
         student_memory = self.distillation.student_memory
         if student_memory is None or student_memory.decay is None:
             return None
@@ -254,7 +261,7 @@ class FSDTrainer(ClassifierTrainer):
         places = torch.tensor(self.train_dataset[SAMPLE_COLUMN])
         table = torch.full((int(places.max()) + 1,), -1)
         table[places] = memory.labels_of(places)
-        return table.to(self.args.device)
+        return table
 
     def train(
         self,
@@ -268,18 +275,11 @@ class FSDTrainer(ClassifierTrainer):
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def signals(self, inputs: dict[str, Tensor]) -> Signals:
-        """Run the teacher on a batch and keep what the objective requires."""
+        """Return what the objective requires of the teacher for a batch."""
         if self.teacher is None:
             return Signals(torch.empty(len(inputs["input_ids"]), 0, device=self.args.device), {})
-        logits, hidden_states = self.teacher.hidden_states(inputs)
-        layers = self.distillation.objective.requires.teacher_layers
-        recorder = self.teacher.projections
-        return Signals(
-            logits,
-            {layer: hidden_states[layer] for layer in layers},
-            self.teacher_memory,
-            None if recorder is None else recorder.take(),
-        )
+        assert self._sample_index is not None
+        return self.teacher.signals(inputs, self._sample_index)._replace(memory=self.teacher_memory)
 
     def compute_loss(
         self,
@@ -289,10 +289,14 @@ class FSDTrainer(ClassifierTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the integrated loss of a micro-batch."""
+        self.distillation.objective.set_progress(self.state.global_step / max(1, self.state.max_steps))
         with section("teacher"):
             signals = self.signals(inputs)
         if self._clusters is not None and self._sample_index is not None:
-            inputs = {**inputs, "clusters": self._clusters[self._sample_index]}
+            clusters = self._clusters[self._sample_index]
+            # From pinned memory a GPU copies without making the host wait.
+            clusters = clusters.pin_memory() if self.args.device.type == "cuda" else clusters
+            inputs = {**inputs, "clusters": clusters.to(self.args.device, non_blocking=True)}
         with section("student"):
             outputs = model(**inputs, teacher=signals)
         self._components = outputs["components"]

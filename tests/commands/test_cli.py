@@ -535,12 +535,16 @@ def test_rank_before_the_command(monkeypatch):
 
 
 def test_defaults_are_the_papers(tmp_path):
-    data, own, loss, training = parse(
+    data, _, _, memory, loss, training = parse(
         "distill",
         ["--teacher_model_name_or_path", "t", "--output_dir", str(tmp_path / "run"), "--use_cpu", "true"],
     )
     assert (loss.alpha, loss.temperature, loss.beta, loss.gamma_i, loss.gamma_l) == (0.5, 10.0, 4.0, 1.0, 1.0)
-    assert (loss.method, loss.intra_reduction, own.student_memory_init) == ("fsd_ilg", "mean_log", "clusters")
+    assert (loss.method, loss.intra_reduction, memory.student_memory_init) == (
+        "fsd_ilg",
+        "mean_log",
+        "clusters",
+    )
     assert (data.max_seq_length, training.per_device_train_batch_size) == (128, 32)
     assert not (tmp_path / "run").exists()
 

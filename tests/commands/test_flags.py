@@ -22,6 +22,7 @@ NEEDED = {
     "demo": {},
     "teacher": {"output_dir": "run", "use_cpu": True},
     "memory": {"output_dir": "run", "teacher_model_name_or_path": "teacher"},
+    "cache": {"teacher_cache_dir": "cache", "teacher_model_name_or_path": "teacher"},
     "distill": {"output_dir": "run", "teacher_model_name_or_path": "teacher", "use_cpu": True},
     "evaluate": {"model_name_or_path": "teacher"},
     "predict": {"model_name_or_path": "teacher", "output_dir": "run"},
@@ -223,7 +224,7 @@ def test_flags_and_json_give_the_same_values(commands, tmp_path):
     assert cli.main(["distill", *hyphens]) == 0
     first, *others = commands
     assert others == [first, first]
-    data, own, loss, run = first
+    data, own, _, _, loss, run = first
     assert (loss.beta, own.copy_teacher, loss.method, data.max_train_samples) == (2.0, True, "fsd_il", 7)
     assert isinstance(loss.beta, float)
     assert (run.learning_rate, run.max_steps, run.report_to) == (1.0, 6, [])
@@ -254,7 +255,7 @@ def test_several_reporters(commands, monkeypatch):
 def test_flags_behind_a_json_file_override_it(commands, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({**NEEDED["distill"], "beta": 3, "alpha": 0.25}))
     assert cli.main(["distill", "run.json", "--beta", "2", "--output_dir", "other"]) == 0
-    _, _, loss, run = commands[0]
+    *_, loss, run = commands[0]
     assert (loss.beta, loss.alpha, run.output_dir) == (2.0, 0.25, "other")
 
 
@@ -287,7 +288,7 @@ def test_output_folders_that_cannot_be_written(refused, tmp_path, monkeypatch):
     for command, name in (
         ("distill", "output_dir"),
         ("memory", "output_dir"),
-        ("memory", "feature_cache_dir"),
+        ("cache", "teacher_cache_dir"),
         ("evaluate", "output_dir"),
         ("demo", "output_dir"),
     ):
@@ -440,6 +441,7 @@ def test_any_flags_end_well(commands, tmp_path, capsys, command):
     ("command", "flag", "reason"),
     [
         ("memory", "max_eval_samples", "a memory is made of the training set alone"),
+        ("cache", "max_eval_samples", "a cache is made of the training set alone"),
         ("evaluate", "max_train_samples", "the evaluation splits alone are scored"),
     ],
 )

@@ -9,6 +9,7 @@ from fsd_fast.losses import (
     GlobalInterFeatureLoss,
     IntraFeatureLoss,
     LocalInterFeatureLoss,
+    RelationalLoss,
 )
 from fsd_fast.losses.gather import gather_features, sent_bytes
 from tests.distributed.forked import in_processes
@@ -46,12 +47,20 @@ def losses(pad_features, backend):
     options = {"pad_features": pad_features, "backend": backend}
     local, intra = LocalInterFeatureLoss(**options), IntraFeatureLoss("log_mean", **options)
     global_ = GlobalInterFeatureLoss(0.3, **options)
+    unbiased = LocalInterFeatureLoss(**options, estimator="unbiased")
+    distance = LocalInterFeatureLoss(**options, measure="gram")
+    relative = GlobalInterFeatureLoss(0.3, **options, distance_scale="mean")
+    rkd = RelationalLoss(2.0, 3.0, **options)
     return {
+        "unbiased L_L": lambda s, t, m, own, given: unbiased(s, t, m),
+        "L_L of Gram matrices": lambda s, t, m, own, given: distance(s, t, m),
+        "L_G of relative distances": lambda s, t, m, own, given: relative(s, own, t, given, m).loss,
+        "RKD": lambda s, t, m, own, given: rkd(s, t, m).loss,
         "L_L": lambda s, t, m, own, given: local(s, t, m),
         "L_L of two layers": lambda s, t, m, own, given: local([s, s.roll(1, 2) - s], [t, t.roll(1, 2)], m),
         "L_G": lambda s, t, m, own, given: global_(s, own, t, given, m).loss,
         "L_I": lambda s, t, m, own, given: intra([s, s.roll(1, 2) - s], [t, t.roll(1, 2)], m),
-    }, (local, intra, global_)
+    }, (local, intra, global_, unbiased, distance, relative, rkd)
 
 
 def value_and_gradients(loss, part, memories):

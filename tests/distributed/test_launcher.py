@@ -106,7 +106,7 @@ def test_two_processes_are_one_batch_of_twice_the_size(tiny, steady, zero2, tmp_
         "loss_hard",
         "loss_soft",
         "loss_intra",
-        "global_memory_cka",
+        "global_memory",
         "global_distance",
         "global_cosine",
     ):
@@ -138,7 +138,7 @@ def test_resuming_from_a_zero_3_checkpoint(tiny, steady, zero3, tmp_path):
 
 def test_a_memory_does_not_depend_on_the_number_of_processes(tiny, tmp_path):
     # Each process has 12 samples, in batches of 5, 5 and 2.
-    cached = ["--feature_cache_dir", str(tmp_path / "cache"), "--per_device_batch_size", "5"]
+    cached = ["--teacher_cache_dir", str(tmp_path / "cache"), "--per_device_batch_size", "5"]
     run_deepspeed(2, ["memory", *memory_flags(tiny, tmp_path / "memory"), *cached])
     one = load_file(tiny.memory_exclude / "memory.safetensors")["centroids"]
     two = load_file(tmp_path / "memory" / "memory.safetensors")["centroids"]

@@ -130,7 +130,7 @@ def test_a_full_disk_while_exporting(tiny, whole, tmp_path, small_disk):
 def test_a_full_disk_while_building_a_memory(tiny, tmp_path, small_disk, room):
     disk, leave = small_disk
     leave(room)
-    given = [*memory_flags(tiny, disk / "memory"), "--feature_cache_dir", str(disk / "cache")]
+    given = [*memory_flags(tiny, disk / "memory"), "--teacher_cache_dir", str(disk / "cache")]
     ended = in_child("memory", given, tmp_path / "out")
     assert ended.status in (1, 2), ended.printed[-2000:]
     assert "Traceback" not in ended.printed

@@ -155,7 +155,7 @@ def test_a_memory_whose_data_change(tiny, tmp_path, capsys):
 )
 def test_two_builders(tiny, tmp_path):
     command = [sys.executable, "train_ds.py", "memory", *memory_flags(tiny, tmp_path / "memory")]
-    command += ["--feature_cache_dir", str(tmp_path / "cache")]
+    command += ["--teacher_cache_dir", str(tmp_path / "cache")]
     ended = [finish(each) for each in [start(command), start(command)]]
     assert sorted(each.returncode for each in ended) == [0, 2], [each.stdout[-1500:] for each in ended]
     (refused,) = [each.stdout for each in ended if each.returncode == 2]

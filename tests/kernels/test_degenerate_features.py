@@ -1,8 +1,4 @@
-"""Features that are not finite, that vanish, or that coincide: what every backend makes of them.
-
-The Triton kernels run in the interpreter, which must be chosen before triton is imported: without it this file runs the
-other backends, and one test that runs the file again in a process of its own.
-"""
+"""Features that are not finite, that vanish, or that coincide: what every backend makes of them."""
 
 from __future__ import annotations
 
@@ -13,32 +9,38 @@ import torch
 from torch import Tensor
 
 from fsd_kernels import gram, inter_structure, intra_cka
-from tests.interpreted import DEVICE, RUNS_KERNELS, run_in_interpreter
+from tests.interpreted import DEVICE
 from tests.kernel_cases import bert_features, centroids, ragged_mask, relative_error
 
-BACKENDS = ("triton",) if RUNS_KERNELS else ("reference", "eager")
-DTYPES = (torch.float32,) if RUNS_KERNELS else (torch.float32, torch.float64)
+TRITON = pytest.param("triton", marks=pytest.mark.triton)
+BACKENDS = ("reference", "eager", TRITON)
 B, S, D, D_T, K = 4, 6, 8, 12, 3
 # Its square overflows float32.
 HUGE = 1e20
 
-every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_dtype = pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        *((backend, dtype) for backend in ("reference", "eager") for dtype in (torch.float32, torch.float64)),
+        pytest.param("triton", torch.float32, marks=pytest.mark.triton),
+    ],
+)
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    return request.param
+def device_of(backend: str) -> torch.device:
+    return DEVICE if backend == "triton" else torch.device("cpu")
 
 
-def inputs(dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Student [B, S, D], teacher [B, S, D_t] and their memories, on the device of the kernels."""
+def inputs(backend: str, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Student [B, S, D], teacher [B, S, D_t] and their memories, on the device of the backend."""
     made = (
         bert_features(B, S, D, seed=seed),
         bert_features(B, S, D_T, seed=seed + 1),
         centroids(K, S, D, seed=seed),
         centroids(K, S, D_T, seed=seed),
     )
-    return tuple(x.to(DEVICE, dtype) for x in made)  # type: ignore[return-value]
+    return tuple(x.to(device_of(backend), dtype) for x in made)  # type: ignore[return-value]
 
 
 def leaf(x: Tensor) -> Tensor:
@@ -50,8 +52,8 @@ def leaf(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_intra_cka_of_what_is_not_finite_is_nan(backend, dtype, bad, side, masked):
-    student, teacher, _, _ = inputs(dtype)
-    mask = ragged_mask(B, S, lengths=[6, 4, 3, 5]).to(DEVICE) if masked else None
+    student, teacher, _, _ = inputs(backend, dtype)
+    mask = ragged_mask(B, S, lengths=[6, 4, 3, 5]).to(device_of(backend)) if masked else None
     good = leaf(student)
     whole = intra_cka(good, teacher, mask, backend=backend)
     whole.neg_log.sum().backward()
@@ -80,11 +82,12 @@ def is_right_or_not_finite(value, gradient, true_value, true_gradient):
         assert not bool(gradient.isfinite().any())
 
 
+@every_backend
 @pytest.mark.parametrize("scale", [1e15, 1e17, 1e18, 1e19, HUGE, 1e30])
 @pytest.mark.parametrize("one", [False, True])
 @pytest.mark.parametrize("side", [0, 1])
 def test_huge_features_are_right_or_not_finite(backend, scale, one, side):
-    features = inputs(torch.float32)
+    features = inputs(backend, torch.float32)
     if one:
         features[side][1, 2, 3] = scale
     else:
@@ -92,14 +95,14 @@ def test_huge_features_are_right_or_not_finite(backend, scale, one, side):
     student, teacher, memory, teacher_memory = features
     results = []
     for kind in (torch.float32, torch.float64):
-        own = leaf(student.to(kind))
+        spoilt = leaf(student.to(kind))
         chosen = backend if kind == torch.float32 else "reference"
-        intra = intra_cka(own, teacher.to(kind), backend=chosen).neg_log[0, 1]
+        intra = intra_cka(spoilt, teacher.to(kind), backend=chosen).neg_log[0, 1]
         between = inter_structure(
-            own, teacher.to(kind), memory.to(kind), teacher_memory.to(kind), backend=chosen
+            spoilt, teacher.to(kind), memory.to(kind), teacher_memory.to(kind), backend=chosen
         )
         values = [intra, between.local, between.distance, between.cosine]
-        results.append([(v, torch.autograd.grad(v, own, retain_graph=True)[0]) for v in values])
+        results.append([(v, torch.autograd.grad(v, spoilt, retain_graph=True)[0]) for v in values])
     for i, ((value, gradient), (true_value, true_gradient)) in enumerate(zip(*results, strict=True)):
         if i == 0:
             gradient, true_gradient = gradient[1], true_gradient[1]
@@ -113,10 +116,11 @@ def test_huge_features_are_right_or_not_finite(backend, scale, one, side):
         is_right_or_not_finite(value, gradient, true_value, true_gradient)
 
 
+@every_backend
 def test_cosines_with_vectors_far_shorter_count_as_those_with_zero_vectors(backend):
     if backend == "reference":
         pytest.skip("the formula itself has no such limit")
-    student, teacher, memory, teacher_memory = inputs(torch.float32)
+    student, teacher, memory, teacher_memory = inputs(backend, torch.float32)
     expected = inter_structure(
         torch.zeros_like(student).double(),
         teacher.double(),
@@ -125,11 +129,11 @@ def test_cosines_with_vectors_far_shorter_count_as_those_with_zero_vectors(backe
         backend="reference",
     ).cosine
     for scale in (1e5, 1e15):
-        own = leaf(student * scale)
-        value = inter_structure(own, teacher, memory, teacher_memory, backend=backend).cosine
+        scaled = leaf(student * scale)
+        value = inter_structure(scaled, teacher, memory, teacher_memory, backend=backend).cosine
         value.backward()
         torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-6)
-        assert not bool(own.grad.any())
+        assert not bool(scaled.grad.any())
     near = inter_structure(student * 300, teacher, memory, teacher_memory, backend=backend).cosine
     truth = inter_structure(
         *(x.double() for x in (student * 300, teacher, memory, teacher_memory)), backend="reference"
@@ -137,15 +141,16 @@ def test_cosines_with_vectors_far_shorter_count_as_those_with_zero_vectors(backe
     torch.testing.assert_close(near.double(), truth, rtol=0, atol=1e-3)
 
 
+@every_backend
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_one_kept_token_that_is_not_finite_is_no_missing_structure(backend, side):
-    student, teacher, _, _ = inputs(torch.float32)
-    mask = ragged_mask(B, S, lengths=[6, 1, 3, 5]).to(DEVICE)
+    student, teacher, _, _ = inputs(backend, torch.float32)
+    mask = ragged_mask(B, S, lengths=[6, 1, 3, 5]).to(device_of(backend))
     (student if side == "student" else teacher)[1, 0, 0] = math.nan
     spoilt = leaf(student)
     found = intra_cka(spoilt, teacher, mask, backend=backend)
     assert bool(found.neg_log[0, 1].isnan())
-    assert bool(found.distance[0, 1].isnan())
+    assert bool(found.one_minus_cka[0, 1].isnan())
     # The same token, dropped, is of no account.
     mask[1, 0] = 0
     assert float(intra_cka(student, teacher, mask, backend=backend).neg_log[0, 1]) == 0
@@ -158,16 +163,16 @@ def test_one_kept_token_that_is_not_finite_is_no_missing_structure(backend, side
     [
         ("student", {"local", "distance", "cosine"}),
         ("teacher", {"local", "distance", "cosine"}),
-        ("student_memory", {"memory_cka", "distance", "cosine"}),
-        ("teacher_memory", {"memory_cka", "distance", "cosine"}),
+        ("student_memory", {"memory", "distance", "cosine"}),
+        ("teacher_memory", {"memory", "distance", "cosine"}),
     ],
 )
 def test_between_samples_what_is_not_finite_is_nan(backend, dtype, bad, side, spoilt_values):
     names = ("student", "teacher", "student_memory", "teacher_memory")
-    tensors = dict(zip(names, inputs(dtype), strict=True))
+    tensors = dict(zip(names, inputs(backend, dtype), strict=True))
     target = tensors[side]
     target[(1, 2, 3) if target.ndim == 3 else (1, 19)] = bad
-    mask = ragged_mask(B, S, lengths=[6, 4, 3, 5]).to(DEVICE)
+    mask = ragged_mask(B, S, lengths=[6, 4, 3, 5]).to(device_of(backend))
     for name in spoilt_values:
         student, memory = leaf(tensors["student"]), leaf(tensors["student_memory"])
         found = inter_structure(
@@ -178,14 +183,15 @@ def test_between_samples_what_is_not_finite_is_nan(backend, dtype, bad, side, sp
         if math.isnan(bad):
             assert bool(value.isnan()), name
         value.backward()
-        gradient = memory.grad if name == "memory_cka" else student.grad[mask.bool()]
+        gradient = memory.grad if name == "memory" else student.grad[mask.bool()]
         assert not bool(gradient.isfinite().any()), name
         assert not bool(student.grad[~mask.bool()].any()) if student.grad is not None else True
 
 
+@every_backend
 @pytest.mark.parametrize("side", [0, 1])
 def test_local_structure_without_a_memory(backend, side):
-    student, teacher, _, _ = inputs(torch.float32)
+    student, teacher, _, _ = inputs(backend, torch.float32)
     (student, teacher)[side][2, 1, 1] = math.nan
     spoilt = leaf(student)
     value = inter_structure(spoilt, teacher, backend=backend).local
@@ -194,18 +200,21 @@ def test_local_structure_without_a_memory(backend, side):
     assert bool(spoilt.grad.isnan().all())
 
 
+@every_backend
 def test_gamma_of_what_is_not_finite_is_nan(backend):
-    student, _, memory, _ = inputs(torch.float32)
+    student, _, memory, _ = inputs(backend, torch.float32)
     student[0, 0, 0] = math.nan
     assert bool(gram(student, memory, backend=backend).isnan().any())
 
 
 def global_gradient(backend, student, teacher, memory, teacher_memory, name):
     """Value of a term of L_G and its gradients in the student's features and memory."""
-    own, own_memory = leaf(student), leaf(memory)
-    value = getattr(inter_structure(own, teacher, own_memory, teacher_memory, backend=backend), name)
+    student_leaf, memory_leaf = leaf(student), leaf(memory)
+    value = getattr(
+        inter_structure(student_leaf, teacher, memory_leaf, teacher_memory, backend=backend), name
+    )
     value.backward()
-    return value.detach().double(), own.grad.double(), own_memory.grad.double()
+    return value.detach().double(), student_leaf.grad.double(), memory_leaf.grad.double()
 
 
 @every_dtype
@@ -216,7 +225,7 @@ def global_gradient(backend, student, teacher, memory, teacher_memory, name):
 def test_norms_and_distances_that_vanish(backend, dtype, name, kind):
     # The rounding of a norm that is 0 was taken for a norm in a third of draws: the gradient was 1e5 times too large.
     for seed in range(12):
-        student, teacher, memory, teacher_memory = inputs(dtype, seed)
+        student, teacher, memory, teacher_memory = inputs(backend, dtype, seed)
         if kind == "a zero sample":
             student[1] = 0
         elif kind == "a zero centroid":
@@ -232,17 +241,18 @@ def test_norms_and_distances_that_vanish(backend, dtype, name, kind):
         found = global_gradient(backend, student, teacher, memory, teacher_memory, name)
         # A norm is known to about the square root of its square's rounding.
         tolerance = 1e-6 if dtype == torch.float64 else 2e-2
-        for given, wanted in zip(found, truth, strict=True):
-            assert bool(given.isfinite().all())
+        for value, wanted in zip(found, truth, strict=True):
+            assert bool(value.isfinite().all())
             torch.testing.assert_close(
-                given, wanted, rtol=tolerance, atol=tolerance * max(1e-9, float(wanted.abs().max()))
+                value, wanted, rtol=tolerance, atol=tolerance * max(1e-9, float(wanted.abs().max()))
             )
 
 
+@every_backend
 @pytest.mark.parametrize("op", ["intra", "inter", "gram"])
 def test_masks_are_booleans_or_ones_and_zeros(backend, op):
-    student, teacher, _, _ = inputs(torch.float32)
-    kept = ragged_mask(B, S, lengths=[6, 4, 3, 5]).to(DEVICE)
+    student, teacher, _, _ = inputs(backend, torch.float32)
+    kept = ragged_mask(B, S, lengths=[6, 4, 3, 5]).to(device_of(backend))
 
     def value(mask):
         if op == "intra":
@@ -257,14 +267,8 @@ def test_masks_are_booleans_or_ones_and_zeros(backend, op):
     for mask in (kept.float(), kept.half(), additive):
         with pytest.raises(TypeError, match=r"mask: expected booleans or integers, 1 = keep and 0 = drop"):
             value(mask)
-    if DEVICE.type == "cpu":
+    if device_of(backend).type == "cpu":
         with pytest.raises(
             ValueError, match=r"mask: expected 1 = keep and 0 = drop, got values from -10000 to 0"
         ):
             value((1 - kept) * -10000)
-
-
-if not RUNS_KERNELS:
-
-    def test_the_kernels_in_the_interpreter():
-        run_in_interpreter(__file__)

@@ -1,7 +1,7 @@
-"""Damaged and hostile files of a memory, a feature cache and an interrupted build.
+"""Damaged and hostile files of a memory and an interrupted build.
 
-What is read equals what was written, or is one ``ValueError`` that names the file. Shards of a cache and chunks of a
-build are left out with a warning and made again.
+What is read equals what was written, or is one ``ValueError`` that names the file. Chunks of a build are left out with
+a warning and made again.
 """
 
 from __future__ import annotations
@@ -9,12 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import random
-import struct
-import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,103 +19,16 @@ import pytest
 import torch
 from safetensors.torch import save as save_safetensors
 
-from fsd_fast.cache.feature_cache import FeatureCache, FeatureIdentity
 from fsd_fast.clustering.checkpoint import ClusteringCheckpoint
 from fsd_fast.clustering.sketch import CountSketch
 from fsd_fast.clustering.two_pass import cluster_stream
 from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.untrusted import seal
+from tests.damage import DEEP, HOSTILE, VALUES, mutated, within_a_second
 from tests.faults.registry import fault
 from tests.tiny import memory_identity
 
 S, D, K, N = 4, 8, 3, 40
-DEEP = json.loads("[" * 20 + "]" * 20)
-# One of every kind that JSON has, and what is large, small or out of range.
-VALUES: list[Any] = [
-    None,
-    True,
-    -1,
-    0,
-    2**63 - 1,
-    0.5,
-    1e308,
-    -1e308,
-    "",
-    "../../x",
-    "\ud800",
-    [],
-    [1],
-    {},
-    {"a": 1},
-    DEEP,
-]
-
-
-def mutated(content: bytes, generator: random.Random) -> bytes:
-    """The content with one fault: a bit, some bytes, a cut, a block twice, missing, or moved."""
-    place, size = generator.randrange(len(content)), generator.randrange(1, 40)
-    kind = generator.randrange(6)
-    if kind == 0:
-        changed = bytes([content[place] ^ (1 << generator.randrange(8))])
-        return content[:place] + changed + content[place + 1 :]
-    if kind == 1:
-        return content[:place] + generator.randbytes(size) + content[place + size :]
-    if kind == 2:
-        return content[:place]
-    if kind == 3:
-        return content[: place + size] + content[place:]
-    if kind == 4:
-        return content[:place] + content[place + size :]
-    digit = generator.choice([b"9", b"-", b"e99", b"0" * 30, b"[", b'"', b"}", b"null"])
-    return content[:place] + digit + content[place + 1 :]
-
-
-def header_mutated(content: bytes, generator: random.Random) -> bytes:
-    """A safetensors file with a fault in its header."""
-    size = int.from_bytes(content[:8], "little")
-    header = mutated(content[8 : 8 + size], generator)
-    length = len(header) if generator.random() < 0.8 else generator.choice([0, 2**63, 2**64 - 1, size + 1])
-    return length.to_bytes(8, "little") + header + content[8 + size :]
-
-
-def headers() -> Iterator[bytes]:
-    """Safetensors files that are hostile as a whole."""
-
-    def whole(header: Any, values: bytes = b"") -> bytes:
-        text = header if isinstance(header, bytes) else json.dumps(header).encode()
-        return struct.pack("<Q", len(text)) + text + values
-
-    def tensor(dtype: str, shape: list[Any], offsets: list[Any]) -> dict[str, Any]:
-        return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-
-    yield b""
-    yield b"\xff" * 8
-    yield struct.pack("<Q", 2**63) + b"{}"
-    yield whole(b"[" * 100_000)
-    yield whole(b'{"centroids":' * 10_000)
-    yield whole({})
-    yield whole([])
-    for dtype in ("F64", "I64", "BOOL", "F8_E4M3", "F4", "C64", "U16", "X", "", 5):
-        yield whole({"centroids": tensor(dtype, [K, S * D], [0, 4 * K * S * D])}, bytes(4 * K * S * D))  # type: ignore[arg-type]
-    for shape in ([2**62, 2**62], [2**63], [-1, 5], [K, 2**40], [K, 1.5], [], ["a"], [0, 2**62], [10**30]):
-        yield whole({"centroids": tensor("F32", shape, [0, 4 * K * S * D])}, bytes(4 * K * S * D))
-    for offsets in ([0, 2**63], [-8, 0], [8, 0], [0], [0, 4 * K * S * D + 4], ["0", "4"], [10**30, 10**31]):
-        yield whole({"centroids": tensor("F32", [K, S * D], offsets)}, bytes(4 * K * S * D))
-    yield whole({"__metadata__": {"a": 1}, "centroids": tensor("F32", [0], [0, 0])})
-    yield whole({"__metadata__": {"a": "b"}})
-    twice = json.dumps({"centroids": tensor("F32", [1], [0, 4])})
-    yield whole((twice[:-1] + "," + twice[1:]).encode(), bytes(4))
-
-
-HOSTILE = list(headers())
-
-
-def within_a_second(run: Callable[[], Any]) -> Any:
-    started = time.process_time()
-    try:
-        return run()
-    finally:
-        assert time.process_time() - started < 1
 
 
 def attempt(run: Callable[[], Any], where: Path) -> tuple[Any, str]:
@@ -128,7 +37,6 @@ def attempt(run: Callable[[], Any], where: Path) -> tuple[Any, str]:
         return within_a_second(run), ""
     except ValueError as error:
         text = str(error)
-    text = text.removeprefix("feature_cache_dir: ")
     assert text.startswith(str(where)), text
     assert "\n" not in text
     assert len(text) < 800
@@ -282,160 +190,6 @@ def test_a_memory_of_an_earlier_format_says_so(memory: TeacherMemory, tmp_path: 
     del record["checksum"]
     (tmp_path / "memory.json").write_text(json.dumps(record))
     assert "expected a memory of format 3, got 1; build it again" in check_memory(tmp_path, memory)
-
-
-# --- the cache --------------------------------------------------------------------------------------------------
-
-
-IDENTITY = FeatureIdentity("rte", "ab" * 32, 5, S, D, "exclude", "float32", N, "cd" * 32)
-
-
-def filled_cache(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """A cache of one shard; its samples and their features."""
-    generator = torch.Generator().manual_seed(0)
-    index = torch.randperm(N, generator=generator)[:6]
-    features = torch.randn(6, S, D, generator=generator)
-    cache = FeatureCache(folder, IDENTITY)
-    cache.create()
-    cache.write(index, features, None)
-    return index, features
-
-
-def crc32(values: torch.Tensor) -> str:
-    return f"{zlib.crc32(values.flatten().view(torch.uint8).numpy().tobytes()):08x}"
-
-
-def read_cache(folder: Path, index: torch.Tensor) -> tuple[torch.Tensor | None, list[str]]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        found = within_a_second(lambda: FeatureCache(folder, IDENTITY).read(index))
-    return found, [str(each.message) for each in caught]
-
-
-@fault(
-    "a shard of the feature cache is cut, mutated or exchanged",
-    "whole, or left out and computed again",
-)
-@pytest.mark.parametrize("change", [mutated, header_mutated])
-def test_a_mutated_shard_is_whole_or_left_out(
-    tmp_path: Path, change: Callable[[bytes, random.Random], bytes]
-) -> None:
-    index, features = filled_cache(tmp_path)
-    [path] = tmp_path.glob("*.safetensors")
-    whole = path.read_bytes()
-    generator = random.Random(1)
-    damaged = 0
-    for _ in range(300):
-        path.write_bytes(change(whole, generator))
-        found, messages = read_cache(tmp_path, index)
-        if found is None:
-            assert len(messages) == 1
-            assert messages[0].startswith(f"{path} is damaged (")
-            assert len(messages[0]) < 600
-            damaged += 1
-        else:
-            assert torch.equal(found, features)
-    assert damaged > 250
-
-
-@pytest.mark.parametrize("content", HOSTILE, ids=range(len(HOSTILE)))
-def test_a_hostile_shard_is_left_out(tmp_path: Path, content: bytes) -> None:
-    index, _ = filled_cache(tmp_path)
-    [path] = tmp_path.glob("*.safetensors")
-    path.write_bytes(content)
-    found, [message] = read_cache(tmp_path, index)
-    assert found is None
-    assert f"{path} is damaged" in message
-
-
-@pytest.mark.parametrize(
-    ("index", "lengths", "features", "message"),
-    [
-        (
-            torch.tensor([0, N]),
-            torch.tensor([1, 1]),
-            torch.ones(2, D),
-            f"sample_index: expected values from 0 to {N - 1}",
-        ),
-        (
-            torch.tensor([0, -1]),
-            torch.tensor([1, 1]),
-            torch.ones(2, D),
-            "sample_index: expected values from 0",
-        ),
-        (
-            torch.tensor([0, 1]),
-            torch.tensor([3, -1]),
-            torch.ones(2, D),
-            f"lengths: expected values from 0 to {S}",
-        ),
-        (torch.tensor([0, 1]), torch.tensor([1, 2**40]), torch.ones(2, D), "lengths: expected values from 0"),
-        (torch.tensor([0, 1]), torch.tensor([1]), torch.ones(1, D), r"lengths: expected int64 \[b\]"),
-        (
-            torch.tensor([0, 1.0]),
-            torch.tensor([1, 1]),
-            torch.ones(2, D),
-            r"sample_index: expected int64 \[b\]",
-        ),
-        (torch.tensor([0, 1]), torch.tensor([1, 1]), torch.ones(3, D), "features F32"),
-        (torch.tensor([0, 1]), torch.tensor([1, 1]), torch.ones(2, D).double(), "features F64"),
-    ],
-)
-def test_a_shard_with_valid_checksums_and_wrong_numbers_is_left_out(
-    tmp_path: Path, index: torch.Tensor, lengths: torch.Tensor, features: torch.Tensor, message: str
-) -> None:
-    filled_cache(tmp_path)
-    values = {"sample_index": index, "lengths": lengths, "features": features}
-    metadata = {
-        "identity": IDENTITY.digest(),
-        "index_crc32": crc32(torch.cat([index, lengths])),
-        "features_crc32": crc32(features),
-    }
-    path = tmp_path / "0000.safetensors"
-    path.write_bytes(save_safetensors(values, metadata))
-    with pytest.warns(RuntimeWarning, match=rf"0000.safetensors is damaged \(.*{message}"):
-        cache = FeatureCache(tmp_path, IDENTITY)
-    assert not cache.is_whole()
-
-
-def test_a_pipe_among_the_shards_is_left_out(tmp_path: Path) -> None:
-    index, features = filled_cache(tmp_path)
-    os.mkfifo(tmp_path / "0000.safetensors")
-    found, [message] = read_cache(tmp_path, index)
-    assert torch.equal(found, features)  # type: ignore[arg-type]
-    assert "0000.safetensors is damaged ('it is not a file')" in message
-
-
-def test_a_mutated_identity_of_a_cache_is_whole_or_refused(tmp_path: Path) -> None:
-    index, features = filled_cache(tmp_path)
-    path = tmp_path / "features.json"
-    whole = path.read_bytes()
-    generator = random.Random(2)
-    refused = 0
-    for _ in range(250):
-        path.write_bytes(mutated(whole, generator))
-        result, text = attempt(lambda: read_cache(tmp_path, index), tmp_path)
-        if text:
-            refused += 1
-        else:
-            assert torch.equal(result[0], features)
-    assert refused > 240
-
-
-def test_a_damaged_identity_is_told_from_that_of_another_run(tmp_path: Path) -> None:
-    filled_cache(tmp_path)
-    path = tmp_path / "features.json"
-    record = json.loads(path.read_text()) | {"num_samples": N + 1}
-    path.write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="its checksum is not that of its fields"):
-        FeatureCache(tmp_path, IDENTITY)
-    del record["checksum"]
-    path.write_text(json.dumps(seal(record)))
-    with pytest.raises(ValueError, match=f"was made for another run: num_samples is {N + 1}, expected {N}"):
-        FeatureCache(tmp_path, IDENTITY)
-    path.write_text(json.dumps(record | {"format": 1, "num_samples": N}))
-    with pytest.raises(ValueError, match="was made for another run: format is 1, expected 2"):
-        FeatureCache(tmp_path, IDENTITY)
 
 
 # --- the checkpoint of a build ----------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fsd_fast.memory import teacher_memory as memory
-from fsd_fast.memory.features import FeatureBatch, MemoryIdentity, flatten_features, model_fingerprint
+from fsd_fast.memory.features import FeatureBatch, MemoryIdentity, flatten_features
 from fsd_fast.memory.student_memory import StudentMemory, cluster_means
 from fsd_fast.memory.teacher_memory import TeacherMemory
+from fsd_fast.models.fingerprint import model_fingerprint
 from fsd_fast.untrusted import seal
 from tests.tiny import memory_identity
 

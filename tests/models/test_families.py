@@ -14,9 +14,9 @@ from transformers import AutoModelForSequenceClassification
 from fsd_fast.commands import run
 from fsd_fast.data.builtin import BACKBONE_NAME, resolve_model
 from fsd_fast.losses import FeatureStructureLoss, FeatureStructureObjective, Signals
-from fsd_fast.memory.features import model_fingerprint
 from fsd_fast.models import families
 from fsd_fast.models.families import layer_stack, with_layers
+from fsd_fast.models.fingerprint import model_fingerprint
 from fsd_fast.models.inputs import check_inputs, input_limits
 from fsd_fast.models.labels import label_order, order_outputs
 from fsd_fast.models.loading import load_tokenizer, read_config

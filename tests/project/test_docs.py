@@ -74,8 +74,10 @@ def test_flags_page_lists_every_flag_of_our_own(command: str) -> None:
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     page = flags_page.page()
     own = page.partition(f"\n## {command}\n")[2].partition("\n## ")[0]
-    shared = page.partition("\n## Data\n")[2].partition("\n## ")[0]
-    shared += page.partition("\n## Training\n")[2].partition("\n## ")[0]
+    shared = "".join(
+        page.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+        for section in ("Data", "Teacher cache", "Training")
+    )
     for name in command_flags(command):
         if name not in inherited:
             assert f"| `--{name}` |" in own + shared, name

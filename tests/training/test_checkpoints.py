@@ -13,6 +13,7 @@ from fsd_fast.commands import run
 from fsd_fast.files import exclusive_folder
 from fsd_fast.training.checkpoints import find_checkpoint
 from fsd_fast.training.manifest import MANIFEST_FILE, checkpoint_faults, checkpoint_folders, seal_checkpoint
+from fsd_fast.untrusted import seal
 from tests.faults.registry import fault
 from tests.tiny import history, losses, tiny
 
@@ -85,7 +86,7 @@ DAMAGES = {
     "trainer_state.json empty": ("trainer_state.json", lambda path: path.write_text("")),
     "manifest missing": (MANIFEST_FILE, os.unlink),
     "manifest truncated": (MANIFEST_FILE, truncate),
-    "manifest of another format": (MANIFEST_FILE, lambda path: path.write_text('{"format": 2}')),
+    "manifest of another format": (MANIFEST_FILE, lambda path: path.write_text('{"format": 3}')),
 }  # fmt: skip
 
 
@@ -147,6 +148,22 @@ def test_a_partial_resume_takes_no_damaged_weights(cut_off):
     flip(cut_off / "checkpoint-4" / "model.safetensors")
     found = find_checkpoint(str(cut_off), "last", allow_partial=True)
     assert found == str(cut_off / "checkpoint-2")
+
+
+def test_a_changed_manifest_is_found(cut_off):
+    path = cut_off / "checkpoint-4" / MANIFEST_FILE
+    manifest = json.loads(path.read_text())
+    del manifest["files"]["optimizer.pt"]
+    path.write_text(json.dumps(manifest))
+    assert "its checksum is not that of its fields" in checkpoint_faults(path.parent).reasons[0]
+
+
+def test_a_manifest_of_version_0_2_0_is_read(cut_off):
+    path = cut_off / "checkpoint-4" / MANIFEST_FILE
+    manifest = json.loads(path.read_text()) | {"format": 1}
+    del manifest["checksum"]
+    path.write_text(json.dumps(manifest))
+    assert checkpoint_faults(path.parent) is None
 
 
 class Stop(BaseException):
@@ -216,7 +233,8 @@ def test_a_manifest_that_leads_out_of_its_folder_is_refused(cut_off):
     path = folder / MANIFEST_FILE
     manifest = json.loads(path.read_text())
     manifest["files"]["../checkpoint-2/optimizer.pt"] = manifest["files"]["optimizer.pt"]
-    path.write_text(json.dumps(manifest))
+    del manifest["checksum"]
+    path.write_text(json.dumps(seal(manifest)))
     assert "lies outside" in checkpoint_faults(folder).reasons[0]
 
 

@@ -140,6 +140,33 @@ def test_the_loss_is_put_together_from_what_is_logged(tiny, tasks, tmp_path, met
         assert entry["loss"] == pytest.approx(total, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--estimator", "unbiased"],
+        ["--measure", "gram", "--distance_scale", "mean", "--gamma_g", "1"],
+        ["--structure_schedule", "cosine", "--structure_warmup_ratio", "0.2"],
+    ],
+    ids=lambda flags: flags[1],
+)
+def test_options_of_the_structures_train(tiny, tasks, tmp_path, more):
+    run("distill", distillation(tiny, tasks, "pair", "fsd_ilg", tmp_path / "run", 24, *more))
+    entries = [entry for entry in history(tmp_path / "run") if "loss" in entry]
+    assert all(0 < entry["grad_norm"] < float("inf") for entry in entries)
+    vkd = [entry["loss_vkd"] for entry in entries]
+    assert sum(vkd[-4:]) < 0.9 * sum(vkd[:4])
+    intra = [entry["loss_intra"] for entry in entries]
+    assert sum(intra[-4:]) < sum(intra[:4])
+
+
+def test_the_structures_weigh_what_the_schedule_says(tiny, tmp_path):
+    flags = [*tiny.distillation(tmp_path / "run", "fsd_i", steps=8), "--structure_schedule", "linear"]
+    run("distill", [*flags, "--structure_warmup_ratio", "0.5", "--gradient_accumulation_steps", "2"])
+    entries = [entry for entry in history(tmp_path / "run") if "loss" in entry]
+    weights = [(entry["loss"] - entry["loss_vkd"]) / (4 * entry["loss_intra"]) for entry in entries]
+    assert weights == pytest.approx([0, 0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25], abs=1e-3)
+
+
 def test_finetune_needs_no_teacher(tiny, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a teacher was loaded")
@@ -215,6 +242,10 @@ SETTINGS = [
     ("pkd", "backend", "eager", "rkd"),
     ("minilm", "pkd_weight", "1", "pkd"),
     ("pkd", "rkd_angle_weight", "1", "rkd"),
+    ("fsd_g", "estimator", "unbiased", "fsd_i, fsd_l, fsd_il, fsd_ilg;"),
+    ("rkd", "measure", "gram", "fsd_i, fsd_l, fsd_il, fsd_ilg;"),
+    ("fsd_il", "distance_scale", "mean", "fsd_g, fsd_ilg;"),
+    ("vkd", "structure_schedule", "linear", "fsd_ilg, pkd, rkd, minilm;"),
 ]
 
 
