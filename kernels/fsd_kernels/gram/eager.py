@@ -188,13 +188,15 @@ def _forward_uncentred_memory(
     cross = features.new_zeros((len(buffer), num_centroid), dtype=torch.float64)
     memory_products = features.new_zeros((num_centroid, num_centroid), dtype=torch.float64)
     for columns in _slices(width):
-        centred = buffer[:, : columns.stop - columns.start]
-        _centre(centred[:batch], centred[batch], features, columns, mask)
         rows = _rows_of(memory, columns, dtype)
-        features_gram += _self_product(centred)
-        cross += centred @ rows.T
         if memory_gram is None:
             memory_products += _self_product(rows)
+        if columns.start >= features.shape[1]:
+            continue  # a batch of short samples has no columns here: their products are 0
+        centred = buffer[:, : columns.stop - columns.start]
+        _centre(centred[:batch], centred[batch], features, columns, mask)
+        features_gram += _self_product(centred)
+        cross += centred @ rows.T
     gamma = features.new_empty((head + batch + 1, head + batch + 1), dtype=torch.float64)
     memory_gamma = gamma[:head, :head]
     if memory_gram is None:
