@@ -13,6 +13,8 @@ COMMANDS = {
     "compare": "benchmarks.speed.commands.compare",
     "kernel-times": "benchmarks.speed.commands.kernel_times",
     "enqueue": "benchmarks.speed.commands.enqueue",
+    "capture": "benchmarks.speed.commands.capture",
+    "gpu-session": "benchmarks.gpu.command",
     "rkd": "benchmarks.speed.commands.rkd",
     "memory": "benchmarks.memory.command",
     "train": "benchmarks.train.command",
