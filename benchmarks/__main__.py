@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "benchmarks.train.command",
     "kernels-report": "benchmarks.compiled.kernels_report",
     "traffic": "benchmarks.compiled.traffic",
+    "rounding": "benchmarks.compiled.rounding",
     "mutate": "benchmarks.compiled.mutate",
 }
 """The module of each command. Its ``main(argv)`` returns the exit status."""

@@ -5,7 +5,7 @@
 # The tree and .cache/gpu_session must travel, 64 MiB at most together. GPU_PYTHON is the machine's Python version.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-FOLDER=.cache/gpu_session
+FOLDER=${GPU_SESSION_FOLDER:-.cache/gpu_session}
 LIMIT_MIB=64
 GPU_PYTHON=${GPU_PYTHON:-3.12}
 PYTHON=${PYTHON:-python3}
@@ -43,8 +43,7 @@ prepare() {
 }
 
 run() {
-  local site
-  site=$(mktemp -d)
+  site=$(mktemp -d) # not local: the trap outlives the function
   trap 'rm -rf "$site"' EXIT
   if compgen -G "$FOLDER/wheels/*.whl" >/dev/null; then
     "$PYTHON" -m pip install -q --disable-pip-version-check --no-index --no-deps --no-compile --target "$site" \

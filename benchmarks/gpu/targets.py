@@ -8,7 +8,7 @@ from typing import NamedTuple
 from benchmarks.gpu.stages import Figures
 from benchmarks.speed import harness, results
 from benchmarks.speed.commands.enqueue import TARGETS_US
-from benchmarks.speed.results import OK, Result
+from benchmarks.speed.results import OK, WRONG, Result
 from benchmarks.tables import Table
 
 STEP_RATIO = 1.05
@@ -80,14 +80,17 @@ def _kernels(all_figures: Mapping[str, Figures]) -> Iterable[Target]:
         yield _at_most("kernels-bf16", f"{name}, the CPU's time to enqueue it", HOST_US, host, " us")
 
 
-def _losses(all_figures: Mapping[str, Figures]) -> Iterable[Target]:
-    enqueued = all_figures.get("enqueue", {}).get("losses", {})
+def _enqueued(all_figures: Mapping[str, Figures]) -> Iterable[Target]:
+    losses = all_figures.get("enqueue", {}).get("losses", {})
     for name, limit in TARGETS_US.items():
-        yield _at_most("enqueue", f"{name}, own host time", limit, enqueued.get(name, {}).get("us"), " us")
-    captured = all_figures.get("capture", {}).get("losses", {})
-    if not captured:
+        yield _at_most("enqueue", f"{name}, own host time", limit, losses.get(name, {}).get("us"), " us")
+
+
+def _captures(all_figures: Mapping[str, Figures]) -> Iterable[Target]:
+    losses = all_figures.get("capture", {}).get("losses", {})
+    if not losses:
         yield Target("capture", "CUDA graphs", "same bits", _NOT_FOUND, None)
-    for name, outcome in captured.items():
+    for name, outcome in losses.items():
         found = outcome["reason"] or "same bits"
         yield Target("capture", f"{name}, CUDA graph", "same bits", found, outcome["passed"])
 
@@ -107,6 +110,14 @@ def _steps(stage: str, figures: Figures) -> Iterable[Target]:
     for row in judged:
         found = harness.ratio(row.samples, plain[row.case].samples).median
         yield _at_most(stage, f"step {row.case}, {row.provider} over vkd-only", STEP_RATIO, found, "x")
+
+
+def _refused(stage: str, figures: Figures) -> Iterable[Target]:
+    """Each of our own providers that the gate found wrong; it was not timed."""
+    result = _result(figures)
+    for row in result.rows if result else []:
+        if row.status == WRONG and row.provider.startswith("ours"):
+            yield Target(stage, f"{row.op} {row.case}, {row.provider}", "right", row.reason, False)
 
 
 def _ahead(stage: str, figures: Figures) -> Iterable[Target]:
@@ -138,14 +149,16 @@ def evaluate(figures: Mapping[str, Figures], quick: bool) -> list[Target]:
         figures: What each stage found, by the stage's name.
         quick: Whether shapes were tiny.
     """
-    found = list(_tests("tests", figures.get("tests", {})))
-    times = [*_kernels(figures), *_losses(figures), *_steps("steps", figures.get("steps", {}))]
-    for stage in ("peers-bf16", "peers-tf32", "compiled"):
-        times += _ahead(stage, figures.get(stage, {}))
-    found += [
-        target._replace(passed=None) if quick and target.stage != "capture" else target for target in times
+    measured = {stage: figures.get(stage, {}) for stage in ("steps", "peers-bf16", "peers-tf32", "compiled")}
+    right = list(_tests("tests", figures.get("tests", {})))
+    right += [target for stage, found in measured.items() for target in _refused(stage, found)]
+    right += [
+        *_captures(figures),
+        *(_sanitizer(stage, figures.get(stage, {})) for stage in ("memcheck", "racecheck")),
     ]
-    return found + [_sanitizer(stage, figures.get(stage, {})) for stage in ("memcheck", "racecheck")]
+    times = [*_kernels(figures), *_enqueued(figures), *_steps("steps", measured.pop("steps"))]
+    times += [target for stage, found in measured.items() for target in _ahead(stage, found)]
+    return right + [target._replace(passed=None) if quick else target for target in times]
 
 
 def table(targets: Iterable[Target]) -> Table:

@@ -21,6 +21,7 @@ from benchmarks.gpu.stages import STAGES, Plan, Stage, read_json, read_tests
 from benchmarks.paths import ROOT
 from benchmarks.speed import results
 from benchmarks.speed.commands import capture
+from benchmarks.speed.results import WRONG
 from tests.benchmarks.helpers import CPU, make_result, make_row
 
 TRIAL = Plan("cpu", True)
@@ -149,7 +150,8 @@ def test_targets_are_judged_by_what_was_found() -> None:
     steps = make_result(
         [make_row("vkd-only", [1.0, 1.0]), make_row("ours", [1.04, 1.04]), make_row("ours-fsd_g", [1.2, 1.2])]
     )
-    peers = make_result([make_row("ours", [1.0, 1.0]), make_row("plain", [0.9, 0.9])])
+    wrong = make_row("ours", [], status=WRONG, reason="value is off by 1", op="local")
+    peers = make_result([make_row("ours", [1.0, 1.0]), make_row("plain", [0.9, 0.9]), wrong])
     figures = {
         "tests": {"passed": 3, "failed": 0, "skipped": 0, "failures": []},
         "kernels-bf16": {"passes": {name: {"device": us, "host": 400.0} for name, us in passes.items()}},
@@ -170,6 +172,7 @@ def test_targets_are_judged_by_what_was_found() -> None:
     assert judged["steps", f"step {case}, ours-fsd_g over vkd-only"] is False
     assert found["peers-bf16", "intra: closest other over ours"].found.startswith("0.90x, plain")
     assert judged["peers-bf16", "intra: closest other over ours"] is False
+    assert found["peers-bf16", f"local {case}, ours"][3:] == ("value is off by 1", False)
     assert judged["memcheck", "memcheck"] is False
     quick = {(each.stage, each.name): each.passed for each in targets.evaluate(figures, quick=True)}
     assert quick["kernels-bf16", "L_I, kernels, backward"] is None
@@ -268,7 +271,7 @@ def test_the_script_runs_a_session(tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", "tools/gpu_session.sh", "run", "--output", str(tmp_path)],
         cwd=ROOT,
-        env={**os.environ, "PYTHON": sys.executable},
+        env={**os.environ, "PYTHON": sys.executable, "GPU_SESSION_FOLDER": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,
