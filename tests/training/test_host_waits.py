@@ -1,7 +1,7 @@
 """A training step never waits for the device: nothing of ours reads a tensor of the model's on the host.
 
-``item``, ``tolist``, ``cpu``, ``numpy``, ``bool``, ``int``, ``float`` and boolean indexing of a tensor on a GPU make the
-host wait for all that was queued. On a CPU they cost nothing, but it is the same code that runs, so here each call
+``item``, ``tolist``, ``cpu``, ``numpy``, ``bool``, ``int``, ``float`` and boolean indexing of a tensor on a GPU make
+the host wait for all that was queued. On a CPU they cost nothing, but it is the same code that runs, so here each call
 between two log entries is recorded with the line that made it. What may read tensors is listed with the reason.
 """
 
