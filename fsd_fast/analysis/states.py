@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from fsd_fast.data import PadCollator
+from fsd_fast.data import SAMPLE_COLUMN, PadCollator
 from fsd_fast.data.subsets import row_order
 from fsd_fast.models.teacher import Teacher
 
@@ -66,7 +66,7 @@ def paired_states(
     """
     for begin in range(0, len(samples), batch_size):
         inputs = collator([rows[place] for place in samples[begin : begin + batch_size]])
-        inputs = {name: value.to(device) for name, value in inputs.items()}
+        inputs = {name: value.to(device) for name, value in inputs.items() if name != SAMPLE_COLUMN}
         keep = inputs["attention_mask"].bool()
         if pad_features == "include":
             keep = torch.ones_like(keep)

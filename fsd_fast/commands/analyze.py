@@ -26,7 +26,7 @@ from fsd_fast.commands._common import TaskData, Work, check_model, check_outputs
 from fsd_fast.commands.analysis_report import RunFiles, report_cards, report_sections
 from fsd_fast.commands.flags import DataArguments, flag
 from fsd_fast.commands.values import Range
-from fsd_fast.data import resolve_model
+from fsd_fast.data import SAMPLE_COLUMN, resolve_model
 from fsd_fast.files import write_atomically, write_json
 from fsd_fast.memory.features import memory_identity
 from fsd_fast.memory.teacher_memory import TeacherMemory
@@ -229,7 +229,7 @@ class _Analysis:
 
         def inputs(places: list[int]) -> dict[str, Tensor]:
             batch = self._data.collator([self._rows[place] for place in places])
-            return {name: value.to(self._device) for name, value in batch.items()}
+            return {name: value.to(self._device) for name, value in batch.items() if name != SAMPLE_COLUMN}
 
         single = [inputs([place]) for place in self._samples[:_TIMED_SAMPLES]]
         begins = range(0, len(self._samples), size)[:_TIMED_BATCHES]
