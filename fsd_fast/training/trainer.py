@@ -174,9 +174,17 @@ class ClassifierTrainer(Trainer):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """Read all samples whose predictions are wanted."""
-        with self._every_sample():
-            return super().get_test_dataloader(test_dataset)
+        """Read all samples whose predictions are wanted, in their order.
+
+        Trainer would order them as the training samples, by length where these are grouped by it, and predictions could
+        not be told apart.
+        """
+        strategy, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "sequential"
+        try:
+            with self._every_sample():
+                return super().get_test_dataloader(test_dataset)
+        finally:
+            self.args.train_sampling_strategy = strategy
 
     @contextmanager
     def _every_sample(self) -> Iterator[None]:
