@@ -6,7 +6,9 @@ python -m benchmarks bench [...]         measure everything and write the result
 python -m benchmarks cost [...]          predict bytes, flops, launches and times on a device that is not here
 python -m benchmarks report FILE         write the Markdown report of a result
 python -m benchmarks compare A B         list the times that changed by more than the spread
-python -m benchmarks kernels-report | traffic | mutate | memory | train | kernel-times | enqueue | rkd [...]
+python -m benchmarks gpu-session [...]   everything that a GPU has to show, in order of value, in nine minutes
+python -m benchmarks kernels-report | traffic | rounding | mutate [...]
+python -m benchmarks memory | train | kernel-times | enqueue | capture | rkd [...]
 
 Every provider is compared with the reference in float64 before it is timed; a wrong one is not timed.
 """

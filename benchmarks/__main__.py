@@ -13,11 +13,14 @@ COMMANDS = {
     "compare": "benchmarks.speed.commands.compare",
     "kernel-times": "benchmarks.speed.commands.kernel_times",
     "enqueue": "benchmarks.speed.commands.enqueue",
+    "capture": "benchmarks.speed.commands.capture",
+    "gpu-session": "benchmarks.gpu.command",
     "rkd": "benchmarks.speed.commands.rkd",
     "memory": "benchmarks.memory.command",
     "train": "benchmarks.train.command",
     "kernels-report": "benchmarks.compiled.kernels_report",
     "traffic": "benchmarks.compiled.traffic",
+    "rounding": "benchmarks.compiled.rounding",
     "mutate": "benchmarks.compiled.mutate",
 }
 """The module of each command. Its ``main(argv)`` returns the exit status."""

@@ -9,6 +9,7 @@
 ``predict``    write a classifier's predictions for a test set
 ``sweep``      many runs from one file, and a table of results
 ``table``      mean, deviation and differences of a sweep's results
+``analyze``    compare a student with its teacher, layer by layer, in a report
 ``demo``       all of it on the built-in task, with a table at the end
 ``env``        versions, devices and backends of this machine
 =============  ====================================================================

@@ -141,7 +141,10 @@ def device_name(device: torch.device) -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Describe the machine and the versions, so that a reader can repeat the run."""
+    """Describe the machine and the versions, so that a reader can repeat the run.
+
+    A tree without its git folder has the commit that the variable ``FSD_COMMIT`` names.
+    """
     import importlib.metadata
 
     import transformers
@@ -164,7 +167,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "matmul_precision": torch.get_float32_matmul_precision(),
         "versions": versions,
-        "commit": _git("rev-parse", "--short", "HEAD") or "unknown",
+        "commit": _git("rev-parse", "--short", "HEAD") or os.environ.get("FSD_COMMIT") or "unknown",
         "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
@@ -206,14 +209,23 @@ def load(path: Path) -> Result:
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise ValueError(f"{path}: expected a benchmark result of schema {SCHEMA}")
     try:
-        return Result(
-            content["environment"],
-            content["ceilings"],
-            [Row(**row) for row in content["rows"]],
-            [CheckResult(**check) for check in content["checks"]],
-        )
+        return from_content(content)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a benchmark result ({error})") from error
+
+
+def from_content(content: dict[str, Any]) -> Result:
+    """Build a result from the content of its JSON file.
+
+    Raises:
+        KeyError, TypeError: A field is missing or unknown.
+    """
+    return Result(
+        content["environment"],
+        content["ceilings"],
+        [Row(**row) for row in content["rows"]],
+        [CheckResult(**check) for check in content["checks"]],
+    )
 
 
 def compare(before: Result, after: Result) -> list[str]:

@@ -100,9 +100,14 @@ def own_name(arguments: DataArguments) -> str:
 
 
 def load_data(
-    arguments: DataArguments, task: Task, splits: DatasetDict, tokenizer: PreTrainedTokenizerBase
+    arguments: DataArguments,
+    task: Task,
+    splits: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    train: bool = True,
 ) -> TaskData:
-    """Tokenize the splits that ``read_task`` returned, and cut those for evaluation.
+    """Tokenize the splits that ``read_task`` returned, and cut those for evaluation; without ``train`` these alone.
 
     Raises:
         ValueError: ``max_seq_length`` is out of range.
@@ -117,7 +122,7 @@ def load_data(
     return TaskData(
         task,
         tokenizer,
-        split("train") if "train" in splits else Dataset.from_dict({}),
+        split("train") if train else Dataset.from_dict({}),
         {name: split(name, arguments.max_eval_samples) for name in task.eval_splits},
         PadCollator(tokenizer, arguments.pad_features, arguments.max_seq_length),
     )

@@ -146,7 +146,7 @@ def draw_curves(histories: dict[str, list[dict[str, float]]], path: Path) -> Non
         "loss_soft",
         "loss_intra",
         "loss_local",
-        "global_memory_cka",
+        "global_memory",
         "global_cosine",
     ):
         points = [(entry["step"], entry[component]) for entry in history if component in entry]

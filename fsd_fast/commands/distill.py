@@ -29,6 +29,7 @@ from fsd_fast.commands.memory_flags import Memories, StudentMemoryArguments, che
 from fsd_fast.commands.values import Range
 from fsd_fast.data import Task, resolve_model, samples_digest
 from fsd_fast.losses import METHODS, Objective, Setup
+from fsd_fast.losses.gather import gathers
 from fsd_fast.models.layers import parse_layer_pairs, penultimate_pair
 from fsd_fast.models.loading import load_tokenizer, read_config
 from fsd_fast.models.student import load_classifier, parameter_count
@@ -161,9 +162,7 @@ def _trainer(
         processing_class=data.tokenizer,
         compute_metrics=metrics_of(data.task),
         callbacks=early_stopping(run.early_stopping_patience, run.early_stopping_threshold),
-        teacher=None
-        if teacher is None or not objective.requires.teacher
-        else teacher.source(objective.requires),
+        teacher=teacher.source(objective.requires) if teacher and objective.requires.teacher else None,
         teacher_memory=None if memories is None else memories.teacher,
         start_memory=None if memories is None else memories.start,
         memory_learning_rate=memory_learning_rate,
@@ -342,7 +341,8 @@ def _student_source(arguments: DistillationArguments, teacher_path: str | None) 
 
 def _check_batches(objective: Objective, method: str, run: RunArguments) -> None:
     """Check that a batch has as many samples as the objective compares."""
-    if run.per_device_train_batch_size < objective.requires.minimum_batch:
+    joined = run.per_device_train_batch_size * (run.world_size if gathers(objective) else 1)
+    if joined < objective.requires.minimum_batch:
         raise ValueError(
             f"per_device_train_batch_size: method {method!r} compares the samples of a batch and needs "
             f"at least {objective.requires.minimum_batch}, got {run.per_device_train_batch_size}"

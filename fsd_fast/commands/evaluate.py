@@ -78,7 +78,7 @@ def prepare(data_arguments: DataArguments, arguments: EvaluationArguments) -> Wo
                 f"teacher_model_name_or_path: {teacher_path} and {path} have different vocabularies"
             )
         teacher = _load(teacher_path, tokenizer, task, data_arguments, "teacher_model_name_or_path")
-    data = load_data(data_arguments, task, splits, tokenizer)
+    data = load_data(data_arguments, task, splits, tokenizer, train=False)
     checkpoints = _checkpoints(path) if arguments.all_checkpoints else []
     process = PartialState(cpu=arguments.use_cpu)
     teacher_logits = None

@@ -159,7 +159,7 @@ class _Sweep:
 
     def _jobs(self) -> list[Job]:
         """The jobs that are left: the runs without a row, and the unfinished teachers and memories they need."""
-        shared = [*(teacher.job for teacher in self._plan.teachers), *self._plan.memories]
+        shared = [*(teacher.job for teacher in self._plan.teachers), *self._plan.shared]
         unfinished = {job.name: job for job in shared if not self._is_done(job)}
         needed = {need for run in self._runs.values() for need in run.job.needs}
         planned = [job for job in unfinished.values() if job.name in needed]
@@ -181,6 +181,8 @@ class _Sweep:
 
     def _is_done(self, job: PlannedJob) -> bool:
         """Whether a teacher or a memory is finished. A memory's own record is written last."""
+        if job.command == "cache":  # which looks for itself what is there
+            return False
         folder = Path(job.flags["output_dir"])
         return (folder / DONE_FILE).is_file() or (folder / METADATA_FILE).is_file()
 
@@ -191,7 +193,7 @@ class _Sweep:
         seconds = f"{outcome.result['seconds']:.0f} s"
         teachers = {teacher.job.name: teacher for teacher in self._plan.teachers}
         run = self._runs.get(outcome.job.name) or teachers.get(outcome.job.name)
-        if run is None:  # a memory
+        if run is None:  # a cache or a memory
             return seconds
         row = row_of(run, self._tasks[run.task], outcome.result["figures"])
         self._rows = [*(each for each in self._rows if each.run != row.run), row]

@@ -1,6 +1,6 @@
-"""What a sweep does: its teachers, memories and runs, each with its flags, checked before anything runs.
+"""What a sweep does: its teachers, caches, memories and runs, each with its flags, checked before anything runs.
 
-Runs that agree in what makes a teacher share one, and those that agree in what makes a memory share that. Every job
+Runs that agree in what makes a teacher share one, and likewise its cache and its memory. Every job
 has a name made of its task and of a digest of all its settings, so that the same settings find what was done before.
 """
 
@@ -28,7 +28,7 @@ _SET_BY_SWEEP = {
     "memory_path": "the sweep builds the memory",
     "teacher_logits_dir": "the sweep has one for all runs",
     "fidelity": "a row says how far its student follows the teacher",
-    "teacher_cache_dir": "runs of a sweep may read different layers, and a cache holds the same for all",
+    "teacher_cache_dir": "a section cache makes one for all runs that share a teacher",
     "overwrite_output_dir": "finished runs are kept and others are continued",
     "resume_from_checkpoint": "finished runs are kept and others are continued",
     "allow_changes": "runs with other settings are other runs",
@@ -43,7 +43,7 @@ EXISTING_TEACHER = "teacher_model_name_or_path"
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """A folder to fill: a teacher, a memory or a student.
+    """A folder to fill: a teacher, its cache, its memory or a student.
 
     Attributes:
         name: Of the folder below its kind's.
@@ -83,13 +83,13 @@ class Plan:
 
     Attributes:
         teachers: The teachers that the sweep trains.
-        memories: The memories; each needs its teacher.
+        shared: Caches, where the file asks for them, and memories; each comes after what it needs.
         runs: The students, seed by seed: a sweep that is cut off has compared what it can.
         data: Different flags of the data, by name of the task, to look at the files before anything runs.
     """
 
     teachers: list[PlannedRun]
-    memories: list[PlannedJob]
+    shared: list[PlannedJob]
     runs: list[PlannedRun]
     data: list[tuple[str, Flags]]
 
@@ -118,7 +118,7 @@ def make_plan(sweep: SweepFile, folder: Path, *, use_cpu: bool) -> Plan:
             raise ValueError(f"{sweep.path}: expected different runs, got {shorten(run.settings)} twice")
         named[run.job.name] = run
     return Plan(
-        list(planner.teachers.values()), list(planner.memories.values()), runs, list(planner.data.values())
+        list(planner.teachers.values()), list(planner.shared.values()), runs, list(planner.data.values())
     )
 
 
@@ -127,7 +127,7 @@ class _Planner:
         self._sweep, self._folder = sweep, folder
         self._device: Flags = {"use_cpu": True} if use_cpu else {}
         self.teachers: dict[str, PlannedRun] = {}
-        self.memories: dict[str, PlannedJob] = {}
+        self.shared: dict[str, PlannedJob] = {}
         self.data: dict[str, tuple[str, Flags]] = {}
 
     def run(self, entry: TaskEntry, where: str, settings: Flags, seed: int) -> PlannedRun:
@@ -148,10 +148,17 @@ class _Planner:
         teacher, teacher_job, teacher_settings = self._teacher(entry, where, data)
         shown = {"data": data, "teacher": teacher_settings, "distill": distill}
         flags = {**_QUIET, **data, **distill, **self._device, "method": method, "seed": seed}
-        flags["teacher_model_name_or_path"] = teacher
+        teacher_flags = {"teacher_model_name_or_path": teacher}
+        flags |= teacher_flags
         needs = [] if teacher_job is None else [teacher_job]
+        cache_job, cache = self._cache(entry, where, data, teacher, needs)
+        if cache_job is not None and (reads_cache(method) or needs_memory(method)):
+            needs = [*needs, cache_job]
+        if cache_job is not None and reads_cache(method):
+            flags |= cache
+            shown["cache"] = self._section("cache", entry, where)
         if needs_memory(method):
-            memory_job, shown["memory"] = self._memory(entry, where, data, teacher, needs)
+            memory_job, shown["memory"] = self._memory(entry, where, data, {**teacher_flags, **cache}, needs)
             flags["memory_path"] = str(self._folder / "memories" / memory_job)
             needs = [*needs, memory_job]
         name = f"{task}-{method}-seed{seed}-{_digest([shown, method, seed])}"
@@ -164,7 +171,7 @@ class _Planner:
 
     def _teacher(self, entry: TaskEntry, where: str, data: Flags) -> tuple[str, str | None, Flags]:
         """Return the teacher's folder or name, the job that makes it if one does, and its settings."""
-        given = {**self._sweep.sections["teacher"], **entry.sections.get("teacher", {})}
+        given = {**self._sweep.sections.get("teacher", {}), **entry.sections.get("teacher", {})}
         if EXISTING_TEACHER in given:
             others = sorted(set(given) - {EXISTING_TEACHER})
             if others or not isinstance(given[EXISTING_TEACHER], str):
@@ -189,21 +196,34 @@ class _Planner:
         self.teachers.setdefault(name, PlannedRun(job, str(data["task_name"]), TEACHER, seed, shown))
         return output, name, settings
 
-    def _memory(
+    def _cache(
         self, entry: TaskEntry, where: str, data: Flags, teacher: str, needs: list[str]
+    ) -> tuple[str | None, Flags]:
+        """Return the job that fills the teacher's cache, and the flags of those who read it; neither without one."""
+        if "cache" not in self._sweep.sections:
+            return None, {}
+        settings = {**_taken("cache", data), **self._section("cache", entry, where)}
+        name = f"{data['task_name']}-cache-{_digest([settings, teacher])}"
+        flags = {**settings, **self._device, "teacher_model_name_or_path": teacher}
+        flags["teacher_cache_dir"] = str(self._folder / "caches" / name)
+        self.shared.setdefault(name, PlannedJob(name, "cache", flags, tuple(needs)))
+        return name, {key: flags[key] for key in ("teacher_cache_dir", "teacher_cache_dtype") if key in flags}
+
+    def _memory(
+        self, entry: TaskEntry, where: str, data: Flags, teacher: Flags, needs: list[str]
     ) -> tuple[str, Flags]:
         """Return the job that builds the memory, and its settings."""
         settings = {**_taken("memory", data), **self._section("memory", entry, where)}
         name = f"{data['task_name']}-memory-{_digest([settings, teacher])}"
-        flags = {**settings, **self._device, "teacher_model_name_or_path": teacher}
+        flags = {**settings, **self._device, **teacher}
         flags["output_dir"] = str(self._folder / "memories" / name)
-        self.memories.setdefault(name, PlannedJob(name, "memory", flags, tuple(needs)))
+        self.shared.setdefault(name, PlannedJob(name, "memory", flags, tuple(needs)))
         return name, self._section("memory", entry, where)
 
     def _section(self, section: str, entry: TaskEntry, where: str) -> Flags:
         """A section's flags, those of the task before those of the file."""
         return {
-            **_checked(section, self._sweep.sections[section], f"{self._sweep.path}: {section}"),
+            **_checked(section, self._sweep.sections.get(section, {}), f"{self._sweep.path}: {section}"),
             **_checked(section, entry.sections.get(section, {}), f"{where}: {section}"),
         }
 
@@ -216,7 +236,7 @@ def _checked(section: str, flags: Flags, where: str) -> Flags:
             reason = "methods are listed under runs, seeds under seeds"
         if reason is not None:
             raise ValueError(f"{where}: {name}: expected it to be left out: {reason}")
-    values = check_values(section if section in ("teacher", "memory") else "distill", flags, where)
+    values = check_values(section if section in ("teacher", "cache", "memory") else "distill", flags, where)
     other = sorted(set(values) - _DATA_FLAGS)
     if section == "data" and other:
         raise ValueError(f"{where}: expected flags of the data, got {', '.join(other)}")
@@ -226,6 +246,11 @@ def _checked(section: str, flags: Flags, where: str) -> Flags:
 def needs_memory(method: str) -> bool:
     """Whether a method reads a teacher memory."""
     return "memory_path" in METHODS[method].settings
+
+
+def reads_cache(method: str) -> bool:
+    """Whether a method reads nothing of the teacher but logits and hidden states, which a cache holds."""
+    return METHODS[method].needs_teacher and "minilm_relation_heads" not in METHODS[method].settings
 
 
 def _taken(command: str, data: Flags) -> Flags:

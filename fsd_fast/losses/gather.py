@@ -38,19 +38,20 @@ class Gathers:
     gather = False
 
 
-def gather_features(module: nn.Module) -> bool:
+def gather_features(module: nn.Module) -> None:
     """Let the losses in a module go over the samples of all processes.
 
     Args:
         module: Any module; the structure losses among its submodules are switched, others left as they are.
-
-    Returns:
-        Whether there is such a loss.
     """
-    found = [each for each in module.modules() if isinstance(each, Gathers)]
-    for each in found:
-        each.gather = True
-    return bool(found)
+    for each in module.modules():
+        if isinstance(each, Gathers):
+            each.gather = True
+
+
+def gathers(module: nn.Module) -> bool:
+    """Whether a loss in a module goes over the samples of all processes."""
+    return any(isinstance(each, Gathers) and each.gather for each in module.modules())
 
 
 class _ExchangePositions(torch.autograd.Function):

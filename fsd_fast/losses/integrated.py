@@ -156,7 +156,7 @@ class FeatureStructureLoss(nn.Module):
             structures = structures + self.gamma_g * output.loss
             components |= {
                 "loss_global": output.loss,
-                "global_memory_cka": output.memory_cka,
+                "global_memory": output.memory,
                 "global_distance": output.distance,
                 "global_cosine": output.cosine,
             }

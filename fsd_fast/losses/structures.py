@@ -169,13 +169,13 @@ class IntraFeatureLoss(_MeasuredLoss):
         cka = intra_cka(students, teachers, self._mask(attention_mask), backend=self.backend)
         if self.reduction == "mean_log":
             return cka.neg_log.mean()
-        distance = cka.distance.mean(dim=1)
+        one_minus_cka = cka.one_minus_cka.mean(dim=1)
         if self.gather:
-            distance = mean_over_processes(distance, cka.distance.shape[1])
-        # Near CKA = 1 the logarithm of 1 - distance would round; near CKA = 0, 1e-8 - 1 would, to -1.
-        near = distance < 0.5
-        log1p = torch.log1p(1e-8 - torch.where(near, distance, 0.0))
-        log = torch.log(torch.where(near, 1.0, 1 - distance) + 1e-8)
+            one_minus_cka = mean_over_processes(one_minus_cka, cka.one_minus_cka.shape[1])
+        # Near CKA = 1 the logarithm of CKA would round; near CKA = 0, 1e-8 - 1 would, to -1.
+        near = one_minus_cka < 0.5
+        log1p = torch.log1p(1e-8 - torch.where(near, one_minus_cka, 0.0))
+        log = torch.log(torch.where(near, 1.0, 1 - one_minus_cka) + 1e-8)
         return -torch.where(near, log1p, log).mean()
 
 
@@ -242,7 +242,7 @@ class GlobalInterFeatureOutput(NamedTuple):
 
     loss: Tensor
     """L_G = gamma_m F^E + (1 - gamma_m) F^C + F_MM."""
-    memory_cka: Tensor
+    memory: Tensor
     """F_MM = -log CKA of the two memories."""
     distance: Tensor
     """F^E, the mean squared difference of Euclidean distances between samples and centroids."""
@@ -341,12 +341,8 @@ class GlobalInterFeatureLoss(_StructureLoss):
 
     def combine(self, structures: InterStructure) -> GlobalInterFeatureOutput:
         """Weigh F_MM, F^E and F^C into L_G."""
-        loss = (
-            self.gamma_m * structures.distance
-            + (1 - self.gamma_m) * structures.cosine
-            + structures.memory_cka
-        )
-        return GlobalInterFeatureOutput(loss, structures.memory_cka, structures.distance, structures.cosine)
+        loss = self.gamma_m * structures.distance + (1 - self.gamma_m) * structures.cosine + structures.memory
+        return GlobalInterFeatureOutput(loss, structures.memory, structures.distance, structures.cosine)
 
     def forward(
         self,

@@ -4,6 +4,7 @@
     seeds: [0, 1, 2]
     data: {max_seq_length: 64}
     teacher: {num_train_epochs: 3}
+    cache: {layers: all}
     memory: {num_centroid: 100}
     distill: {student_layers: 3}
     runs:
@@ -28,7 +29,7 @@ import yaml
 
 from fsd_fast.untrusted import shorten
 
-SECTIONS = ("data", "teacher", "memory", "distill")
+SECTIONS = ("data", "teacher", "cache", "memory", "distill")
 """Flags of every command that reads data, and those of one command each."""
 _KEYS = ("tasks", "seeds", *SECTIONS, "runs")
 _MAXIMUM_BYTES = 1 << 20
@@ -58,7 +59,7 @@ class SweepFile:
         path: The file, for messages.
         tasks: The tasks.
         seeds: Seeds of the students.
-        sections: Section -> flags.
+        sections: Section -> flags; those that the file has.
         runs: Flags of each run, lists expanded.
     """
 
@@ -108,7 +109,7 @@ def read_sweep(path: Path) -> SweepFile:
             for place, entry in enumerate(_list(content["tasks"], f"{path}: tasks"))
         ),
         tuple(seeds),
-        {name: _mapping(content.get(name) or {}, f"{path}: {name}") for name in SECTIONS},
+        {name: _mapping(content[name] or {}, f"{path}: {name}") for name in SECTIONS if name in content},
         _runs(_list(content["runs"], f"{path}: runs"), f"{path}: runs"),
     )
     total = len(sweep.tasks) * len(sweep.seeds) * len(sweep.runs)

@@ -94,10 +94,11 @@ def test_bad_command_lines_exit_2(capsys: pytest.CaptureFixture[str], tmp_path: 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_commands_for_a_gpu_exit_2_without_one(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["kernel-times"]) == 2
+    assert main(["kernel-times"]) == main(["capture"]) == 2
     assert main(["intra", "--device", "cuda"]) == 2
     errors = capsys.readouterr().err
     assert "kernel-times needs a GPU" in errors
+    assert "capture needs a GPU" in errors
     assert "--device cuda: expected a GPU" in errors
 
 

@@ -129,4 +129,11 @@ def test_kernel_times_profiles_passes_that_run() -> None:
     for name, call in kernel_cases(torch.float32, CPU, sizes):
         call()
         names.append(name)
-    assert names == ["L_I", "L_G + L_L, K=100", "L_G + L_L, K=300", "k-means, K=100"]
+    assert names == [
+        "L_I, forward",
+        "L_I",
+        "L_G + L_L, K=100, forward",
+        "L_G + L_L, K=100",
+        "L_G + L_L, K=300",
+        "k-means, K=100",
+    ]

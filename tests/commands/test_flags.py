@@ -28,6 +28,7 @@ NEEDED = {
     "predict": {"model_name_or_path": "teacher", "output_dir": "run"},
     "sweep": {"config_file": "sweep.yaml", "output_dir": "run"},
     "table": {"results_file": "results.csv"},
+    "analyze": {"model_name_or_path": "student", "teacher_model_name_or_path": "teacher"},
 }
 
 

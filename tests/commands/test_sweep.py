@@ -53,7 +53,7 @@ def swept(tiny, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        path = write(folder / "sweep.yaml", sweep_text(tiny, runs=RUNS))
+        path = write(folder / "sweep.yaml", sweep_text(tiny, runs=RUNS, more="cache: {}"))
         status = sweep(path, folder / "out", "--jobs", "2")
     return path, folder / "out", status
 
@@ -76,8 +76,8 @@ def test_a_failed_run_is_reported_and_the_others_have_rows(swept, capsys):
     assert sweep(path, folder) == 1
     captured = capsys.readouterr()
     assert "sweep: 1 runs to do, 2 finished before" in captured.out
-    assert f"[1/1] {log.stem}: failed: distill: per_device_train_batch_size: method 'fsd_ilg'" in captured.out
-    assert "1 of 1 jobs failed" in captured.err
+    assert f"[2/2] {log.stem}: failed: distill: per_device_train_batch_size: method 'fsd_ilg'" in captured.out
+    assert "1 of 2 jobs failed" in captured.err
     assert (folder / "results.csv").read_bytes() == before
     assert memory.stat().st_mtime_ns == built
 
@@ -85,6 +85,7 @@ def test_a_failed_run_is_reported_and_the_others_have_rows(swept, capsys):
 def test_runs_share_a_teacher_a_memory_and_its_logits(swept):
     _, folder, _ = swept
     assert len(list((folder / "teachers").iterdir())) == 1
+    assert len(list((folder / "caches").iterdir())) == 1
     assert len(list((folder / "memories").iterdir())) == 1
     assert len(list((folder / "teacher_logits").iterdir())) == 2  # of the held-out rows, and of dev
 
@@ -234,7 +235,7 @@ def plan(tiny, tmp_path, text):
 
 
 def shared(found):
-    return [*(teacher.job.name for teacher in found.teachers), *(memory.name for memory in found.memories)]
+    return [*(teacher.job.name for teacher in found.teachers), *(job.name for job in found.shared)]
 
 
 def test_the_same_settings_have_the_same_names(tiny, tmp_path):
@@ -256,16 +257,36 @@ def test_the_same_settings_have_the_same_names(tiny, tmp_path):
 def test_a_subset_has_a_teacher_and_a_memory_of_its_own_unless_told_otherwise(tiny, tmp_path):
     runs = "  - {method: [vkd, fsd_g], max_train_samples: [8, 16]}"
     found = plan(tiny, tmp_path, sweep_text(tiny, runs=runs))
-    assert [len(found.teachers), len(found.memories)] == [2, 2]
+    assert [len(found.teachers), len(found.shared)] == [2, 2]
     teacher = f"{{model_name_or_path: {tiny.backbone}, max_train_samples: null}}"
     found = plan(tiny, tmp_path, sweep_text(tiny, runs=runs, teacher=teacher))
-    assert [len(found.teachers), len(found.memories)] == [1, 2]
+    assert [len(found.teachers), len(found.shared)] == [1, 2]
     assert found.teachers[0].job.flags["max_train_samples"] is None
-    assert {job.flags["max_train_samples"] for job in found.memories} == {8, 16}
+    assert {job.flags["max_train_samples"] for job in found.shared} == {8, 16}
     by_method = {run.method: run for run in found.runs}
     assert len(by_method["vkd"].job.needs) == 1
     assert len(by_method["fsd_g"].job.needs) == 2
     assert "memory_path" not in by_method["vkd"].job.flags
+
+
+def test_a_cache_is_shared_by_those_that_read_it(tiny, tmp_path):
+    runs = "  - {method: [finetune, vkd, minilm, fsd_ilg]}"
+    found = plan(tiny, tmp_path, sweep_text(tiny, runs=runs, more="cache: {teacher_cache_dtype: bfloat16}"))
+    assert [job.command for job in found.shared] == ["cache", "memory"]
+    cache, memory = found.shared
+    readers = {run.method: run.job.flags for run in found.runs}
+    for flags in (memory.flags, readers["vkd"], readers["fsd_ilg"]):
+        assert flags["teacher_cache_dir"] == cache.flags["teacher_cache_dir"]
+        assert flags["teacher_cache_dtype"] == "bfloat16"
+    for method in ("finetune", "minilm"):
+        assert "teacher_cache_dir" not in readers[method]
+    assert cache.name in memory.needs
+    without = plan(tiny, tmp_path, sweep_text(tiny, runs=runs))
+    assert [job.command for job in without.shared] == ["memory"]
+    # A rounded cache is a setting like another.
+    assert not {run.job.name for run in found.runs if run.method == "vkd"} & {
+        run.job.name for run in without.runs
+    }
 
 
 def test_a_task_may_have_settings_of_its_own(tiny, tmp_path):

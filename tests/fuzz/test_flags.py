@@ -11,7 +11,7 @@ import re
 
 from fsd_fast.cli import main
 from fsd_fast.commands.parsing import command_flags
-from tests.fuzz.cases import fuzz, mutated
+from tests.fuzz.cases import ALL, fuzz, mutated
 from tests.fuzz.isolated import isolated
 
 BASE = {
@@ -135,7 +135,7 @@ def test_every_flag_is_tried_once(tmp_path, monkeypatch):
     def work():
         for command, base in BASE.items():
             for name in command_flags(command):
-                for value in ("nan", "{}", ""):
+                for value in ("nan", "{}", "") if ALL else ("nan",):
                     given = {**base, name: value}
                     run_once([command, *(f"--{each}={text}" for each, text in given.items())], tmp_path)
 

@@ -239,8 +239,8 @@ def check_intra(
     right = intra_cka(truth, [x.double() for x in teachers], mask, backend="reference")
     for value, expected in zip(ours, right, strict=True):
         assert_close(value, expected, on_gpu(tolerance, 1e-5))
-    (ours.distance * weights[0] + ours.neg_log * weights[1]).sum().backward()
-    backpropagate((right.distance * weights[0] + right.neg_log * weights[1]).sum())
+    (ours.one_minus_cka * weights[0] + ours.neg_log * weights[1]).sum().backward()
+    backpropagate((right.one_minus_cka * weights[0] + right.neg_log * weights[1]).sum())
     for x, expected in zip(students, truth, strict=True):
         assert x.grad is not None
         assert x.grad.dtype == x.dtype
@@ -271,7 +271,7 @@ def test_kernels_give_zero_for_too_few_rows(kind: str, path: str) -> None:
     mask = kept_mask(kind, 3, 18)
     x = poison(normal(3, 18, 20, seed=1), mask)
     check_intra([x], [poison(normal(3, 18, 16, seed=2), mask)], mask, 1e-5)
-    assert intra_cka(x, x, mask, backend="triton").distance[0, 0] == 0
+    assert intra_cka(x, x, mask, backend="triton").one_minus_cka[0, 0] == 0
 
 
 @on_triton
@@ -304,9 +304,9 @@ def test_kernels_of_aligned_rows(path: str) -> None:
 def test_kernels_give_zero_for_equal_features(path: str) -> None:
     x = normal(2, 18, 32, seed=3).requires_grad_()
     result = intra_cka(x, x.detach().clone(), backend="triton")
-    (result.distance + result.neg_log).sum().backward()
+    (result.one_minus_cka + result.neg_log).sum().backward()
     assert x.grad is not None
-    assert result.distance.abs().max() <= 1e-12
+    assert result.one_minus_cka.abs().max() <= 1e-12
     assert result.neg_log.abs().max() <= 1e-12
     assert x.grad.abs().max() <= 1e-8
 
@@ -318,8 +318,8 @@ def test_kernels_give_zero_for_constant_rows(path: str) -> None:
         other = normal(2, 18, 24, seed=4)
         for student, teacher in ((x, other), (other.clone().requires_grad_(), x)):
             result = intra_cka(student, teacher, backend="triton")
-            (result.distance + result.neg_log).sum().backward()
-            assert result.distance.tolist() == result.neg_log.tolist() == [[0.0, 0.0]]
+            (result.one_minus_cka + result.neg_log).sum().backward()
+            assert result.one_minus_cka.tolist() == result.neg_log.tolist() == [[0.0, 0.0]]
             assert student.grad is not None
             assert not student.grad.any()
 
@@ -328,8 +328,8 @@ def test_kernels_give_zero_for_constant_rows(path: str) -> None:
 @pytest.mark.parametrize("scale", [1e-15, 1e15])
 def test_kernels_keep_small_and_large_features(scale: float, path: str) -> None:
     x, y = normal(1, 18, 16, seed=1).double() * scale, normal(1, 18, 16, seed=2).double() * scale
-    ours = intra_cka(x.float(), y.float(), backend="triton").distance
-    assert_close(ours, intra_cka(x, y, backend="reference").distance, 1e-5)
+    ours = intra_cka(x.float(), y.float(), backend="triton").one_minus_cka
+    assert_close(ours, intra_cka(x, y, backend="reference").one_minus_cka, 1e-5)
 
 
 @on_triton
@@ -342,7 +342,7 @@ def test_kernels_of_unrelated_structures() -> None:
     x = x.requires_grad_()
     ours, right = (intra_cka(x, y, backend=name) for name in ("triton", "reference"))
     assert_close(ours.neg_log, right.neg_log, 1e-5)
-    assert_close(ours.distance, right.distance, 1e-5)
+    assert_close(ours.one_minus_cka, right.one_minus_cka, 1e-5)
 
 
 @on_triton
@@ -350,9 +350,9 @@ def test_kernels_next_to_one(path: str) -> None:
     """Where 1 - delta rounds to 1, -log CKA is delta itself."""
     x = normal(2, 18, 32, seed=1)
     result = intra_cka(x, x + 1e-5 * normal(2, 18, 32, seed=2), backend="triton")
-    assert (result.distance > 0).all()
-    assert (result.distance < 1e-8).all()
-    torch.testing.assert_close(result.neg_log, result.distance, rtol=1e-5, atol=0.0)
+    assert (result.one_minus_cka > 0).all()
+    assert (result.one_minus_cka < 1e-8).all()
+    torch.testing.assert_close(result.neg_log, result.one_minus_cka, rtol=1e-5, atol=0.0)
 
 
 @on_triton
@@ -367,7 +367,7 @@ def test_kernels_launched(launches: list[str], multiprocessors: Callable[[int], 
     students = [normal(2, 9, 16 + i, seed=i).requires_grad_() for i in range(3)]
     result = intra_cka(students, students[::-1], backend="triton")
     assert launches == ["_intra_cka_fwd_kernel"]
-    result.distance.sum().backward()
+    result.one_minus_cka.sum().backward()
     assert launches == ["_intra_cka_fwd_kernel", "_intra_cka_bwd_kernel"]
     launches.clear()
     multiprocessors(132)
@@ -378,7 +378,7 @@ def test_kernels_launched(launches: list[str], multiprocessors: Callable[[int], 
         normal(1, 130, 8, seed=1).requires_grad_(), normal(1, 130, 8, seed=2), backend="triton"
     )
     assert launches == ["_intra_cka_mean_kernel", "_intra_cka_tile_kernel", "_intra_cka_finish_kernel"]
-    result.distance.sum().backward()
+    result.one_minus_cka.sum().backward()
     assert launches[3:] == ["_intra_cka_bwd_tile_kernel"]
 
 
@@ -387,8 +387,8 @@ def test_kernels_of_nothing() -> None:
     for shape in ((0, 4, 8), (2, 0, 8), (2, 4, 0)):
         x = torch.zeros(shape, device=DEVICE, requires_grad=True)
         result = intra_cka(x, torch.zeros(shape, device=DEVICE), backend="triton")
-        result.distance.sum().backward()
-        assert not result.distance.any()
+        result.one_minus_cka.sum().backward()
+        assert not result.one_minus_cka.any()
         assert x.grad is not None
         assert not x.grad.any()
 
@@ -408,10 +408,10 @@ def test_rounding_stays_below_plain_torch(
 ) -> None:
     """On outlier features, value and gradient: at most twice the error of plain torch in the same dtype."""
     x, y = outliers(2, 24, 64, seed=seed).to(dtype), outliers(2, 24, 64, seed=9 + seed).to(dtype)
-    truth = truth_of(lambda z: intra_cka(z, y.double(), backend="reference").distance[0], x)
+    truth = truth_of(lambda z: intra_cka(z, y.double(), backend="reference").one_minus_cka[0], x)
     plain = error_of(lambda z: plain_distance(z, y, bits), x, truth)
     rounded_dots(bits)
-    ours = error_of(lambda z: intra_cka(z, y, backend="triton").distance[0], x, truth)
+    ours = error_of(lambda z: intra_cka(z, y, backend="triton").one_minus_cka[0], x, truth)
     assert ours[0] <= 2 * plain[0]
     assert ours[1] <= 2 * plain[1]
     # Centred before they are rounded, features keep the digits that the dtype has.
@@ -425,8 +425,8 @@ def test_kernels_ignore_rotation_scale_and_order(batch: int, rows: int, width: i
     x, y = normal(batch, rows, width, seed=seed), normal(batch, rows, 12, seed=seed + 1)
     rotation = torch.linalg.qr(normal(width, width, seed=seed + 2)).Q
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
-    plain = intra_cka(x, y, backend="triton").distance
-    moved = intra_cka(3.7 * (x @ rotation)[:, order], y[:, order], backend="triton").distance
+    plain = intra_cka(x, y, backend="triton").one_minus_cka
+    moved = intra_cka(3.7 * (x @ rotation)[:, order], y[:, order], backend="triton").one_minus_cka
     torch.testing.assert_close(plain, moved, atol=2e-5, rtol=1e-4)
     assert ((plain >= 0) & (plain <= 1 + 1e-6)).all()
 

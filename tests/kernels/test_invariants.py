@@ -39,7 +39,7 @@ def every_structure(
     """All values of ``intra_cka`` and ``inter_structure`` by name."""
     intra = intra_cka(student, teacher, mask, backend=backend)
     between = inter_structure(student, teacher, memory, teacher_memory, mask, backend=backend)
-    values = {"intra_distance": intra.distance[0], "intra_neg_log": intra.neg_log[0]}
+    values = {"intra_one_minus_cka": intra.one_minus_cka[0], "intra_neg_log": intra.neg_log[0]}
     return values | {f"inter_{name}": value for name, value in between._asdict().items()}
 
 
@@ -124,7 +124,7 @@ def test_the_reference_keeps_the_invariances_it_is_trusted_for() -> None:
     turned = every_structure(
         student @ orthogonal(7), memory, 3 * teacher + 1, teacher_memory, backend="reference"
     )
-    for name in ("intra_distance", "intra_neg_log", "inter_local"):
+    for name in ("intra_one_minus_cka", "intra_neg_log", "inter_local"):
         torch.testing.assert_close(turned[name], base[name], rtol=1e-9, atol=1e-12)
 
 
@@ -322,10 +322,10 @@ def test_without_structure_the_loss_and_its_gradient_are_zero(
     teacher = change_teacher(bert_features(3, 4, 8, dtype=dtype))
     intra = intra_cka(student, teacher, mask, backend=backend)
     local = inter_structure(student, teacher, mask=mask, backend=backend).local
-    for name, value in (("distance", intra.distance), ("neg_log", intra.neg_log), ("local", local)):
+    for name, value in (("one_minus_cka", intra.one_minus_cka), ("neg_log", intra.neg_log), ("local", local)):
         assert torch.equal(value, torch.zeros_like(value)), name
     for gradients in gradients_of(
-        {"intra": intra.neg_log + intra.distance, "local": local}, student
+        {"intra": intra.neg_log + intra.one_minus_cka, "local": local}, student
     ).values():
         assert torch.equal(gradients[0], torch.zeros_like(student))
 
@@ -346,7 +346,7 @@ def test_the_global_terms_are_defined_without_structure(case: str, backend: str)
             assert values[name].isfinite(), name
             assert all(gradient.isfinite().all() for gradient in gradients), name
         if memory.unique().numel() == 1:  # centroids that are all the same have no structure either
-            assert values["memory_cka"] == 0
+            assert values["memory"] == 0
         if student.shape[0] == 0:
             assert values["distance"] == 0
             assert values["cosine"] == 0
@@ -371,7 +371,7 @@ def test_losses_of_an_empty_batch_are_zero(reduction: Any) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean_log", "log_mean"])
 def test_structures_that_share_nothing_have_a_finite_loss(reduction: Any) -> None:
-    # K_c and L_c act on different rows: CKA is 0, and -log CKA stops at -log 1e-8.
+    # K_T and K_S act on different rows: CKA is 0, and -log CKA stops at -log 1e-8.
     student, teacher = torch.zeros(1, 4, 1), torch.zeros(1, 4, 1)
     student[0, :2, 0], teacher[0, 2:, 0] = torch.tensor([1.0, -1.0]), torch.tensor([1.0, -1.0])
     student.requires_grad_()
@@ -389,7 +389,7 @@ def test_below_its_floor_minus_log_cka_is_constant() -> None:
         intra = intra_cka(student, teacher, backend=backend).neg_log.sum()
         rows = (student.view(4, 1), teacher.view(4, 1))
         between = inter_structure(*rows, *rows, backend=backend)
-        for loss in (intra, between.local, between.memory_cka):
+        for loss in (intra, between.local, between.memory):
             assert loss.item() == pytest.approx(8 * np.log(10))
             (gradient,) = torch.autograd.grad(loss, student, retain_graph=True)
             assert gradient.abs().max() == 0
@@ -423,7 +423,7 @@ def test_kernels_give_the_same_bits_whatever_the_mask_drops() -> None:
         intra = intra_cka(x, teacher, mask, backend="triton")
         inter = inter_structure(x, teacher, m, memories[1], mask, backend="triton")
         (intra.neg_log.sum() + torch.stack(inter).sum()).backward()
-        results.append([intra.distance, intra.neg_log, torch.stack(inter), x.grad, m.grad])
+        results.append([intra.one_minus_cka, intra.neg_log, torch.stack(inter), x.grad, m.grad])
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
 
@@ -578,7 +578,7 @@ def test_drawn_scales_and_shifts_change_nothing(
     student, teacher = bert_features(*shape, 5, seed=seed), bert_features(*shape, 7, seed=seed)
     changed = 10**own * (student + shift), 10**their * teacher
     base, scaled = intra_cka(student, teacher), intra_cka(*changed)
-    torch.testing.assert_close(scaled.distance, base.distance, rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(scaled.one_minus_cka, base.one_minus_cka, rtol=1e-7, atol=1e-12)
     torch.testing.assert_close(scaled.neg_log, base.neg_log, rtol=1e-7, atol=1e-12)
     local = inter_structure(student, teacher).local, inter_structure(*changed).local
     torch.testing.assert_close(local[1], local[0], rtol=1e-7, atol=1e-12)

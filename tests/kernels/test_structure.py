@@ -144,7 +144,7 @@ def between(name: str) -> Callable[[Tensor, Tensor, Sequence[Tensor], str], Tens
 
 STRUCTURES = {
     "local": local,
-    "memory_cka": between("memory_cka"),
+    "memory": between("memory"),
     "distance": between("distance"),
     "cosine": between("cosine"),
 }
@@ -179,7 +179,7 @@ def test_half_precision_features_lose_only_the_rounding_of_the_gradient(
 
 # torch has no cdist in half precision: with a memory the absolute bounds stand alone.
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("name", ["memory_cka", "distance", "cosine"])
+@pytest.mark.parametrize("name", ["memory", "distance", "cosine"])
 def test_half_precision_features_and_memories(name: str, dtype: torch.dtype) -> None:
     inputs, constants = accuracy_case(0, dtype, (8, 16, 384, 768, 10))
     wide = [x.double() for x in constants]
@@ -300,7 +300,7 @@ def test_kernels_of_inter_structure_match_the_formula(num_centroid: int, masked:
         memory.requires_grad_()
         pair = (memory, teacher_memory) if num_centroid else (None, None)
         values = inter_structure(student, teacher, pair[0], pair[1], mask, backend=backend)
-        (values.local + 2 * values.memory_cka + 0.3 * values.distance + 5 * values.cosine).backward()
+        (values.local + 2 * values.memory + 0.3 * values.distance + 5 * values.cosine).backward()
         results.append((torch.stack(values), student.grad, memory.grad))
     assert_close(results[0][0], results[1][0], 1e-4)
     assert_close(results[0][1], results[1][1].nan_to_num(0.0), 1e-4)  # type: ignore[union-attr, arg-type]

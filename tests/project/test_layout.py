@@ -100,8 +100,8 @@ def test_distillation_knows_nothing_of_triton(path):
 
 # A room, a package or module right under fsd_fast, imports from rooms to its right alone.
 ROOMS = (
-    "cli commands sweep training memory models losses cache clustering metrics data distributed shutdown files "
-    "sections untrusted versions"
+    "cli commands sweep analysis training memory models losses cache clustering metrics data distributed shutdown "
+    "files sections untrusted versions"
 )
 
 

@@ -30,7 +30,7 @@ def test_lists_stand_for_every_combination(tmp_path):
         ("rte", {"teacher": {"learning_rate": "5e-5"}, "data": {"data_dir": "glue"}}),
     ]
     assert sweep.seeds == (0, 1)
-    assert sweep.sections == {"data": {"max_seq_length": 64}, "teacher": {}, "memory": {}, "distill": {}}
+    assert sweep.sections == {"data": {"max_seq_length": 64}}
     assert sweep.runs == (
         {"method": "vkd"},
         {"method": "fsd_il"},
@@ -47,7 +47,7 @@ def test_lists_stand_for_every_combination(tmp_path):
     [
         (
             GOOD.replace("seeds", "seed"),
-            "unknown key 'seed'; expected tasks, seeds, data, teacher, memory, distill",
+            "unknown key 'seed'; expected tasks, seeds, data, teacher, cache, memory, distill",
         ),
         (GOOD.replace("seeds", "seed"), "did you mean seeds?"),
         (GOOD.replace("runs:", "run:"), "did you mean runs?"),

@@ -42,7 +42,7 @@ STRUCTURES = {
     "vkd": set(),
     "fsd_i": {"loss_intra"},
     "fsd_l": {"loss_local"},
-    "fsd_g": {"loss_global", "global_memory_cka", "global_distance", "global_cosine"},
+    "fsd_g": {"loss_global", "global_memory", "global_distance", "global_cosine"},
 }
 STRUCTURES["fsd_il"] = STRUCTURES["fsd_i"] | STRUCTURES["fsd_l"]
 STRUCTURES["fsd_ilg"] = STRUCTURES["fsd_il"] | STRUCTURES["fsd_g"]

@@ -11,9 +11,11 @@ targets hold for two threads of an AMD EPYC.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,7 +102,7 @@ def measure(
     return measured, launches
 
 
-def _ignoring(call: Call) -> Callable[[object], object]:
+def _ignoring(call: Callable[[], object]) -> Callable[[object], object]:
     return lambda _: call()
 
 
@@ -131,6 +133,19 @@ def table(measured: Measurement, launches: dict[str, int]) -> Table:
     return lines
 
 
+def figures(measured: Measurement, launches: dict[str, int]) -> dict[str, dict[str, float]]:
+    """Each loss's launches, median microseconds, and median ratio to the fixed piece of Python."""
+    python = measured.samples[_PYTHON]
+    return {
+        name: {
+            "launches": number,
+            "us": harness.spread(measured.samples[name]).median * 1e6,
+            "ratio": harness.ratio(measured.samples[name], python).median,
+        }
+        for name, number in launches.items()
+    }
+
+
 def main(argv: Sequence[str]) -> int:
     """Print the time of each loss."""
     parser = argparse.ArgumentParser(
@@ -143,6 +158,7 @@ def main(argv: Sequence[str]) -> int:
         "--seconds", type=float, default=5.0, help="time for all rounds (default %(default)g)"
     )
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's choice)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the times")
     options = parser.parse_args(argv)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -155,4 +171,7 @@ def main(argv: Sequence[str]) -> int:
         f"{len(measured.samples[_PYTHON])} rounds{busy}"
     )
     print(aligned(table(measured, launches)))
+    if options.json is not None:
+        content = {"losses": figures(measured, launches), "python_us": python * 1e6, "dtype": options.dtype}
+        results.write_text(options.json, json.dumps(content, indent=1) + "\n")
     return 0

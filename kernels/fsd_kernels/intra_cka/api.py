@@ -21,7 +21,7 @@ from fsd_kernels._op import op, run_reference
 class IntraCKA(NamedTuple):
     """The values of ``intra_cka``, [P, B] each: P layer pairs, B samples."""
 
-    distance: Tensor
+    one_minus_cka: Tensor
     """1 - CKA, in [0, 1]."""
     neg_log: Tensor
     """-log CKA, in [0, -log 1e-8]."""
@@ -65,11 +65,11 @@ def _keep(inputs: Sequence[Any], outputs: Sequence[Tensor]) -> Sequence[Any]:
 
 
 def _gradients(
-    kept: Sequence[Any], needs: Sequence[Any], d_distance: Tensor | None, d_neg_log: Tensor | None
+    kept: Sequence[Any], needs: Sequence[Any], d_one_minus_cka: Tensor | None, d_neg_log: Tensor | None
 ) -> Sequence[list[Tensor]]:
     neg_log, gradient, mask, backend, *students = kept
-    # d distance = -d CKA and d(-log CKA) = -d CKA / CKA. On the floor -log CKA is constant.
-    coefficient = torch.zeros_like(neg_log) if d_distance is None else -d_distance
+    # d(1 - CKA) = -d CKA and d(-log CKA) = -d CKA / CKA. On the floor -log CKA is constant.
+    coefficient = torch.zeros_like(neg_log) if d_one_minus_cka is None else -d_one_minus_cka
     if d_neg_log is not None:
         floored = neg_log >= _FLOORED
         coefficient = coefficient - torch.where(floored, 0.0, d_neg_log * torch.exp(neg_log))
@@ -97,9 +97,9 @@ def intra_cka(
 ) -> IntraCKA:
     """Linear CKA between the tokens of student and teacher, for every layer pair and sample.
 
-    CKA = <K_c, L_c> / (|K_c| |L_c|) with K_c and L_c the centred S x S Gram matrices of the teacher's and the student's
+    CKA = <K_T, K_S> / (|K_T| |K_S|) with K_T and K_S the centred S x S Gram matrices of the teacher's and the student's
     token features [paper, eq. 4-6]. A sample without structure on either side (fewer than two kept rows, or rows equal
-    up to rounding) has distance 0, -log CKA 0 and gradient 0. A kept feature that is NaN or infinite, or so large that
+    up to rounding) has 1 - CKA 0, -log CKA 0 and gradient 0. A kept feature that is NaN or infinite, or so large that
     squares overflow (about 1e19 in float32), makes the sample's values and gradient NaN, never 0.
 
     Args:
@@ -109,7 +109,7 @@ def intra_cka(
         backend: "auto", "triton", "eager" or "reference".
 
     Returns:
-        ``IntraCKA(distance, neg_log)``: 1 - CKA and -log CKA, [P, B], float32 (float64 for float64 input).
+        ``IntraCKA(one_minus_cka, neg_log)``: 1 - CKA and -log CKA, [P, B], float32 (float64 for float64 input).
 
     Raises:
         TypeError: An argument is not a floating tensor, or the mask is neither boolean nor integer.
@@ -136,5 +136,5 @@ def intra_cka(
     chosen = resolve_backend(backend, device, "intra_cka")
     if chosen == "reference":
         return IntraCKA(*run_reference("intra_cka", "forward", students, teachers, kept))
-    distance, neg_log, _ = _forward(students, teachers, kept, chosen)
-    return IntraCKA(distance, neg_log)
+    one_minus_cka, neg_log, _ = _forward(students, teachers, kept, chosen)
+    return IntraCKA(one_minus_cka, neg_log)

@@ -1,11 +1,11 @@
 """Intra-feature CKA from restructured torch operations, with the backward written by hand.
 
-Per layer pair and sample, with K_c = C K C the teacher's and L_c = C L C the student's centred Gram matrix:
+Per layer pair and sample, with K_T the teacher's and K_S the student's centred Gram matrix:
 
-    R = K_c - rho L_c,  rho = <K_c, L_c> / |L_c|^2      (Frobenius products: R is what L_c does not explain)
-    |K_c|^2 = rho^2 |L_c|^2 + |R|^2,   CKA = rho |L_c| / |K_c|
-    1 - CKA = (|R| / |K_c|)^2 / (1 + CKA)               no difference of two numbers near 1
-    G = d CKA / d L_c = R / (|K_c| |L_c|)
+    R = K_T - rho K_S,  rho = <K_T, K_S> / |K_S|^2      (Frobenius products: R is what K_S does not explain)
+    |K_T|^2 = rho^2 |K_S|^2 + |R|^2,   CKA = rho |K_S| / |K_T|
+    1 - CKA = (|R| / |K_T|)^2 / (1 + CKA)               no difference of two numbers near 1
+    G = d CKA / d K_S = R / (|K_T| |K_S|)
     dY = 2 c G Y,   c = -(d loss / d(1 - CKA)) - (d loss / d(-log CKA)) / CKA
 
 Features are multiplied first and their Gram matrix is centred, so that they are read once. This would lose digits if
@@ -238,7 +238,7 @@ def _scale(grams: Tensor, traces: list[list[float]], defined: list[bool]) -> lis
 
 
 def _products(grams: Tensor) -> list[list[float]]:
-    """<K_c, L_c> and |L_c|^2 of each sample of [2, b, S, S], summed in float64 over groups of at most 8 rows.
+    """<K_T, K_S> and |K_S|^2 of each sample of [2, b, S, S], summed in float64 over groups of at most 8 rows.
 
     Equal matrices have equal products, so that rho is exactly 1 and R exactly 0.
     """
@@ -263,7 +263,7 @@ def _results(
 ) -> list[tuple[float, float, float]]:
     """(1 - CKA, -log CKA, factor that turns R into G) of each sample; 0 without structure.
 
-    ``products`` are <K_c, L_c> and |L_c|^2, ``rest_norms`` |R|, ``factors`` the powers of 2 of the student's scaling.
+    ``products`` are <K_T, K_S> and |K_S|^2, ``rest_norms`` |R|, ``factors`` the powers of 2 of the student's scaling.
     """
     found = []
     for is_defined, product, student_square, rest_norm, factor in zip(
@@ -275,9 +275,9 @@ def _results(
         student_norm = math.sqrt(student_square)
         teacher_norm = math.hypot(product / student_norm, rest_norm)
         cka = product / (student_norm * teacher_norm)
-        distance = (rest_norm / teacher_norm) ** 2 / (1 + cka)
-        neg_log = -math.log1p(-distance) if distance < 0.5 else -math.log(max(cka, CKA_FLOOR))
-        found.append((distance, neg_log, factor / (teacher_norm * student_norm)))
+        one_minus_cka = (rest_norm / teacher_norm) ** 2 / (1 + cka)
+        neg_log = -math.log1p(-one_minus_cka) if one_minus_cka < 0.5 else -math.log(max(cka, CKA_FLOOR))
+        found.append((one_minus_cka, neg_log, factor / (teacher_norm * student_norm)))
     return found
 
 
@@ -310,8 +310,8 @@ def forward(
             values += [each[:2] for each in found]
             result *= result.new_tensor([factor for *_, factor in found])[:, None, None]
             _balance(result, kept)
-    distance, neg_log = gradient.new_tensor(values).view(pairs, batch, 2).unbind(dim=2)
-    return distance.contiguous(), neg_log.contiguous(), gradient
+    one_minus_cka, neg_log = gradient.new_tensor(values).view(pairs, batch, 2).unbind(dim=2)
+    return one_minus_cka.contiguous(), neg_log.contiguous(), gradient
 
 
 def backward(

@@ -2,9 +2,9 @@
 
 For one sample with W tokens, X [W, D_t] of the teacher and Y [W, D_s] of the student:
 
-    K = X X^T,  L = Y Y^T,  C = I - 1 1^T / W,  K_c = C K C,  L_c = C L C
-    HSIC(K, L) = tr(K_c L_c) / (W - 1)^2
-    CKA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))
+    C = I - 1 1^T / W,  K_T = C X X^T C,  K_S = C Y Y^T C
+    HSIC(X, Y) = tr(K_T K_S) / (W - 1)^2
+    CKA = HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y))
 
 Gradients come from autograd. Rows that the mask drops are removed first.
 """
@@ -27,7 +27,7 @@ def centering_matrix(rows: int, like: Tensor) -> Tensor:
 
 
 def hsic(gram_x: Tensor, gram_y: Tensor) -> Tensor:
-    """HSIC(K, L) = tr(C K C C L C) / (n - 1)^2 of two Gram matrices [n, n]."""
+    """HSIC = tr(C G_X C C G_Y C) / (n - 1)^2 of two Gram matrices G_X and G_Y [n, n]."""
     rows = gram_x.shape[0]
     centering = centering_matrix(rows, gram_x)
     centred_x = centering @ gram_x @ centering

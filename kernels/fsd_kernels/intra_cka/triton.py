@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def"
 """Intra-feature CKA as fused kernels: per layer pair and sample, two centred S x S Grams that stay on chip.
 
-    A = K_c / |K_c|,  B = L_c / |L_c|,  1 - CKA = 1/2 |A - B|^2,  G = ((A - B) + (1 - CKA) B) / |L_c|
+    A = K_T / |K_T|,  B = K_S / |K_S|,  1 - CKA = 1/2 |A - B|^2,  G = ((A - B) + (1 - CKA) B) / |K_S|
     dY = 2 c G Y_c
 
 Forward, S <= 128: ``_intra_cka_fwd_kernel``, one program per (pair, sample). It reads each feature once and writes no
@@ -173,7 +173,7 @@ def _intra_cka_fwd_kernel(
     student_table_ptr,
     teacher_table_ptr,
     mask_ptr,
-    distance_ptr,
+    one_minus_cka_ptr,
     neg_log_ptr,
     g_ptr,
     stride_mb,
@@ -224,8 +224,8 @@ def _intra_cka_fwd_kernel(
     product = tl.sum(unit_t * unit_s)
     difference = unit_t - unit_s
     delta = 0.5 * tl.sum(difference * difference)
-    distance, neg_log = _losses(delta, product, exists)
-    tl.store(distance_ptr + item, distance)
+    one_minus_cka, neg_log = _losses(delta, product, exists)
+    tl.store(one_minus_cka_ptr + item, one_minus_cka)
     tl.store(neg_log_ptr + item, neg_log)
 
     g = (difference + delta * unit_s) * tl.where(exists, 1.0 / (norm_s * energy_s), 0.0)
@@ -358,7 +358,7 @@ def _intra_cka_finish_kernel(
     student_energy_ptr,
     teacher_energy_ptr,
     mask_ptr,
-    distance_ptr,
+    one_minus_cka_ptr,
     neg_log_ptr,
     g_ptr,
     stride_mb,
@@ -440,8 +440,8 @@ def _intra_cka_finish_kernel(
             deltas += tl.sum(weight * (t - s) * (t - s), axis=0)
             products += tl.sum(weight * s * t, axis=0)
     delta = 0.5 * tl.sum(deltas)
-    distance, neg_log = _losses(delta, tl.sum(products), exists)
-    tl.store(distance_ptr + item, distance)
+    one_minus_cka, neg_log = _losses(delta, tl.sum(products), exists)
+    tl.store(one_minus_cka_ptr + item, one_minus_cka)
     tl.store(neg_log_ptr + item, neg_log)
 
     g_ptr += item.to(tl.int64) * S * S
@@ -664,24 +664,24 @@ def forward(
     student_type = triton_type("student", first.dtype)
     teacher_type = triton_type("teacher", teachers[0].dtype)
     items = len(students) * batch
-    distance = torch.empty((len(students), batch), dtype=torch.float32, device=first.device)
-    neg_log = torch.empty_like(distance)
+    one_minus_cka = torch.empty((len(students), batch), dtype=torch.float32, device=first.device)
+    neg_log = torch.empty_like(one_minus_cka)
     g = torch.empty((len(students), batch, rows, rows), dtype=torch.float32, device=first.device)
     if items == 0 or rows == 0:
-        return distance.zero_(), neg_log.zero_(), g
+        return one_minus_cka.zero_(), neg_log.zero_(), g
     precision = dot_precision()
     target = target_of(first.device)
     wider = max(first.dtype, teachers[0].dtype, key=lambda dtype: dtype.itemsize)
     config = forward_config(rows, items, wider, precision, target)
     aligned = _aligned(students) and _aligned(teachers)
     sides = ((students, student_type), (teachers, teacher_type))
-    mask_ptr, stride_mb, stride_ms, has_mask = _mask_arguments(mask, distance)
+    mask_ptr, stride_mb, stride_ms, has_mask = _mask_arguments(mask, one_minus_cka)
     with launch_guard(first):
         tables = [_table(layers) for layers, _ in sides]
 
         def fused(config: Config) -> None:
             _intra_cka_fwd_kernel[(items,)](
-                *tables, mask_ptr, distance, neg_log, g, stride_mb, stride_ms, batch, rows,
+                *tables, mask_ptr, one_minus_cka, neg_log, g, stride_mb, stride_ms, batch, rows,
                 HAS_MASK=has_mask, STUDENT_TYPE=student_type, TEACHER_TYPE=teacher_type,
                 STUDENT_DOT=kernel_dot_type(first.dtype), TEACHER_DOT=kernel_dot_type(teachers[0].dtype),
                 ALIGNED=aligned, PRECISION=precision, BLOCK_S=config.block_s, BLOCK_D=config.block_d,
@@ -691,7 +691,7 @@ def forward(
         if config.splits == 0:
             key = ("intra_cka_fwd", target, precision, student_type, teacher_type, config)
             fused(pick(key, neighbours(config, "block_d"), fused))
-            return distance, neg_log, g
+            return one_minus_cka, neg_log, g
 
         # One launch for both sides if their types agree; the teacher's layers follow the student's.
         if student_type == teacher_type:
@@ -729,11 +729,11 @@ def forward(
             partials += [partial[:, start : start + items] for start in starts]
             energies += [energy[:, start : start + items] for start in starts]
         _intra_cka_finish_kernel[(items,)](
-            *partials, *energies, mask_ptr, distance, neg_log, g, stride_mb, stride_ms,
+            *partials, *energies, mask_ptr, one_minus_cka, neg_log, g, stride_mb, stride_ms,
             batch, rows, *(energy.stride(0) for energy in energies), *(len(energy) for energy in energies),
             HAS_MASK=has_mask, BLOCK_S=min(64, config.block_s), num_warps=8, **LAUNCH_OPTIONS,
         )  # fmt: skip
-    return distance, neg_log, g
+    return one_minus_cka, neg_log, g
 
 
 def backward(

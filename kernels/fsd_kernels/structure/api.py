@@ -28,7 +28,7 @@ class InterStructure(NamedTuple):
 
     local: Tensor
     """L_L = -log CKA of the batch's samples."""
-    memory_cka: Tensor
+    memory: Tensor
     """F_MM = -log CKA of the two memories."""
     distance: Tensor
     """F^E = mean (d_S - d_T)^2 over samples and centroids, d the Euclidean distance."""

@@ -2,10 +2,10 @@
 
 Gamma = Z Z^T of Z = [centred memory, its mean mu_m, centred features, mu_h - mu_m] (``fsd_kernels.gram``).
 
-L_L and F_MM, from the teacher's and the student's diagonal block K_c and L_c, as in ``fsd_kernels.intra_cka.eager``:
+L_L and F_MM, from the teacher's and the student's diagonal block K_T and K_S, as in ``fsd_kernels.intra_cka.eager``:
 
-    R = K_c - <K_c, L_c> / |L_c|^2 L_c,   delta = 1 - CKA = (|R| / |K_c|)^2 / (1 + CKA),   loss = -log1p(-delta)
-    G = d CKA / d L_c = R / (|K_c| |L_c|)
+    R = K_T - <K_T, K_S> / |K_S|^2 K_S,   delta = 1 - CKA = (|R| / |K_T|)^2 / (1 + CKA),   loss = -log1p(-delta)
+    G = d CKA / d K_S = R / (|K_T| |K_S|)
 
 F^E and F^C, with q_ij = |h_i - m_j|^2, u_i = |h_i|^2, v_j = |m_j|^2 summed from entries of Gamma, a = sqrt(u),
 b = sqrt(v), r = a - b = (u - v) / (a + b):

@@ -19,7 +19,7 @@ CKA_FLOOR = 1e-8
 
 
 def hsic(gram_x: Tensor, gram_y: Tensor) -> Tensor:
-    """HSIC(K, L) = tr(C K C C L C) / (n - 1)^2 of two Gram matrices [n, n], C = I - 1 1^T / n."""
+    """HSIC = tr(C G_X C C G_Y C) / (n - 1)^2 of two Gram matrices G_X and G_Y [n, n], C = I - 1 1^T / n."""
     rows = gram_x.shape[0]
     identity = torch.eye(rows, dtype=gram_x.dtype, device=gram_x.device)
     centering = identity - torch.ones_like(identity) / rows
@@ -78,16 +78,16 @@ def inter_structure(
     student_memory, teacher_memory = student_memory.to(student.dtype), teacher_memory.to(student.dtype)
     student = torch.nn.functional.pad(student, (0, student_memory.shape[1] - student.shape[1]))
     teacher = torch.nn.functional.pad(teacher, (0, teacher_memory.shape[1] - teacher.shape[1]))
-    memory_cka = neg_log_cka(student_memory, teacher_memory)
+    memory = neg_log_cka(student_memory, teacher_memory)
     if student.shape[0] == 0:
-        return torch.stack([local, memory_cka, *torch.zeros_like(local).expand(2)])
+        return torch.stack([local, memory, *torch.zeros_like(local).expand(2)])
     distance = (
         euclidean_distance(teacher, teacher_memory) - euclidean_distance(student, student_memory)
     ).square()
     cosine = (
         cosine_similarity(teacher, teacher_memory) - cosine_similarity(student, student_memory)
     ).square()
-    return torch.stack([local, memory_cka, distance.mean(), cosine.mean()])
+    return torch.stack([local, memory, distance.mean(), cosine.mean()])
 
 
 def forward(student: Tensor, teacher: Tensor, num_centroid: int) -> Tensor:
@@ -98,9 +98,9 @@ def forward(student: Tensor, teacher: Tensor, num_centroid: int) -> Tensor:
     local = _neg_log_cka_of_centred(student, teacher, samples, num_centroid)
     if not num_centroid:
         return torch.stack([local, *torch.zeros_like(local).expand(3)])
-    memory_cka = _neg_log_cka_of_centred(student, teacher, slice(0, num_centroid), num_centroid)
+    memory = _neg_log_cka_of_centred(student, teacher, slice(0, num_centroid), num_centroid)
     if batch == 0:
-        return torch.stack([local, memory_cka, *torch.zeros_like(local).expand(2)])
+        return torch.stack([local, memory, *torch.zeros_like(local).expand(2)])
     raw_s, raw_t = _raw_products(student, num_centroid), _raw_products(teacher, num_centroid)
     distance, cosine = [], []
     for gamma, raw in ((student, raw_s), (teacher, raw_t)):
@@ -116,7 +116,7 @@ def forward(student: Tensor, teacher: Tensor, num_centroid: int) -> Tensor:
     return torch.stack(
         [
             local,
-            memory_cka,
+            memory,
             (distance[1] - distance[0]).square().mean(),
             (cosine[1] - cosine[0]).square().mean(),
         ]
@@ -160,7 +160,7 @@ def _mean_energy(gamma: Tensor, block: slice, num_centroid: int) -> Tensor:
 
 
 def _neg_log_cka_of_centred(student: Tensor, teacher: Tensor, block: slice, num_centroid: int) -> Tensor:
-    """-log CKA of one diagonal block of two Gamma matrices: <K_c, L_c> / (|K_c| |L_c|)."""
+    """-log CKA of one diagonal block of two Gamma matrices: <K_T, K_S> / (|K_T| |K_S|)."""
     rows = block.stop - block.start
     sides = [
         (gamma, gamma[block, block].diagonal().sum(), _mean_energy(gamma, block, num_centroid))

@@ -5,7 +5,7 @@ With Gamma as ``fsd_kernels.gram`` returns it, per side: h_c the samples' rows, 
 and delta = mu_h - mu_m, so that h_i = h_c + delta + mu_m and m_j = m_c + mu_m; q_ij = |h_i - m_j|^2, a_i = |h_i|,
 b_j = |m_j|, r = a - b = (u - v) / (a + b):
 
-    1 - CKA = 1/2 |K_c/|K_c| - L_c/|L_c||^2,  loss = -log1p(-(1 - CKA))
+    1 - CKA = 1/2 |K_T/|K_T| - K_S/|K_S||^2,  loss = -log1p(-(1 - CKA))
     1 - cos_ij = (q_ij - r^2) / (2 a b)
 
 First launch (``_structure_stats_kernel``): one program for the CKA of the samples, one for that of the centroids, and
