@@ -40,7 +40,7 @@ from fsd_fast.training.early_stopping import early_stopping
 from fsd_fast.training.export import check_export
 from fsd_fast.training.record import RECORD_FILE, Record, make_record, read_record
 from fsd_fast.training.resume import check_resumed
-from fsd_fast.training.run import choose_best_metric, finish_run
+from fsd_fast.training.run import choose_best_metric, choose_sampling, finish_run
 from fsd_fast.training.teacher_logits import TeacherLogits, score_splits
 from fsd_fast.training.teacher_source import CachedTeacher, CacheScan
 from fsd_fast.training.trainer import FSDTrainer
@@ -106,6 +106,7 @@ def prepare(
     )
     task, splits = read_task(data_arguments)
     choose_best_metric(run, task)
+    choose_sampling(run, data_arguments.pad_features)
     method = loss.method
     check_settings(method, memory, loss)
     _check_device(loss.backend, run)

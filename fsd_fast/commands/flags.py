@@ -153,6 +153,12 @@ class RunArguments(TrainingArguments):
     remove_unused_columns: bool = flag(
         "Drop data columns that the model does not take; grouping by length reads one of them.", False
     )
+    train_sampling_strategy: str = flag(
+        "Order of the training samples. auto: group_by_length, batches of samples of about one length, under "
+        "--pad_features exclude, and random under include, where all batches have one length.",
+        "auto",
+        choices=("auto", "random", "sequential", "group_by_length", "batch_rebalance"),
+    )
     resume_from_checkpoint: str | None = flag(
         "Checkpoint to continue from: its folder, 'last' for the run's newest one, or 'auto' for the newest one "
         "if there is any, else a new start.",

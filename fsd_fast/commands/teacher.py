@@ -20,7 +20,7 @@ from fsd_fast.training.early_stopping import early_stopping
 from fsd_fast.training.export import check_export
 from fsd_fast.training.record import make_record
 from fsd_fast.training.resume import check_resumed
-from fsd_fast.training.run import choose_best_metric, finish_run
+from fsd_fast.training.run import choose_best_metric, choose_sampling, finish_run
 from fsd_fast.training.trainer import ClassifierTrainer
 
 
@@ -48,6 +48,7 @@ def prepare(data_arguments: DataArguments, arguments: TeacherArguments, run: Run
     )
     task, splits = read_task(data_arguments)
     choose_best_metric(run, task)
+    choose_sampling(run, data_arguments.pad_features)
     if run.label_smoothing_factor and task.is_regression:
         raise ValueError(
             f"label_smoothing_factor: expected 0 for a regression, as {task.name!r} is, "

@@ -133,5 +133,11 @@ def choose_best_metric(run: TrainingArguments, task: Task) -> None:
     run.metric_for_best_model = found
 
 
+def choose_sampling(run: TrainingArguments, pad_features: str) -> None:
+    """Replace the sampling strategy "auto": by length where that makes batches shorter."""
+    if run.train_sampling_strategy == "auto":
+        run.train_sampling_strategy = "group_by_length" if pad_features == "exclude" else "random"
+
+
 def _is_score(name: str) -> bool:
     return name.startswith("eval_") and not name.endswith(("_runtime", "_per_second", "_loss"))
