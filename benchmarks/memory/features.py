@@ -114,7 +114,7 @@ class TaskFeatures:
         ]
         if max_samples is not None and max_samples < len(rows):
             rows = rows.select(np.linspace(0, len(rows) - 1, max_samples).astype(int))
-        tokens = tokenize(rows, self.tokenizer, self.task, length)
+        tokens, _ = tokenize(rows, self.tokenizer, self.task, length)
         self.samples = tokens.select(np.argsort(tokens[LENGTH_COLUMN], kind="stable"))
         self.longest = int(max(tokens[LENGTH_COLUMN]))
         classifier, _ = load_weights(path, read_config(path), fresh_head=True)

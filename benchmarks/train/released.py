@@ -33,7 +33,7 @@ _ALPHA, _TEMPERATURE, _CLIP = 0.5, 10.0, 1.0
 def _data(task_name: str, glue: str, teacher: str) -> tuple[Any, Any, Any]:
     task, tokenizer = get_task(task_name), load_tokenizer(teacher)
     rows = load_task_dataset(task, glue)["train"]
-    return task, tokenizer, tokenize(rows, tokenizer, task, _LENGTH)
+    return task, tokenizer, tokenize(rows, tokenizer, task, _LENGTH)[0]
 
 
 def released(task_name: str, glue: str, teacher_path: str, memory_path: str, steps: int) -> dict[str, float]:

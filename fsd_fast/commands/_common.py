@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,12 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 from fsd_fast.commands.flags import DEFAULT_TASK, DataArguments
 from fsd_fast.data import PadCollator, Task, choose_rows, get_task, load_task_dataset, tokenize
 from fsd_fast.data.own import Columns, read_own_task
+from fsd_fast.distributed import Collectives
 from fsd_fast.metrics import compute_metrics, hard_label_loss
 from fsd_fast.models.inputs import check_inputs
 from fsd_fast.models.teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 Work = Callable[[], dict[str, float]]
 """The work that a command does once its input has been checked; returns its figures."""
@@ -117,7 +121,7 @@ def load_data(
         rows = splits[name]
         if maximum is not None:
             rows = rows.select(range(min(maximum, len(rows))))
-        return tokenize(rows, tokenizer, task, arguments.max_seq_length)
+        return tokenize_split(name, rows, tokenizer, task, arguments.max_seq_length)
 
     return TaskData(
         task,
@@ -126,6 +130,25 @@ def load_data(
         {name: split(name, arguments.max_eval_samples) for name in task.eval_splits},
         PadCollator(tokenizer, arguments.pad_features, arguments.max_seq_length),
     )
+
+
+def tokenize_split(
+    name: str,
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    max_seq_length: int,
+    *,
+    labelled: bool = True,
+) -> Dataset:
+    """Tokenize a split as ``tokenize`` does, and say how many of its samples were cut."""
+    tokens, cut = tokenize(rows, tokenizer, task, max_seq_length, labelled=labelled)
+    if cut and Collectives().rank == 0:
+        logger.warning(
+            "max_seq_length: %d of the %d samples of split %r have more than %d tokens and are cut",
+            *(cut, len(tokens), name, max_seq_length),
+        )
+    return tokens
 
 
 def metrics_of(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
@@ -148,8 +171,12 @@ def check_model(path: str, tokenizer: PreTrainedTokenizerBase, task: Task, max_s
     check_inputs(path, tokenizer, max_seq_length, pair=len(task.text_columns) == 2)
 
 
-def check_outputs(teacher_model: Teacher, task: Task, argument: str = "teacher_model_name_or_path") -> None:
-    """Check that a classifier has a task's classes, and bring its outputs into the task's order."""
+def align_outputs(teacher_model: Teacher, task: Task, argument: str = "teacher_model_name_or_path") -> None:
+    """Bring a classifier's outputs into the order of a task's classes.
+
+    Raises:
+        ValueError: It has other classes.
+    """
     logits = teacher_model.model.config.num_labels
     if logits != task.num_labels:
         raise ValueError(

@@ -13,7 +13,7 @@ import torch
 
 from fsd_fast.cache.identity import CacheIdentity, read_record
 from fsd_fast.cache.teacher_cache import TeacherCache
-from fsd_fast.commands._common import TaskData, check_outputs
+from fsd_fast.commands._common import TaskData, align_outputs
 from fsd_fast.commands.flags import DataArguments, flag
 from fsd_fast.data import LENGTH_COLUMN, tokens_digest
 from fsd_fast.distributed import Collectives
@@ -61,12 +61,12 @@ class LazyTeacher:
         """Return the teacher.
 
         Raises:
-            OSError, ValueError: See ``Teacher.from_pretrained`` and ``check_outputs``.
+            OSError, ValueError: See ``Teacher.from_pretrained`` and ``align_outputs``.
         """
         if self._teacher is None:
             with whole_weights():
                 teacher = Teacher.from_pretrained(self._path)
-                check_outputs(teacher, self._data.task)
+                align_outputs(teacher, self._data.task)
             self._teacher = teacher if self._device is None else teacher.to(self._device)
         return self._teacher
 

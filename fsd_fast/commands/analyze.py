@@ -22,7 +22,7 @@ from fsd_fast.analysis.report import html_report
 from fsd_fast.analysis.restoration import Restoration
 from fsd_fast.analysis.states import chosen_samples, flat, paired_states
 from fsd_fast.clustering.sketch import CountSketch
-from fsd_fast.commands._common import TaskData, Work, check_model, check_outputs, load_data, read_task
+from fsd_fast.commands._common import TaskData, Work, align_outputs, check_model, load_data, read_task
 from fsd_fast.commands.analysis_report import RunFiles, report_cards, report_sections
 from fsd_fast.commands.flags import DataArguments, flag
 from fsd_fast.commands.values import Range
@@ -88,7 +88,7 @@ def prepare(data_arguments: DataArguments, arguments: AnalysisArguments) -> Work
     for name, where in (("teacher_model_name_or_path", teacher_path), ("model_name_or_path", path)):
         check_model(where, tokenizer, task, data_arguments.max_seq_length)
         loaded[name] = Teacher.from_pretrained(where)
-        check_outputs(loaded[name], task, name)
+        align_outputs(loaded[name], task, name)
     device = PartialState(cpu=arguments.use_cpu).device
     teacher, student = (model.to(device) for model in loaded.values())
     memory = None

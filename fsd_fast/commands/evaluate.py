@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from fsd_fast.commands._common import (
     TaskData,
     Work,
+    align_outputs,
     check_model,
-    check_outputs,
     load_data,
     metrics_of,
     read_task,
@@ -99,7 +99,7 @@ def prepare(data_arguments: DataArguments, arguments: EvaluationArguments) -> Wo
         metrics = score(saved)
         for checkpoint in checkpoints:
             model = load_checkpoint(checkpoint, Path(path))
-            check_outputs(model, task, "model_name_or_path")
+            align_outputs(model, task, "model_name_or_path")
             metrics |= {f"{checkpoint.name}_{name}": value for name, value in score(model).items()}
         if arguments.output_dir is not None and process.is_main_process:
             write_json(Path(arguments.output_dir) / "evaluate_results.json", metrics)
@@ -122,7 +122,7 @@ def _load(
 ) -> Teacher:
     check_model(path, tokenizer, task, arguments.max_seq_length)
     saved = Teacher.from_pretrained(path)
-    check_outputs(saved, task, flag_name)
+    align_outputs(saved, task, flag_name)
     return saved
 
 

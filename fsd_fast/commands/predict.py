@@ -10,15 +10,16 @@ from datasets import Dataset
 
 from fsd_fast.commands._common import (
     Work,
+    align_outputs,
     check_model,
-    check_outputs,
     own_columns,
     own_files,
     own_name,
+    tokenize_split,
 )
 from fsd_fast.commands.flags import DataArguments, flag
 from fsd_fast.commands.values import Range
-from fsd_fast.data import PadCollator, Task, get_task, resolve_model, tokenize
+from fsd_fast.data import PadCollator, Task, get_task, resolve_model
 from fsd_fast.data.load import load_task_test
 from fsd_fast.data.own import read_own_texts
 from fsd_fast.data.submission import OWN_FILE, predictions_csv, submission, submission_name
@@ -51,9 +52,9 @@ def prepare(data_arguments: DataArguments, arguments: PredictionArguments) -> Wo
     task, splits = _read_test(data_arguments, saved_labels(read_config(path)))
     check_model(path, tokenizer, task, data_arguments.max_seq_length)
     saved = Teacher.from_pretrained(path)
-    check_outputs(saved, task, "model_name_or_path")
+    align_outputs(saved, task, "model_name_or_path")
     tokens = {
-        name: tokenize(rows, tokenizer, task, data_arguments.max_seq_length, labelled=False)
+        name: tokenize_split(name, rows, tokenizer, task, data_arguments.max_seq_length, labelled=False)
         for name, rows in splits.items()
     }
     process = PartialState(cpu=arguments.use_cpu)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from fsd_fast.data.tasks import Task
 
@@ -18,6 +18,8 @@ LENGTH_COLUMN = "length"
 """Number of tokens of a sample: what `TrainingArguments.length_column_name` is called by default."""
 SAMPLE_COLUMN = "sample_index"
 """Place of a sample in its split, from 0: names it in messages, and finds what was stored for it."""
+
+_CUT_COLUMN = "cut"
 
 
 def tokenize(
@@ -27,7 +29,7 @@ def tokenize(
     max_seq_length: int,
     *,
     labelled: bool = True,
-) -> Dataset:
+) -> tuple[Dataset, int]:
     """Tokenize one split, truncated and not padded.
 
     Args:
@@ -42,7 +44,7 @@ def tokenize(
         them), `labels` where there are any, `sample_index`, the row's place, and `length`, the number of
         tokens, by which `TrainingArguments(train_sampling_strategy="group_by_length")` sorts. Trainer drops
         the column before it looks for it unless `remove_unused_columns=False`, and then counts the tokens
-        itself.
+        itself. Beside them the number of samples that were cut.
 
     Raises:
         ValueError: If `max_seq_length` leaves no room for text or exceeds what the tokenizer's model takes,
@@ -64,16 +66,26 @@ def tokenize(
 
     def encode(rows: dict[str, list[Any]], places: list[int]) -> dict[str, list[Any]]:
         texts = [rows[name] for name in task.text_columns]
-        encoded = dict(tokenizer(*texts, truncation=True, max_length=max_seq_length))
+        batch = tokenizer(*texts, truncation=True, max_length=max_seq_length)
+        encoded = {**batch, _CUT_COLUMN: _are_cut(batch, tokenizer, texts)}
         if labelled:
             encoded["labels"] = rows["label"]
         encoded[SAMPLE_COLUMN] = places
         encoded[LENGTH_COLUMN] = [len(ids) for ids in encoded["input_ids"]]
         return encoded
 
-    return dataset.map(
+    tokens = dataset.map(
         encode, batched=True, with_indices=True, remove_columns=dataset.column_names, desc="Tokenizing"
     )
+    return tokens.remove_columns(_CUT_COLUMN), int(np.sum(tokens[_CUT_COLUMN][:], dtype=int))
+
+
+def _are_cut(batch: BatchEncoding, tokenizer: PreTrainedTokenizerBase, texts: list[list[str]]) -> list[bool]:
+    """Whether each sample of a batch lost tokens."""
+    if batch.encodings is not None:
+        return [bool(encoding.overflowing) for encoding in batch.encodings]
+    whole = tokenizer(*texts, truncation=False, verbose=False)["input_ids"]
+    return [len(ids) > len(kept) for ids, kept in zip(whole, batch["input_ids"], strict=True)]
 
 
 class PadCollator:

@@ -356,7 +356,7 @@ def test_defaults_are_values_that_are_accepted(command):
 
 def test_the_demo_gives_flags_that_are_accepted(commands, tmp_path):
     stages = demo.stages(tmp_path / "demo").values()
-    assert len(stages) == 5
+    assert len(stages) == 6
     for command, flags in stages:
         assert cli.main([command, *flags]) == 0
 

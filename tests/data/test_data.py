@@ -8,8 +8,16 @@ import datasets
 import pytest
 import torch
 from datasets import Dataset
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizer,
+    ByT5Tokenizer,
+    Trainer,
+    TrainingArguments,
+)
 
+from fsd_fast.commands._common import tokenize_split
 from fsd_fast.data import (
     TASKS,
     PadCollator,
@@ -393,7 +401,7 @@ def pair_dataset(labels, length=(3, 2)):
 
 
 def test_tokenize_pairs(tokenizer):
-    encoded = tokenize(pair_dataset([1, 0]), tokenizer, TASKS["rte"], 16)
+    encoded, _ = tokenize(pair_dataset([1, 0]), tokenizer, TASKS["rte"], 16)
     assert set(encoded.column_names) == {
         "input_ids",
         "attention_mask",
@@ -409,7 +417,8 @@ def test_tokenize_pairs(tokenizer):
 
 
 def test_tokenize_truncates_and_does_not_pad(tokenizer):
-    encoded = tokenize(pair_dataset([1, 0], length=(8, 6)), tokenizer, TASKS["rte"], 9)
+    encoded, cut = tokenize(pair_dataset([1, 0], length=(8, 6)), tokenizer, TASKS["rte"], 9)
+    assert cut == 1
     assert encoded["length"][:] == [9, 5]
     assert len(encoded[0]["input_ids"]) == 9
 
@@ -432,7 +441,7 @@ def test_tokenize_names_missing_columns(tokenizer):
     [("include", None, 16), ("exclude", None, 8), ("include", 4, 16), ("exclude", 16, 16)],
 )
 def test_padding_policy(tokenizer, pad_features, multiple, positions):
-    encoded = tokenize(pair_dataset([1, 0]), tokenizer, TASKS["rte"], 16)
+    encoded, _ = tokenize(pair_dataset([1, 0]), tokenizer, TASKS["rte"], 16)
     batch = PadCollator(tokenizer, pad_features, 16, multiple)(list(encoded))
     assert set(batch) == {"input_ids", "attention_mask", "token_type_ids", "labels", "sample_index"}
     assert batch["sample_index"].tolist() == [0, 1]
@@ -449,7 +458,7 @@ def test_label_dtype(tokenizer, task, labels, dtype):
     dataset = pair_dataset(labels)
     if task == "stsb":
         dataset = dataset.cast_column("label", datasets.Value("float32"))
-    batch = PadCollator(tokenizer, "exclude", 16)(list(tokenize(dataset, tokenizer, TASKS[task], 16)))
+    batch = PadCollator(tokenizer, "exclude", 16)(list(tokenize(dataset, tokenizer, TASKS[task], 16)[0]))
     assert batch["labels"].dtype == dtype
     assert batch["labels"].tolist() == labels
 
@@ -461,13 +470,13 @@ def test_collator_refuses(tokenizer):
         PadCollator(tokenizer, "exclude", 20, 8)
     with pytest.raises(ValueError, match=r"max_seq_length is 0"):
         PadCollator(tokenizer, "exclude", 0)
-    encoded = tokenize(pair_dataset([1, 0]), tokenizer, TASKS["rte"], 16)
+    encoded, _ = tokenize(pair_dataset([1, 0]), tokenizer, TASKS["rte"], 16)
     with pytest.raises(ValueError, match=r"8 tokens; expected at most max_seq_length = 6"):
         PadCollator(tokenizer, "include", 6)(list(encoded))
 
 
 def test_trainer_groups_by_the_length_column(tokenizer, tmp_path):
-    encoded = tokenize(pair_dataset([1, 0]), tokenizer, TASKS["rte"], 16)
+    encoded, _ = tokenize(pair_dataset([1, 0]), tokenizer, TASKS["rte"], 16)
     # Lengths that no one could count from the tokens: the sampler can only have read the column.
     encoded = encoded.remove_columns("length").add_column("length", [100, 200])
     config = BertConfig(
@@ -491,3 +500,24 @@ def test_trainer_groups_by_the_length_column(tokenizer, tmp_path):
     assert list(loader.batch_sampler.sampler.lengths) == [100, 200]
     (batch,) = loader
     assert trainer.model(**batch).logits.shape == (2, 2)
+
+
+def test_cut_samples_are_counted_without_a_fast_tokenizer():
+    """A tokenizer in Python says nothing of what it cut off."""
+    slow = ByT5Tokenizer(model_max_length=32)
+    assert not slow.is_fast
+    rows = Dataset.from_dict(
+        {"sentence1": ["abcdef", "a", "ab"], "sentence2": ["abc", "b", "abcd"], "label": [0, 1, 0]}
+    )
+    lengths = tokenize(rows, slow, TASKS["rte"], 32)[0]["length"][:]
+    for limit in (4, 8, max(lengths)):
+        assert tokenize(rows, slow, TASKS["rte"], limit)[1] == sum(length > limit for length in lengths)
+
+
+def test_cut_samples_are_said_once_for_each_split(tokenizer, caplog):
+    rows = pair_dataset([1, 0], length=(8, 6))
+    with caplog.at_level("WARNING"):
+        tokenize_split("train", rows, tokenizer, TASKS["rte"], 9)
+        tokenize_split("validation", rows, tokenizer, TASKS["rte"], 32)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["max_seq_length: 1 of the 2 samples of split 'train' have more than 9 tokens and are cut"]
