@@ -9,7 +9,8 @@ dynamic     CoLA and RTE: batches padded to their longest sample against batches
 cache       RTE: an epoch whose teacher comes from the cache against one that runs it, and the memory of both
 bf16        RTE: bfloat16 against float32, on a CPU that has instructions for it
 structures  RTE: FSD_ILG against VKD, both from the cache
-peers       RTE: method finetune against transformers' Trainer on the same student
+peers       RTE: method finetune against transformers' Trainer on the same student, and FSD_ILG against TextBrewer's
+            loop with logits and hidden states; all run the teacher, none sorts by length
 
 MiniLM backbone, 6 -> 3 layers, batch 32. Every run is a process of its own; the two sides of a ratio take turns.
 The official GLUE folders are read from --glue or from the folder named by FSD_GLUE_DIR.
@@ -18,6 +19,7 @@ The official GLUE folders are read from --glue or from the folder named by FSD_G
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -77,17 +79,16 @@ class Measurement:
             ratios.append(rates[fast] / rates[slow])
         return statistics.median(ratios)
 
-    def outside(self, task: str, what: str, steps: int) -> dict[str, float]:
-        """Run a loop of ``benchmarks.train.released``."""
+    def outside(self, module: str, task: str, *arguments: str) -> dict[str, float]:
+        """Run another loop, a module of ``benchmarks.train`` that is started as a program."""
         shop = self.workshop
-        memory = what if what == "finetune" else str(shop.memory(task))
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.train.released", task, shop.data(task)[3], str(shop.teacher(task)),
-             memory, str(steps)],
+            [sys.executable, "-m", f"benchmarks.train.{module}", task, shop.data(task)[3], str(shop.teacher(task)),
+             *arguments],
             env={**os.environ, "OMP_NUM_THREADS": str(shop.threads)}, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:
-            raise RuntimeError(f"{what} loop on {task}: {done.stderr.strip().splitlines()[-1:]}")
+            raise RuntimeError(f"{module} loop on {task}: {done.stderr.strip().splitlines()[-1:]}")
         figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
         return figures
 
@@ -108,7 +109,8 @@ def _released(measured: Measurement) -> list[Number]:
             "cola, all switches", shop.distill("cola", "fsd_ilg", *cache, steps=measured.steps)
         ),
         lambda: measured.note(
-            "cola, released loop", measured.outside("cola", "released", measured.padded_steps())
+            "cola, released loop",
+            measured.outside("released", "cola", str(shop.memory("cola")), str(measured.padded_steps())),
         ),
     )
     return [Number.at_least("CoLA, FSD_ILG: all switches / the released loop", value, 8)]
@@ -197,11 +199,25 @@ def _peers(measured: Measurement) -> list[Number]:
         return measured.note("rte, finetune", run)
 
     def theirs() -> float:
-        return measured.note("rte, transformers' Trainer", measured.outside("rte", "finetune", steps))
+        figures = measured.outside("released", "rte", "finetune", str(steps))
+        return measured.note("rte, transformers' Trainer", figures)
 
-    return [
-        Number.at_least("RTE, hard labels: ours / transformers' Trainer", measured.ratio(ours, theirs), 0.95)
-    ]
+    ratio = measured.ratio(ours, theirs)
+    numbers = [Number.at_least("RTE, hard labels: ours / transformers' Trainer", ratio, 0.95)]
+    if importlib.util.find_spec("textbrewer") is None:
+        print("TextBrewer: not measured, it is not installed; see benchmarks/requirements.txt")
+        return numbers
+
+    def distilled() -> float:
+        flags = ("--train_sampling_strategy", "random")
+        return measured.note("rte, fsd_ilg", measured.workshop.distill("rte", "fsd_ilg", *flags, steps=steps))
+
+    def textbrewer() -> float:
+        return measured.note("rte, TextBrewer", measured.outside("textbrewer", "rte", str(steps)))
+
+    ratio = measured.ratio(distilled, textbrewer)
+    name = "RTE: ours with FSD_ILG / TextBrewer with logits and hidden states"
+    return [*numbers, Number.at_least(name, ratio, 0.9)]
 
 
 PARTS: dict[str, Part] = {

@@ -26,27 +26,28 @@ from fsd_fast.memory.teacher_memory import TeacherMemory
 from fsd_fast.models.loading import load_tokenizer
 from fsd_fast.models.student import load_classifier
 
-_LENGTH, _BATCH, _LEARNING_RATE = 128, 32, 4e-5
-_ALPHA, _TEMPERATURE, _CLIP = 0.5, 10.0, 1.0
+LENGTH, BATCH, LEARNING_RATE = 128, 32, 4e-5
+_ALPHA, TEMPERATURE, _CLIP = 0.5, 10.0, 1.0
 
 
-def _data(task_name: str, glue: str, teacher: str) -> tuple[Any, Any, Any]:
+def read_task(task_name: str, glue: str, teacher: str) -> tuple[Any, Any, Any]:
+    """Return a task, the teacher's tokenizer, and the tokenized training set."""
     task, tokenizer = get_task(task_name), load_tokenizer(teacher)
     rows = load_task_dataset(task, glue)["train"]
-    return task, tokenizer, tokenize(rows, tokenizer, task, _LENGTH)[0]
+    return task, tokenizer, tokenize(rows, tokenizer, task, LENGTH)[0]
 
 
 def released(task_name: str, glue: str, teacher_path: str, memory_path: str, steps: int) -> dict[str, float]:
     """Run the released loop: padded to 128, float32, the teacher in the graph, a new memory Gram in every step."""
-    task, tokenizer, rows = _data(task_name, glue, teacher_path)
+    task, tokenizer, rows = read_task(task_name, glue, teacher_path)
     teacher = load_classifier(teacher_path, task.labels).eval()
     student = load_classifier(resolve_model("minilm"), task.labels, 3).train()
     teacher_memory = TeacherMemory.from_pretrained(memory_path).centroids
     memory = torch.nn.Parameter(torch.randn(teacher_memory.shape))
-    optimizer = torch.optim.AdamW([*student.parameters(), memory], lr=_LEARNING_RATE)
+    optimizer = torch.optim.AdamW([*student.parameters(), memory], lr=LEARNING_RATE)
     columns = rows.select_columns(["input_ids", "attention_mask", "token_type_ids", "labels"])
-    collator = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=_LENGTH)
-    loader = DataLoader(columns, batch_size=_BATCH, shuffle=True, collate_fn=collator)
+    collator = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=LENGTH)
+    loader = DataLoader(columns, batch_size=BATCH, shuffle=True, collate_fn=collator)
     tokens, started = 0, 0.0
     for step, batch in enumerate(loader):
         if step == 1:
@@ -56,8 +57,8 @@ def released(task_name: str, glue: str, teacher_path: str, memory_path: str, ste
         of_teacher = teacher(**batch, output_hidden_states=True)
         of_student = student(**batch, output_hidden_states=True)
         soft = functional.kl_div(
-            functional.log_softmax(of_student.logits / _TEMPERATURE, dim=1),
-            functional.softmax(of_teacher.logits / _TEMPERATURE, dim=1),
+            functional.log_softmax(of_student.logits / TEMPERATURE, dim=1),
+            functional.softmax(of_teacher.logits / TEMPERATURE, dim=1),
             reduction="batchmean",
         )
         structures = baselines.fsd_ilg(baselines.released_cka)(
@@ -69,7 +70,7 @@ def released(task_name: str, glue: str, teacher_path: str, memory_path: str, ste
             }
         )
         hard = functional.cross_entropy(of_student.logits, labels)
-        loss = _ALPHA * hard + (1 - _ALPHA) * _TEMPERATURE**2 * soft + structures
+        loss = _ALPHA * hard + (1 - _ALPHA) * TEMPERATURE**2 * soft + structures
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), _CLIP)
         optimizer.step()
@@ -77,7 +78,7 @@ def released(task_name: str, glue: str, teacher_path: str, memory_path: str, ste
         if step == steps:
             break
     seconds = time.perf_counter() - started
-    return {"samples_per_second": steps * _BATCH / seconds, "tokens_per_second": tokens / seconds}
+    return {"samples_per_second": steps * BATCH / seconds, "tokens_per_second": tokens / seconds}
 
 
 class _Clock(TrainerCallback):
@@ -94,7 +95,7 @@ class _Clock(TrainerCallback):
 
 def finetune(task_name: str, glue: str, teacher_path: str, steps: int) -> dict[str, float]:
     """Run transformers' Trainer as it is on the hard labels, batches padded to their longest sample."""
-    task, tokenizer, rows = _data(task_name, glue, teacher_path)
+    task, tokenizer, rows = read_task(task_name, glue, teacher_path)
     student = load_classifier(resolve_model("minilm"), task.labels, 3)
     columns = rows.select_columns(["input_ids", "attention_mask", "token_type_ids", "labels"])
     tokens: list[int] = []
@@ -108,12 +109,12 @@ def finetune(task_name: str, glue: str, teacher_path: str, steps: int) -> dict[s
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, max_steps=steps + 1, per_device_train_batch_size=_BATCH, learning_rate=_LEARNING_RATE,
+            folder, max_steps=steps + 1, per_device_train_batch_size=BATCH, learning_rate=LEARNING_RATE,
             use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=50,
         )  # fmt: skip
         Trainer(student, arguments, train_dataset=columns, data_collator=collate, callbacks=[clock]).train()
     return {
-        "samples_per_second": steps * _BATCH / clock.seconds,
+        "samples_per_second": steps * BATCH / clock.seconds,
         "tokens_per_second": sum(tokens[1 : steps + 1]) / clock.seconds,
     }
 

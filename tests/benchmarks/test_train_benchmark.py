@@ -37,10 +37,13 @@ def speeds(monkeypatch):
     monkeypatch.setattr(Workshop, "distill", distill)
     monkeypatch.setattr(Workshop, "command", lambda self, arguments, padded_to=None: 0)
     monkeypatch.setattr(Workshop, "teacher", lambda self, task: self.folder)
-    rates = {"released": 30.0, "finetune": 80.0}
-    monkeypatch.setattr(
-        command.Measurement, "outside", lambda self, task, what, steps: {"samples_per_second": rates[what]}
-    )
+
+    def outside(self, module, task, *arguments):
+        rates = {"textbrewer": 80.0, "released": 80.0 if arguments[0] == "finetune" else 30.0}
+        return {"samples_per_second": rates[module]}
+
+    monkeypatch.setattr(command.Measurement, "outside", outside)
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: name == "textbrewer")
     return calls
 
 
@@ -59,6 +62,7 @@ def test_ratios_are_held_against_their_limits(glue, speeds, tmp_path, capsys):
         "RTE: peak memory with the cache / without, less the teacher": (0.5, True),
         "RTE, cached: a step of FSD_ILG / of VKD": (pytest.approx(1.1), True),
         "RTE, hard labels: ours / transformers' Trainer": (1.25, True),
+        "RTE: ours with FSD_ILG / TextBrewer with logits and hidden states": (1.25, True),
     }
     assert status == 1, "one of them is missed"
     assert "MISSED" in capsys.readouterr().out
@@ -87,6 +91,12 @@ def test_bf16_is_measured_where_the_cpu_has_instructions(glue, speeds, monkeypat
     monkeypatch.setattr(command, "has_bf16_instructions", lambda: True)
     assert main(["train", "--glue", glue, "--part", "bf16", "--check"]) == 0
     assert "1.6" in capsys.readouterr().out
+
+
+def test_a_peer_that_is_not_installed_is_named(glue, speeds, monkeypatch, capsys):
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    assert main(["train", "--glue", glue, "--part", "peers"]) == 0
+    assert "TextBrewer: not measured, it is not installed" in capsys.readouterr().out
 
 
 def test_arguments_are_checked(glue, tmp_path, capsys):
