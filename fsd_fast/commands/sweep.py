@@ -158,12 +158,13 @@ class _Sweep:
         return {"sweep_runs": float(len(self._runs)), "sweep_runs_finished_before": float(kept)}
 
     def _jobs(self) -> list[Job]:
-        """The jobs that are left: the runs without a row, and the unfinished teachers and memories they need."""
+        """The jobs that are left: the runs without a row, each after the unfinished shared jobs that it needs."""
         shared = [*(teacher.job for teacher in self._plan.teachers), *self._plan.shared]
         unfinished = {job.name: job for job in shared if not self._is_done(job)}
-        needed = {need for run in self._runs.values() for need in run.job.needs}
-        planned = [job for job in unfinished.values() if job.name in needed]
-        planned += [run.job for run in self._runs.values()]
+        planned: dict[str, PlannedJob] = {}
+        for run in self._runs.values():
+            planned |= {name: job for name, job in unfinished.items() if name in run.job.needs}
+            planned[run.job.name] = run.job
         return [
             Job(
                 job.name,
@@ -171,7 +172,7 @@ class _Sweep:
                 self._folder / "logs" / f"{job.name}.log",
                 tuple(need for need in job.needs if need in unfinished),
             )
-            for job in planned
+            for job in planned.values()
         ]
 
     def _write(self, job: PlannedJob) -> Path:

@@ -84,7 +84,7 @@ class Plan:
     Attributes:
         teachers: The teachers that the sweep trains.
         shared: Caches, where the file asks for them, and memories; each comes after what it needs.
-        runs: The students, seed by seed: a sweep that is cut off has compared what it can.
+        runs: The students, task by task and seed by seed: a sweep that is cut off has compared what it can.
         data: Different flags of the data, by name of the task, to look at the files before anything runs.
     """
 
@@ -108,8 +108,8 @@ def make_plan(sweep: SweepFile, folder: Path, *, use_cpu: bool) -> Plan:
     planner = _Planner(sweep, folder, use_cpu)
     runs = [
         planner.run(entry, f"{sweep.path}: tasks: {entry.name}", settings, seed)
-        for seed in sweep.seeds
         for entry in sweep.tasks
+        for seed in entry.seeds
         for settings in sweep.runs
     ]
     named: dict[str, PlannedRun] = {}

@@ -11,8 +11,9 @@
       - method: [vkd, fsd_il]
       - {method: fsd_ilg, gamma_g: [1e-4, 1e-5]}
 
-Every run is done for every task and seed. A list inside an entry of ``runs`` stands for several runs, one for each
-combination of the entry's lists. What a flag takes is not known here; see ``fsd_fast.commands.sweep_plan``.
+Every run is done for every task and seed; a task may have ``seeds`` of its own. A list inside an entry of ``runs``
+stands for several runs, one for each combination of the entry's lists. What a flag takes is not known here; see
+``fsd_fast.commands.sweep_plan``.
 """
 
 from __future__ import annotations
@@ -44,10 +45,12 @@ class TaskEntry:
 
     Attributes:
         name: Its name, as ``--task_name`` takes it.
+        seeds: Seeds of the students.
         sections: Section -> flags, which go before those of the whole file.
     """
 
     name: str
+    seeds: tuple[int, ...]
     sections: dict[str, Flags] = field(default_factory=dict)
 
 
@@ -58,14 +61,12 @@ class SweepFile:
     Attributes:
         path: The file, for messages.
         tasks: The tasks.
-        seeds: Seeds of the students.
         sections: Section -> flags; those that the file has.
         runs: Flags of each run, lists expanded.
     """
 
     path: str
     tasks: tuple[TaskEntry, ...]
-    seeds: tuple[int, ...]
     sections: dict[str, Flags]
     runs: tuple[Flags, ...]
 
@@ -96,33 +97,39 @@ def read_sweep(path: Path) -> SweepFile:
     for needed in ("tasks", "runs"):
         if not content.get(needed):
             raise ValueError(f"{path}: {needed}: expected a list with at least one entry, got none")
-    seeds = _list(content.get("seeds", [42]), f"{path}: seeds")
-    for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-            raise ValueError(
-                f"{path}: seeds: expected whole numbers from 0 to {2**32 - 1}, got {shorten(seed)}"
-            )
+    seeds = _seeds(content.get("seeds", [42]), f"{path}: seeds")
     sweep = SweepFile(
         str(path),
         tuple(
-            _task(entry, f"{path}: tasks[{place}]")
+            _task(entry, seeds, f"{path}: tasks[{place}]")
             for place, entry in enumerate(_list(content["tasks"], f"{path}: tasks"))
         ),
-        tuple(seeds),
         {name: _mapping(content[name] or {}, f"{path}: {name}") for name in SECTIONS if name in content},
         _runs(_list(content["runs"], f"{path}: runs"), f"{path}: runs"),
     )
-    total = len(sweep.tasks) * len(sweep.seeds) * len(sweep.runs)
+    total = sum(len(task.seeds) for task in sweep.tasks) * len(sweep.runs)
     if total > _MAXIMUM_RUNS:
         raise ValueError(f"{path}: expected at most {_MAXIMUM_RUNS:,} runs, got {total:,} or more")
-    for name, entries in (("seeds", seeds), ("runs", list(sweep.runs))):
-        seen = set()
-        for entry in entries:
-            text = json.dumps(entry, sort_keys=True, default=str)
-            if text in seen:
-                raise ValueError(f"{path}: {name}: expected different entries, got {shorten(entry)} twice")
-            seen.add(text)
+    _check_different(sweep.runs, f"{path}: runs")
     return sweep
+
+
+def _seeds(value: Any, where: str) -> tuple[int, ...]:
+    seeds = _list(value, where)
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise ValueError(f"{where}: expected whole numbers from 0 to {2**32 - 1}, got {shorten(seed)}")
+    _check_different(seeds, where)
+    return tuple(seeds)
+
+
+def _check_different(entries: Iterable[Any], where: str) -> None:
+    seen = set()
+    for entry in entries:
+        text = json.dumps(entry, sort_keys=True, default=str)
+        if text in seen:
+            raise ValueError(f"{where}: expected different entries, got {shorten(entry)} twice")
+        seen.add(text)
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -163,9 +170,9 @@ def _check_keys(content: Mapping[str, Any], known: Iterable[str], where: str) ->
             raise ValueError(f"{where}: unknown key {shorten(key)}; expected {', '.join(known)}{hint}")
 
 
-def _task(entry: Any, where: str) -> TaskEntry:
+def _task(entry: Any, seeds: tuple[int, ...], where: str) -> TaskEntry:
     if isinstance(entry, str):
-        return TaskEntry(entry)
+        return TaskEntry(entry, seeds)
     flags = dict(_mapping(entry, where))
     name = flags.pop("task_name", None)
     if not isinstance(name, str):
@@ -175,7 +182,9 @@ def _task(entry: Any, where: str) -> TaskEntry:
         for section in SECTIONS[1:]
         if section in flags
     }
-    return TaskEntry(name, {**sections, "data": flags})
+    if "seeds" in flags:
+        seeds = _seeds(flags.pop("seeds"), f"{where}: seeds")
+    return TaskEntry(name, seeds, {**sections, "data": flags})
 
 
 def _runs(entries: list[Any], where: str) -> tuple[Flags, ...]:

@@ -6,6 +6,7 @@ import pytest
 
 from fsd_fast import cli
 from fsd_fast.commands import run
+from fsd_fast.commands.sweep import _Sweep
 from fsd_fast.commands.sweep_plan import make_plan
 from fsd_fast.files import exclusive_folder
 from fsd_fast.sweep.config import read_sweep
@@ -287,6 +288,25 @@ def test_a_cache_is_shared_by_those_that_read_it(tiny, tmp_path):
     assert not {run.job.name for run in found.runs if run.method == "vkd"} & {
         run.job.name for run in without.runs
     }
+
+
+def test_tasks_are_done_one_after_the_other(tiny, tmp_path):
+    """A sweep that is cut off has finished its first tasks; nothing shared is made long before it is needed."""
+    text = sweep_text(tiny, runs=RUNS, seeds="[0, 1]")
+    (line,) = [line for line in text.splitlines() if f"data_dir: {tiny.rte}" in line]
+    second = line.replace(f"data_dir: {tiny.rte}", f"data_dir: {tiny.rte}, max_train_samples: 8, seeds: [5]")
+    found = plan(tiny, tmp_path, text.replace(line, f"{line}\n{second}"))
+    assert [run.seed for run in found.runs] == [0, 0, 0, 1, 1, 1, 5, 5, 5]
+    folder = tmp_path / "out"
+    lock = exclusive_folder(folder, "output_dir")
+    with lock:
+        jobs = _Sweep(found, {}, folder, [], [{}], lock, keep_models=True)._jobs()
+    places = {job.name: place for place, job in enumerate(jobs)}
+    assert all(places[need] < places[job.name] for job in jobs for need in job.needs)
+    assert places[found.teachers[1].job.name] > places[found.runs[5].job.name]
+    assert [job.name for job in jobs if job.payload["command"] == "distill"] == [
+        run.job.name for run in found.runs
+    ]
 
 
 def test_a_task_may_have_settings_of_its_own(tiny, tmp_path):

@@ -29,7 +29,7 @@ def test_lists_stand_for_every_combination(tmp_path):
         ("reviews", {}),
         ("rte", {"teacher": {"learning_rate": "5e-5"}, "data": {"data_dir": "glue"}}),
     ]
-    assert sweep.seeds == (0, 1)
+    assert [entry.seeds for entry in sweep.tasks] == [(0, 1), (0, 1)]
     assert sweep.sections == {"data": {"max_seq_length": 64}}
     assert sweep.runs == (
         {"method": "vkd"},
@@ -40,6 +40,14 @@ def test_lists_stand_for_every_combination(tmp_path):
             for gamma_m in (0, 1)
         ),
     )
+
+
+def test_a_task_may_have_seeds_of_its_own(tmp_path):
+    sweep = read(tmp_path, GOOD.replace("task_name: rte,", "task_name: rte, seeds: [7, 8, 9],"))
+    assert [entry.seeds for entry in sweep.tasks] == [(0, 1), (7, 8, 9)]
+    assert "seeds" not in sweep.tasks[1].sections["data"]
+    with pytest.raises(ValueError, match=r"tasks\[1\]: seeds: expected different entries, got 7 twice"):
+        read(tmp_path, GOOD.replace("task_name: rte,", "task_name: rte, seeds: [7, 7],"))
 
 
 @pytest.mark.parametrize(
