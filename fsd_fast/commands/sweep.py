@@ -219,8 +219,12 @@ def row_of(run: PlannedRun, task: Task, figures: Mapping[str, float]) -> Row:
     heldout = figures.get(f"eval_{HELDOUT}_{metric}")
     splits = [split for split in task.eval_splits if split != HELDOUT]
     dev = f"eval_{splits[0]}" if heldout is not None or len(splits) > 1 else "eval"
-    record = read_record(Path(run.job.flags["output_dir"]) / RECORD_FILE)
+    output = Path(run.job.flags["output_dir"])
+    record = read_record(output / RECORD_FILE)
     facts = {name: value for name, value in record.facts.items() if name != "versions"}
+    # Folders of this sweep as seen from its own, so that results can be shown elsewhere.
+    folder = output.parents[1]
+    arguments = {name: _seen_from(folder, value) for name, value in record.arguments.items()}
     return Row(
         task=run.task,
         method=run.method,
@@ -233,10 +237,17 @@ def row_of(run: PlannedRun, task: Task, figures: Mapping[str, float]) -> Row:
         seconds=figures["train_runtime"],
         settings=run.settings,
         scores={name: value for name, value in figures.items() if name.startswith("eval_")},
-        record={"arguments": record.arguments, "facts": facts},
+        record={"arguments": arguments, "facts": facts},
         versions=record.facts["versions"],
         run=run.job.name,
     )
+
+
+def _seen_from(folder: Path, value: Any) -> Any:
+    """A path below a folder as seen from there; everything else as it is."""
+    if isinstance(value, str) and value.startswith(f"{folder}/"):
+        return str(Path(value).relative_to(folder))
+    return value
 
 
 def _remove_weights(folder: Path) -> None:

@@ -11,7 +11,7 @@ from fsd_fast.commands._common import Work
 from fsd_fast.commands.flags import flag
 from fsd_fast.files import write_atomically
 from fsd_fast.sweep.results import read_results
-from fsd_fast.sweep.statistics import TEACHER, Cell, best_on_heldout, make_cells
+from fsd_fast.sweep.statistics import TEACHER, Cell, best_on_heldout, make_cells, on_heldout
 from fsd_fast.sweep.table import (
     Table,
     as_csv,
@@ -38,6 +38,7 @@ class TableArguments:
     best_on_heldout: bool = flag(
         "Keep of each method the settings with the best mean score on held-out rows, for each task.", False
     )
+    scored_on: Literal["dev", "heldout"] = flag("The rows whose scores and fidelity the tables hold.", "dev")
     output_file: str | None = flag("File to write the tables to. Default: print them.", None)
 
 
@@ -51,7 +52,7 @@ def prepare(arguments: TableArguments) -> Work:
     if not rows:
         raise ValueError(f"{path}: expected at least one finished run, got none")
     try:
-        cells = make_cells(rows)
+        cells = make_cells(rows if arguments.scored_on == "dev" else on_heldout(rows))
         if arguments.best_on_heldout:
             cells = best_on_heldout(cells)
     except ValueError as error:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fsd_fast.data import HELDOUT
 from fsd_fast.sweep.results import Row
 
 _RESAMPLES = 10_000
@@ -94,18 +95,24 @@ def make_cells(rows: Sequence[Row]) -> list[Cell]:
     Raises:
         ValueError: Two rows differ in nothing.
     """
-    conditions, by_method = _what_varies(rows)
+    conditions = _conditions(rows)
     data = {name.partition(".")[2] for name in conditions}
-    found: dict[tuple[str, Settings, str], list[Row]] = {}
+    grouped: dict[tuple[str, Settings], list[Row]] = {}
     for row in rows:
         flat = _flat(row.settings)
         condition = tuple((name.partition(".")[2], flat[name]) for name in sorted(conditions) if name in flat)
-        own = [
-            f"{name.partition('.')[2]}={flat[name]}"
-            for name in sorted(by_method[row.method])
-            if name in flat and name.partition(".")[2] not in data
-        ]
-        found.setdefault((row.task, condition, " ".join([row.method, *own])), []).append(row)
+        grouped.setdefault((row.task, condition), []).append(row)
+    by_method = _varying_by_method(grouped)
+    found: dict[tuple[str, Settings, str], list[Row]] = {}
+    for (task, condition), group in grouped.items():
+        for row in group:
+            flat = _flat(row.settings)
+            own = [
+                f"{name.partition('.')[2]}={flat[name]}"
+                for name in sorted(by_method[condition, row.method])
+                if name in flat and name.partition(".")[2] not in data
+            ]
+            found.setdefault((task, condition, " ".join([row.method, *own])), []).append(row)
     cells = []
     for (task, condition, label), cell in found.items():
         seeds = [row.seed for row in cell]
@@ -120,18 +127,46 @@ def make_cells(rows: Sequence[Row]) -> list[Cell]:
     ]
 
 
-def _what_varies(rows: Sequence[Row]) -> tuple[set[str], dict[str, set[str]]]:
-    """Settings of the data that differ between students of a task, and settings that differ within a method."""
-    conditions: set[str] = set()
-    by_method: dict[str, set[str]] = {}
+def _conditions(rows: Sequence[Row]) -> set[str]:
+    """Settings of the data that differ between students of a task."""
+    names: set[str] = set()
     for task in {row.task for row in rows}:
-        of_task = [row for row in rows if row.task == task]
-        students = [row for row in of_task if row.method != TEACHER]
-        conditions |= {name for name in _varying(students) if name.startswith("data.")}
-        for method in {row.method for row in of_task}:
-            varying = _varying([row for row in of_task if row.method == method])
-            by_method.setdefault(method, set()).update(varying)
-    return conditions, by_method
+        students = [row for row in rows if row.task == task and row.method != TEACHER]
+        names |= {name for name in _varying(students) if name.startswith("data.")}
+    return names
+
+
+def _varying_by_method(
+    grouped: Mapping[tuple[str, Settings], Sequence[Row]],
+) -> dict[tuple[Settings, str], set[str]]:
+    """(condition, method) -> settings in which runs of one task differ there."""
+    found: dict[tuple[Settings, str], set[str]] = {}
+    for (_, condition), rows in grouped.items():
+        for method in {row.method for row in rows}:
+            varying = _varying([row for row in rows if row.method == method])
+            found.setdefault((condition, method), set()).update(varying)
+    return found
+
+
+def on_heldout(rows: Sequence[Row]) -> list[Row]:
+    """Rows whose scores and fidelity are those on the held-out rows.
+
+    Raises:
+        ValueError: A row has none.
+    """
+    prefix = f"eval_{HELDOUT}_"
+    found = []
+    for row in rows:
+        if row.heldout_score is None:
+            raise ValueError(f"expected a score on held-out rows of every run, got none of {row.run}")
+        scores = {
+            f"eval_{name.removeprefix(prefix)}": value
+            for name, value in row.scores.items()
+            if name.startswith(prefix)
+        }
+        agreement, kl = (scores.get(f"eval_teacher_{name}") for name in ("agreement", "kl"))
+        found.append(replace(row, score=row.heldout_score, scores=scores, agreement=agreement, kl=kl))
+    return found
 
 
 def best_on_heldout(cells: Sequence[Cell]) -> list[Cell]:

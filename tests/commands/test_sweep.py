@@ -1,5 +1,6 @@
 """``sweep``: what is shared, what is done again, and what is refused before anything runs."""
 
+import json
 import os
 
 import pytest
@@ -123,6 +124,8 @@ def test_a_row_is_what_the_commands_give(swept, tiny, tmp_path):
     assert row.settings["teacher"]["model_name_or_path"] == str(tiny.backbone)
     assert row.settings["memory"] == {"num_centroid": 5}
     assert row.record["facts"]["student_layers"] == 2
+    assert row.record["arguments"]["output_dir"] == f"runs/{row.run}"
+    assert str(folder) not in json.dumps(row.record)
     assert "torch" in row.versions
 
 

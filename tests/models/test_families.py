@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from fsd_fast.commands import run
+from fsd_fast.data import PadCollator
 from fsd_fast.data.builtin import BACKBONE_NAME, resolve_model
 from fsd_fast.losses import FeatureStructureLoss, FeatureStructureObjective, Signals
 from fsd_fast.models import families
@@ -600,6 +601,28 @@ def test_a_compiled_run_has_no_graph_break(tiny, tmp_path):
     compiled, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "plain"))
     for name, value in plain.items():
         torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_lengths_do_not_compile_again_and_again(tiny, tmp_path):
+    """The second length makes a graph for every length; a smaller last batch may make one more."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    flags = [*tiny.distillation(tmp_path / "run", "fsd_ilg", steps=12), "--torch_compile_backend", "eager"]
+    lengths = []
+
+    def watched(self, samples):
+        batch = collate(self, samples)
+        lengths.append(batch["input_ids"].shape[1])
+        return batch
+
+    collate = PadCollator.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PadCollator, "__call__", watched)
+        run("distill", [*flags, "--torch_compile", "true", "--train_sampling_strategy", "random"])
+    assert len(set(lengths)) >= 4
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    assert graphs <= 6, "student and teacher, each for one length, for every length, and for a smaller batch"
 
 
 def test_hidden_states_compile_whole_and_stay_the_same(tmp_path):

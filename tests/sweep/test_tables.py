@@ -11,7 +11,7 @@ import pytest
 from fsd_fast import cli
 from fsd_fast.sweep import paper
 from fsd_fast.sweep.results import Row, write_results
-from fsd_fast.sweep.statistics import best_on_heldout, bootstrap, make_cells, paired_scores
+from fsd_fast.sweep.statistics import best_on_heldout, bootstrap, make_cells, on_heldout, paired_scores
 from fsd_fast.sweep.table import (
     Table,
     as_csv,
@@ -112,6 +112,41 @@ def test_settings_of_the_data_are_conditions():
     # One of the same rows in its own alone.
     own = make_cells([*rows, row(method="teacher", data={"max_train_samples": 300})])
     assert [cell.condition for cell in own if cell.method == "teacher"] == [(("max_train_samples", "300"),)]
+
+
+def test_a_setting_that_goes_with_a_condition_is_no_label():
+    """Few rows are read more often: within their table the runs of a method do not differ in it."""
+    rows = [
+        row(method=method, data={"max_train_samples": size}, score=0.5, num_train_epochs=epochs)
+        for method in ("vkd", "rkd")
+        for size, epochs in ((100, 30), (1000, 3))
+    ]
+    assert {cell.label for cell in make_cells(rows)} == {"vkd", "rkd"}
+    rows.append(row(method="rkd", data={"max_train_samples": 100}, score=0.6, num_train_epochs=40))
+    labels = {(dict(cell.condition)["max_train_samples"], cell.label) for cell in make_cells(rows)}
+    assert labels == {
+        ("100", "vkd"), ("1000", "vkd"), ("1000", "rkd"),
+        ("100", "rkd num_train_epochs=30"), ("100", "rkd num_train_epochs=40"),
+    }  # fmt: skip
+
+
+def test_tables_of_the_heldout_rows():
+    held = {
+        "eval_heldout_accuracy": 0.75,
+        "eval_heldout_teacher_agreement": 0.8,
+        "eval_heldout_teacher_kl": 0.2,
+    }
+    plain = dataclasses.replace(
+        row(score=0.5, heldout=0.75), scores={"eval_validation_accuracy": 0.5, **held}
+    )
+    (found,) = on_heldout([plain])
+    assert (found.score, found.agreement, found.kl) == (0.75, 0.8, 0.2)
+    assert figures_of(make_cells([found])[0]) == [("accuracy", [75.0])]
+    assert figures_of(make_cells([plain])[0]) == [("accuracy", [50.0])]
+    with pytest.raises(
+        ValueError, match="expected a score on held-out rows of every run, got none of rte-vkd"
+    ):
+        on_heldout([row()])
 
 
 def test_a_task_with_settings_of_its_own_is_no_condition():
@@ -320,6 +355,7 @@ def test_the_command_writes_tables(tmp_path, capsys):
         ([row()], ["--baseline", "pkd"], "baseline: expected one of vkd; got 'pkd'"),
         ([row(seed=1), row(seed=1, score=0.4)], [], "expected one row for each seed"),
         ([row(), row(alpha=1)], ["--best_on_heldout"], "expected a score on held-out rows"),
+        ([row()], ["--scored_on", "heldout"], "expected a score on held-out rows"),
         ([row()], ["--format", "html"], "--format: expected one of text, markdown, latex, csv"),
         ([row()], ["extra"], "unknown arguments extra"),
     ],
