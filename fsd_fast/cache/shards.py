@@ -12,6 +12,9 @@ that a damaged byte is found when it is read and costs the samples it belongs to
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import weakref
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,13 +47,13 @@ class ShardIndex(NamedTuple):
     """int64 [b, 1 + L]: crc32 of the logits and of each layer."""
 
 
-class ShardValues(NamedTuple):
-    """What a shard holds of its samples, mapped from the file and not yet read."""
+class SampleValues(NamedTuple):
+    """What a shard holds of one sample."""
 
     logits: Tensor
-    """float32 [b, C]."""
+    """float32 [C]."""
     hidden_states: dict[int, Tensor]
-    """Layer -> [sum of lengths, D]."""
+    """Layer -> [length, D]."""
 
 
 def layer_name(layer: int) -> str:
@@ -66,7 +69,7 @@ def crc32(values: Tensor) -> int:
 def write_shard(
     folder: Path, identity: CacheIdentity, index: ShardIndex, logits: Tensor, layers: Mapping[int, Tensor]
 ) -> Path:
-    """Write a shard; ``logits`` and ``layers`` are as in ``ShardValues``, on the CPU. Returns its path.
+    """Write a shard: ``logits`` [b, C] and ``layers``, each [sum of lengths, D], on the CPU. Returns its path.
 
     Raises:
         OSError: It cannot be written. Nothing of it stays behind.
@@ -110,19 +113,63 @@ def read_index(path: Path, identity: CacheIdentity) -> ShardIndex:
     return index
 
 
-def map_values(path: Path, identity: CacheIdentity, index: ShardIndex) -> ShardValues:
-    """Map a shard's values into memory; the system reads them where they are looked at.
+class OpenShard:
+    """A shard whose samples are read one at a time.
+
+    The file is read and not mapped: what was read is no memory of this process, and a file that was cut off since gives
+    too few bytes, where touching a mapped page beyond its end would kill the process.
+
+    Args:
+        path: Its file.
+        identity: Of the cache.
+        index: What it held when it was found.
 
     Raises:
         DamagedShard: It no longer is the shard of that index.
         Exception: One of ``TENSOR_ERRORS``: it is gone or no safetensors file.
     """
-    with _opened(path) as file:
-        if (file.metadata() or {}).get("index_crc32") != _index_crc32(index):
-            raise DamagedShard("it was replaced")
-        _check_values(file, identity, index)
-        layers = {layer: file.get_tensor(layer_name(layer)) for layer in identity.layers}
-        return ShardValues(file.get_tensor("logits"), layers)
+
+    def __init__(self, path: Path, identity: CacheIdentity, index: ShardIndex) -> None:
+        with _opened(path) as checked:
+            if (checked.metadata() or {}).get("index_crc32") != _index_crc32(index):
+                raise DamagedShard("it was replaced")
+            _check_values(checked, identity, index)
+            self._file = path.open("rb", buffering=0)
+            weakref.finalize(self, self._file.close)
+            size = int.from_bytes(self._read(8, 0), "little")
+            header = json.loads(self._read(size, 8))
+        self._starts = {
+            name: 8 + size + header[name]["data_offsets"][0]
+            for name in ("logits", *map(layer_name, identity.layers))
+        }
+        self._classes, self._width = identity.num_labels, identity.hidden_size
+        self._dtype: torch.dtype = getattr(torch, identity.dtype)
+
+    def read(self, row: int, start: int, end: int, layers: Sequence[int]) -> SampleValues:
+        """Read the sample in a row, whose positions are ``start`` to ``end``.
+
+        Raises:
+            DamagedShard: The file has become shorter.
+            OSError: It cannot be read.
+        """
+        logits = self._rows("logits", torch.float32, self._classes, row, row + 1)[0]
+        return SampleValues(
+            logits,
+            {layer: self._rows(layer_name(layer), self._dtype, self._width, start, end) for layer in layers},
+        )
+
+    def _rows(self, name: str, dtype: torch.dtype, width: int, start: int, end: int) -> Tensor:
+        bytes_of_row = width * dtype.itemsize
+        content = self._read((end - start) * bytes_of_row, self._starts[name] + start * bytes_of_row)
+        if not content:  # which torch.frombuffer refuses
+            return torch.empty(0, width, dtype=dtype)
+        return torch.frombuffer(bytearray(content), dtype=dtype).view(-1, width)
+
+    def _read(self, count: int, offset: int) -> bytes:
+        content = os.pread(self._file.fileno(), count, offset)
+        if len(content) < count:
+            raise DamagedShard(f"it ends after {os.fstat(self._file.fileno()).st_size:,} bytes")
+        return content
 
 
 def _opened(path: Path) -> Any:

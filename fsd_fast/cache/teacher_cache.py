@@ -33,10 +33,10 @@ from fsd_fast.cache.identity import (
 from fsd_fast.cache.shards import (
     SUFFIX,
     DamagedShard,
+    OpenShard,
+    SampleValues,
     ShardIndex,
-    ShardValues,
     crc32,
-    map_values,
     read_index,
     write_shard,
 )
@@ -44,7 +44,8 @@ from fsd_fast.untrusted import TENSOR_ERRORS, shorten
 
 EVALUATION_FOLDER = "evaluation"
 """Folder in a cache for the teacher's logits on the evaluation splits."""
-_MAXIMUM_MAPPED = 4096
+# Well below the files that a process may have open by default.
+_MAXIMUM_OPEN = 256
 _NO_SHARD = -1
 
 
@@ -92,7 +93,7 @@ class TeacherCache:
         self.identity = self._record.identity
         self._paths: list[Path] = []
         self._indices: list[ShardIndex] = []
-        self._mapped: OrderedDict[int, ShardValues] = OrderedDict()
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
         samples = self.identity.num_samples
         # Where each sample is: its shard, its row there, and its first position.
         self._shard = torch.full((samples,), _NO_SHARD, dtype=torch.int64)
@@ -295,37 +296,35 @@ class TeacherCache:
             if self._sample(sample, self.identity.layers) is not None:
                 yield sample
 
-    def _sample(self, sample: int, layers: tuple[int, ...]) -> ShardValues | None:
-        """Logits [C] and layers [length, D] of one sample, mapped; None where its bytes are damaged."""
+    def _sample(self, sample: int, layers: tuple[int, ...]) -> SampleValues | None:
+        """Logits [C] and layers [length, D] of one sample; None where its bytes are damaged."""
         shard, row, start = int(self._shard[sample]), int(self._row[sample]), int(self._start[sample])
         end = start + int(self._length[sample])
-        values = self._values(shard)
-        if values is None:
+        file = self._file(shard)
+        if file is None:
             return None
         with self._damage_is_a_warning(self._paths[shard]):
-            found = ShardValues(
-                values.logits[row], {layer: values.hidden_states[layer][start:end] for layer in layers}
-            )
+            found = file.read(row, start, end, layers)
             self._check_bytes(sample, self._indices[shard].checksums[row], found)
             return found
         self._shard[sample] = _NO_SHARD
         return None
 
-    def _values(self, shard: int) -> ShardValues | None:
-        """A shard's values; None where the file is damaged or gone: none of its samples is held any more."""
-        if shard in self._mapped:
-            self._mapped.move_to_end(shard)
-            return self._mapped[shard]
+    def _file(self, shard: int) -> OpenShard | None:
+        """A shard's file; None where it is damaged or gone: none of its samples is held any more."""
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
         with self._damage_is_a_warning(self._paths[shard]):
-            values = map_values(self._paths[shard], self.identity, self._indices[shard])
-            self._mapped[shard] = values
-            if len(self._mapped) > _MAXIMUM_MAPPED:
-                self._mapped.popitem(last=False)
-            return values
+            file = OpenShard(self._paths[shard], self.identity, self._indices[shard])
+            self._open[shard] = file
+            if len(self._open) > _MAXIMUM_OPEN:
+                self._open.popitem(last=False)
+            return file
         self._shard[self._shard == shard] = _NO_SHARD
         return None
 
-    def _check_bytes(self, sample: int, checksums: Tensor, found: ShardValues) -> None:
+    def _check_bytes(self, sample: int, checksums: Tensor, found: SampleValues) -> None:
         """Compare the checksums of a sample's values, each once."""
         columns = {0: found.logits}
         columns |= {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,12 +184,36 @@ def test_shards_of_another_process_are_found(tmp_path: Path) -> None:
     assert found.hidden_states[2][:, 0, 0].tolist() == [1, 0]
 
 
-def test_only_so_many_shards_are_mapped_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher_cache, "_MAXIMUM_MAPPED", 2)
+def test_only_so_many_shards_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_cache, "_MAXIMUM_OPEN", 2)
     cache = filled(tmp_path)
     for index in torch.randperm(N - 1, generator=torch.Generator().manual_seed(1)).split(4):
         check_read(cache, index)
-        assert len(cache._mapped) <= 2
+        assert len(cache._open) <= 2
+
+
+def open_files() -> set[str]:
+    descriptors = Path("/proc/self/fd")
+    return {os.readlink(path) for path in descriptors.iterdir() if path.is_symlink() and path.exists()}
+
+
+def test_files_are_closed_with_the_cache(tmp_path: Path) -> None:
+    cache = filled(tmp_path)
+    check_read(cache, torch.tensor([0]))
+    assert any(str(tmp_path) in name for name in open_files())
+    del cache
+    gc.collect()
+    assert not any(str(tmp_path) in name for name in open_files())
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_costs_its_samples(tmp_path: Path) -> None:
+    cache = filled(tmp_path)
+    check_read(cache, torch.tensor([0]))
+    for path in tmp_path.glob("*.safetensors"):
+        os.truncate(path, path.stat().st_size // 2)
+    with pytest.warns(RuntimeWarning, match=r"is damaged \(it ends after [0-9,]+ bytes\)"):
+        assert cache.read(torch.tensor([0])) is None
+    assert not cache.holds(torch.tensor([0]))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------
