@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer
 
-from fsd_fast.data import SAMPLE_COLUMN
+from fsd_fast.data import LENGTH_COLUMN, SAMPLE_COLUMN
 from fsd_fast.files import named_write_errors
 from fsd_fast.losses import Signals
 from fsd_fast.memory.teacher_memory import TeacherMemory
@@ -21,6 +21,7 @@ from fsd_fast.training.distillation import DistillationModel
 from fsd_fast.training.finite import FiniteCheck
 from fsd_fast.training.manifest import break_seal, checkpoint_folders, remove_checkpoint, seal_checkpoint
 from fsd_fast.training.profile import StepProfile, time_steps
+from fsd_fast.training.sampling import SeededLengthGroups
 from fsd_fast.training.stopping import StopAtSignal
 from fsd_fast.training.teacher_source import TeacherSource
 from fsd_fast.training.throughput import Throughput
@@ -39,7 +40,9 @@ class ClassifierTrainer(Trainer):
     - ``dataloader_drop_last`` drops samples of the training set alone; Trainer would drop them from the evaluation too.
     - A checkpoint counts once its manifest is written; only then are older ones removed, see ``manifest``.
     - Training stops at the first loss or gradient norm that is not finite, see ``FiniteCheck``.
+    - The order of samples under ``group_by_length`` depends on seed and epoch alone, see ``SeededLengthGroups``.
     - A signal stops it at the end of a step, with a checkpoint, see ``StopAtSignal``.
+    - Evaluation changes no random number of the training, so that it may be more or less often.
     - The log and the results of training say how fast the steps went, see ``Throughput``.
 
     Args:
@@ -106,8 +109,9 @@ class ClassifierTrainer(Trainer):
         return self.accelerator.reduce(counts.to(self.args.device), reduction="sum").cpu()
 
     def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
-        """Evaluate, while the clock of the throughput stands still."""
-        with self.throughput.paused():
+        """Evaluate, while the clock of the throughput stands still and the training's random numbers are kept."""
+        device = self.args.device
+        with self.throughput.paused(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             return super().evaluate(*arguments, **keywords)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -167,6 +171,25 @@ class ClassifierTrainer(Trainer):
         old = [path for path in checkpoint_folders(newest.parent) if path.name not in kept]
         for path in old[: max(0, len(old) + len(kept) - max(limit, len(kept)))]:
             remove_checkpoint(path)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The order of the training samples; grouped by length it is the same for every run that reaches the epoch."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(dataset)
+        return self._length_groups(
+            dataset, self.args.train_batch_size * self.args.gradient_accumulation_steps
+        )
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """The order of the evaluation samples; grouped by length it is always the same."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        return self._length_groups(eval_dataset, self.args.eval_batch_size)
+
+    def _length_groups(self, dataset: Any, batch_size: int) -> SeededLengthGroups:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SeededLengthGroups(batch_size, dataset[LENGTH_COLUMN][:], seed)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Read all samples of an evaluation split."""
