@@ -56,7 +56,7 @@ def record(folder):
         ("gradient_accumulation_steps", "2", "1", "2"),
         ("weight_decay", "0.1", "0.0", "0.1"),
         ("adam_beta2", "0.9", "0.999", "0.9"),
-        ("train_sampling_strategy", "group_by_length", "'random'", "'group_by_length'"),
+        ("train_sampling_strategy", "random", "'group_by_length'", "'random'"),
         ("max_train_samples", "16", "None", "16"),
     ],
 )
