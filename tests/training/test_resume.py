@@ -6,6 +6,8 @@ import math
 import pytest
 
 from fsd_fast.commands import run
+from fsd_fast.training.record import Record, write_record
+from fsd_fast.training.resume import check_resumed
 from tests.faults.registry import fault
 from tests.tiny import TRAINING, history, memory_flags, tiny
 
@@ -105,6 +107,61 @@ def test_a_named_setting_may_change_takes_effect_and_is_recorded(tiny, begun, tm
 def test_what_a_checkpoint_holds_never_changes(tiny, begun, tmp_path):
     with pytest.raises(ValueError, match="allow_changes: learning_rate: the checkpoint itself holds"):
         resume(tiny, begun, tmp_path, "--learning_rate", "2e-3", "--allow_changes", "beta", "learning_rate")
+
+
+def deepspeed_record(stage, world_size=2, path="ds.json", **changes):
+    content = {"zero_optimization": {"stage": stage, "overlap_comm": True, **changes}}
+    arguments = {"deepspeed": path, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    return Record("distill", arguments, {"world_size": world_size, "deepspeed_config": content})
+
+
+PLAIN = Record(
+    "distill", {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}, {"world_size": 2}
+)
+CUT = "a checkpoint of DeepSpeed is cut for its number of processes and its stage of ZeRO"
+
+
+@pytest.fixture
+def deepspeed_checkpoint(tmp_path):
+    """A checkpoint of two processes under ZeRO 2, as far as its record goes."""
+    write_record(tmp_path / "fsd_arguments.json", deepspeed_record(2))
+    return str(tmp_path / "checkpoint-4")
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        (deepspeed_record(3), "deepspeed.zero_optimization.stage was 2, now 3"),
+        (deepspeed_record(2, world_size=1), "world_size was 2, now 1"),
+        (deepspeed_record(2, world_size=4), "world_size was 2, now 4"),
+        (deepspeed_record(2, sub_group_size=1000), "sub_group_size was 'the default', now 1000"),
+        (PLAIN, "deepspeed was 'ds.json', now 'the default'"),
+    ],
+)
+@pytest.mark.parametrize("allowed", [None, ["deepspeed"]])
+def test_a_checkpoint_of_deepspeed_goes_on_in_its_layout_alone(deepspeed_checkpoint, now, said, allowed):
+    with pytest.raises(ValueError, match="belongs to a run with other settings") as error:
+        check_resumed(now, deepspeed_checkpoint, allowed)
+    assert said in str(error.value)
+    assert str(error.value).endswith(CUT), "nothing is advised that would not help"
+
+
+def test_deepspeed_is_not_begun_in_the_middle_of_a_run(tmp_path):
+    write_record(tmp_path / "fsd_arguments.json", PLAIN)
+    with pytest.raises(ValueError, match=r"deepspeed was 'the default', now 'ds\.json'"):
+        check_resumed(deepspeed_record(2), str(tmp_path / "checkpoint-4"), ["deepspeed"])
+
+
+def test_configurations_of_deepspeed_are_compared_by_what_is_in_them(deepspeed_checkpoint):
+    moved = check_resumed(deepspeed_record(2, path="elsewhere.json"), deepspeed_checkpoint, None)
+    assert moved.facts["resumed"][0]["changed"] == {}
+    other = deepspeed_record(2, overlap_comm=False)
+    with pytest.raises(
+        ValueError, match="overlap_comm was True, now False; --allow_changes deepspeed allows"
+    ):
+        check_resumed(other, deepspeed_checkpoint, None)
+    found = check_resumed(other, deepspeed_checkpoint, ["deepspeed"])
+    assert found.facts["resumed"][0]["changed"] == {"deepspeed.zero_optimization.overlap_comm": [True, False]}
 
 
 def test_a_checkpoint_without_a_record_is_resumed_with_a_warning(tiny, begun, tmp_path, caplog):
