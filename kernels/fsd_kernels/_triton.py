@@ -174,18 +174,25 @@ def neighbours(config: NamedConfigT, edge: str) -> list[NamedConfigT]:
     return configs
 
 
-def pick(key: Hashable, configs: Sequence[ConfigT], run: Callable[[ConfigT], object]) -> ConfigT:
-    """Choose one of ``configs``: the first, or the fastest with ``FSD_AUTOTUNE=1``.
+def pick(
+    key: Hashable,
+    config: ConfigT,
+    alternatives: Callable[[], Sequence[ConfigT]],
+    run: Callable[[ConfigT], object],
+) -> ConfigT:
+    """Choose ``config``, or the fastest of ``alternatives()`` with ``FSD_AUTOTUNE=1``.
 
     Args:
         key: Names kernel, shape and dtype. A choice is made once per key and process.
-        configs: The heuristic's choice, then its neighbours.
+        config: The heuristic's choice.
+        alternatives: Makes the list of configurations that are timed; called only when tuning.
         run: Launches the kernel with a configuration; timed only when tuning.
     """
-    if len(configs) == 1 or INTERPRETED or os.environ.get("FSD_AUTOTUNE") != "1":
-        return configs[0]
+    if INTERPRETED or os.environ.get("FSD_AUTOTUNE") != "1":
+        return config
     if key not in _tuned:
-        times = [_milliseconds(functools.partial(run, config)) for config in configs]
+        configs = alternatives()
+        times = [_milliseconds(functools.partial(run, each)) for each in configs]
         _tuned[key] = configs[times.index(min(times))]
     chosen: ConfigT = _tuned[key]
     return chosen

@@ -690,7 +690,7 @@ def forward(
 
         if config.splits == 0:
             key = ("intra_cka_fwd", target, precision, student_type, teacher_type, config)
-            fused(pick(key, neighbours(config, "block_d"), fused))
+            fused(pick(key, config, lambda: neighbours(config, "block_d"), fused))
             return one_minus_cka, neg_log, g
 
         # One launch for both sides if their types agree; the teacher's layers follow the student's.
@@ -776,5 +776,5 @@ def backward(
                 _intra_cka_bwd_tile_kernel[grid](*arguments, **meta)
 
         key = ("intra_cka_bwd", target, precision, x_type, config)
-        launch(pick(key, neighbours(config, "block_d"), launch))
+        launch(pick(key, config, lambda: neighbours(config, "block_d"), launch))
     return results
