@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from fsd_kernels import _launch
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 GPU = not INTERPRETED and torch.cuda.is_available()
@@ -51,6 +53,9 @@ def poison_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that receives the names of the kernels launched."""
     names: list[str] = []
+    # A direct launch would not pass here.
+    monkeypatch.setattr(_launch, "_direct", False)
+    monkeypatch.setattr(_launch, "_bound", {})
     owner, method = (interpreter.GridExecutor, "__call__") if INTERPRETED else (JITFunction, "run")
     original = getattr(owner, method)
 

@@ -46,6 +46,7 @@ _VARIABLES = {
     "FSD_BACKEND": "`auto`, `triton`, `eager` or `reference`, where no backend is asked for",
     "FSD_CACHE_DIR": "folder of the built-in data and backbone; `~/.cache/fsd_fast` by default",
     "FSD_AUTOTUNE": "`1` times the neighbouring tile sizes of a Triton kernel at its first call",
+    "FSD_DIRECT_LAUNCH": "`0` sends every launch of a Triton kernel through Triton's binder; see [GPU](gpu.md)",
     "FSD_DEBUG": "`1` prints the traceback of every error",
 }
 

@@ -48,7 +48,8 @@ def _intra(batch: int, tokens: int, dtype: torch.dtype, masked: bool) -> None:
     x = torch.empty(batch, tokens, WIDTH, dtype=dtype)
     mask = torch.ones(batch, tokens, dtype=torch.bool) if masked else None
     intra.forward([x], [x], mask)
-    intra.backward([x], mask, torch.empty(1, batch, tokens, tokens), torch.empty(1, batch))
+    values = torch.empty(1, batch)
+    intra.backward([x], mask, torch.empty(1, batch, tokens, tokens), values, values, values)
 
 
 def _gram(num_centroid: int, dtype: torch.dtype, masked: bool, frozen: bool) -> None:

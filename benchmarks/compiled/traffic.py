@@ -196,7 +196,7 @@ def intra_traffic(dtype: torch.dtype) -> dict[str, Traffic]:
     x, y = _features(dtype, 0), _features(dtype, 1)
     with counting() as totals:
         _, _, g = intra.forward([x], [y], None)
-        intra.backward([x], None, g, torch.ones(1, BATCH))
+        intra.backward([x], None, g, torch.ones(1, BATCH), torch.ones(1, BATCH), None)
     return totals
 
 

@@ -5,11 +5,16 @@ The references state the same floor and the same rounding themselves: they impor
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 CKA_FLOOR = 1e-8
 """-log CKA is constant below this CKA."""
+
+NEG_LOG_FLOORED = math.floor(-math.log(CKA_FLOOR) * 1e5) / 1e5
+"""From here on -log CKA is on its floor, whose float32 logarithm may end just below the exact one."""
 
 MAXIMUM_ENERGY_RATIO = 2.0
 """Rows [n, F] are centred before they are multiplied if sum |row|^2 is more than this many times sum |row - mean|^2.

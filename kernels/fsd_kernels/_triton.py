@@ -46,6 +46,7 @@ TARGETS = {
 
 # The constants of ``_numerics`` for kernels, whose arithmetic is float32.
 CKA_FLOOR = tl.constexpr(_numerics.CKA_FLOOR)
+FLOORED = tl.constexpr(_numerics.NEG_LOG_FLOORED)
 ROUNDING = tl.constexpr(_numerics.rounding_energy(torch.float32))
 NORM_ROUNDING = tl.constexpr(_numerics.norm_rounding(torch.float32))
 MAXIMUM_LENGTH_RATIO = tl.constexpr(_numerics.maximum_length_ratio(_numerics.norm_rounding(torch.float32)))
@@ -99,12 +100,27 @@ def dot_precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def product_precision(target: Target, *dtypes: torch.dtype) -> str:
+    """Precision of the products of features of these types.
+
+    float32: "tf32" where torch's float32 matmul precision allows it, else three tf32 products of two terms each
+    ("tf32x3"), or "ieee" where there are none: on AMD GPUs, and on NVIDIA GPUs before sm_80. Products of 16-bit numbers
+    are exact: "ieee" for every setting, so that a kernel is compiled once.
+    """
+    if torch.float32 not in dtypes:
+        return "ieee"
+    precision = dot_precision()
+    has_terms = target.backend == "cuda" and int(target.arch) >= 80
+    return "tf32x3" if precision == "ieee" and has_terms else precision
+
+
 def kernel_dot_type(dtype: torch.dtype) -> tl.dtype:
     """``dtype`` for a kernel's dot. The interpreter multiplies bfloat16 as bit patterns, so it gets float32."""
     return tl.float32 if INTERPRETED else _TRITON_TYPES[dtype]
 
 
-_ROUNDS = tl.constexpr(not INTERPRETED)
+RAW_OPERANDS = tl.constexpr(not INTERPRETED)
+"""True if 16-bit tiles can be multiplied; the interpreter takes bfloat16 for bit patterns."""
 
 
 @triton.jit
@@ -121,9 +137,27 @@ def operand(x, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore
     Tensor cores truncate float32 to tf32; rounding first halves the error and removes its bias. The interpreter
     multiplies in float32, so that no mistake hides behind a rounding of 1e-3.
     """
-    if _ROUNDS and PRECISION == "tf32" and DOT_TYPE == tl.float32:
+    if RAW_OPERANDS and PRECISION == "tf32" and DOT_TYPE == tl.float32:
         x = round_to_tf32(x)
     return x.to(DOT_TYPE)
+
+
+@triton.jit
+def round_to(x, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 rounded to a type of 16 bits, to the nearest, ties to even.
+
+    The interpreter would truncate to bfloat16 and cannot multiply it: there the result is float32 that holds the
+    rounded number.
+    """
+    if RAW_OPERANDS:
+        rounded = x.to(TYPE)
+    elif TYPE == tl.float16:
+        rounded = x.to(tl.float16).to(tl.float32)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        rounded = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return rounded
 
 
 def next_power_of_2(size: int) -> int:
@@ -174,18 +208,25 @@ def neighbours(config: NamedConfigT, edge: str) -> list[NamedConfigT]:
     return configs
 
 
-def pick(key: Hashable, configs: Sequence[ConfigT], run: Callable[[ConfigT], object]) -> ConfigT:
-    """Choose one of ``configs``: the first, or the fastest with ``FSD_AUTOTUNE=1``.
+def pick(
+    key: Hashable,
+    config: ConfigT,
+    alternatives: Callable[[], Sequence[ConfigT]],
+    run: Callable[[ConfigT], object],
+) -> ConfigT:
+    """Choose ``config``, or the fastest of ``alternatives()`` with ``FSD_AUTOTUNE=1``.
 
     Args:
         key: Names kernel, shape and dtype. A choice is made once per key and process.
-        configs: The heuristic's choice, then its neighbours.
+        config: The heuristic's choice.
+        alternatives: Makes the list of configurations that are timed; called only when tuning.
         run: Launches the kernel with a configuration; timed only when tuning.
     """
-    if len(configs) == 1 or INTERPRETED or os.environ.get("FSD_AUTOTUNE") != "1":
-        return configs[0]
+    if INTERPRETED or os.environ.get("FSD_AUTOTUNE") != "1":
+        return config
     if key not in _tuned:
-        times = [_milliseconds(functools.partial(run, config)) for config in configs]
+        configs = alternatives()
+        times = [_milliseconds(functools.partial(run, each)) for each in configs]
         _tuned[key] = configs[times.index(min(times))]
     chosen: ConfigT = _tuned[key]
     return chosen

@@ -282,47 +282,44 @@ def _triangle(size: int) -> int:
 def _intra_triton(shape: Shape, target: Target, precision: str) -> dict[str, Cost]:
     from fsd_kernels.intra_cka.triton import backward_config, forward_config
 
-    rows, size = shape.rows, shape.size
+    rows, size, wide = shape.rows, shape.size, shape.dtype == torch.float32
     items = shape.pairs * shape.batch
-    widths = (shape.width, shape.teacher_width or shape.width)
-    config = forward_config(rows, items, shape.dtype, precision, target)
+    width, widths = shape.width, shape.width + (shape.teacher_width or shape.width)
+    config = forward_config(rows, shape.dtype, target)
     blocks = _cdiv(rows, config.block_s)
-    square, gram, features = config.block_s**2, rows**2 * _FLOAT32, rows * sum(widths) * size
-    stages: dict[str, Cost] = {}
-    if config.splits == 0:
-        stages["forward"] = Cost(
-            items * features, items * (gram + 2 * _FLOAT32), items * 2 * square * sum(widths)
-        )
+    square, gram, features = config.block_s**2, rows**2 * _FLOAT32, rows * widths * size
+    # The rows whose mean is subtracted from float32 features.
+    shift = min(4, rows) * _FLOAT32 if wide else 0
+    # Products for one of float32, and for one of two terms of G with 16-bit features.
+    products = 3 if wide and precision == "ieee" and target.backend == "cuda" else 1
+    flops = items * 2 * square * widths * products
+    losses = 2 * _FLOAT32
+    if blocks == 1:
+        stages = {"forward": Cost(items * (features + shift * widths), items * (gram + losses), flops)}
     else:
-        whole = blocks == 1
         tiles = _triangle(blocks)
-        part = _part(max(widths), config.splits, config.block_d)
-        splits = _cdiv(max(widths), part)
-        lower = _triangle(rows) * _FLOAT32
-        means = sum(widths) * _FLOAT32
-        if not whole:
-            stages["means"] = Cost(items * features, items * means, 0)
-        stages["tiles"] = Cost(
-            items * (features if whole else features * (blocks + 1) + tiles * means),
-            2 * items * splits * (lower + _FLOAT32),
-            items * 2 * square * tiles * sum(widths),
-        )
-        # The norms, the losses and G each read the parts again, the traces their diagonals.
-        stages["finish"] = Cost(
-            2 * items * splits * (3 * lower + (rows + 1) * _FLOAT32), items * (gram + 2 * _FLOAT32), 0
-        )
-    back = backward_config(rows, shape.width, items, shape.dtype, precision, target)
-    student = rows * shape.width * size
+        read = features * (blocks + 1) + tiles * shift * widths
+        full, last = divmod(rows, 64)
+        lower = (rows**2 + full * 64**2 + last**2) // 2
+        # The norms, the losses and G each read the lower triangle of tiles and the means of its rows and columns.
+        finish = 3 * (lower + rows * (_cdiv(rows, 64) + 1)) + 2 * rows + 1
+        stages = {
+            "tiles": Cost(items * read, 2 * items * (gram + _FLOAT32), flops * tiles),
+            "means": Cost(2 * items * gram, 2 * items * rows * _FLOAT32, 0),
+            "finish": Cost(2 * items * finish * _FLOAT32, items * (gram + losses), 0),
+        }
+    back = backward_config(rows, width, items, shape.dtype, target)
+    student, derivatives = rows * width * size, 3 * _FLOAT32
     back_blocks = _cdiv(rows, back.block_s)
-    flops = items * 2 * (back_blocks * back.block_s) ** 2 * shape.width
-    if rows <= back.block_s:
-        part = _part(shape.width, back.splits, back.block_d)
-        splits = _cdiv(shape.width, part)
-        stages["backward"] = Cost(items * (student + splits * (gram + _FLOAT32)), items * student, flops)
+    flops = items * 2 * (back_blocks * back.block_s) ** 2 * width * (products if wide else 2)
+    if back_blocks == 1:
+        parts = _cdiv(width, _part(width, back.parts, back.block_d))
+        read = student + shift * width + parts * (gram + derivatives)
     else:
-        slices = _cdiv(shape.width, back.block_d)
-        read = 2 * back_blocks * student + slices * (gram + back_blocks * _FLOAT32)
-        stages["backward"] = Cost(items * read, items * student, flops)
+        read = back_blocks * (student + shift * width)
+        # G's rows are summed first.
+        read += _cdiv(width, back.block_d) * (2 * gram + back_blocks * derivatives)
+    stages["backward"] = Cost(items * read, items * student, flops)
     return stages
 
 

@@ -116,7 +116,7 @@ def test_eager_intra_flops_are_counted_ones(shape: cost.Shape) -> None:
     expected = cost.eager("intra", shape)
     assert _counted(lambda: intra.forward([student], [teacher], None)) == expected["forward"]
     g, c = torch.ones(1, shape.batch, shape.rows, shape.rows), torch.ones(1, shape.batch)
-    assert _counted(lambda: intra.backward([student], None, g, c)) == expected["backward"]
+    assert _counted(lambda: intra.backward([student], None, g, c, c, c)) == expected["backward"]
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,8 @@ for batch, rows, width in json.loads(sys.argv[2]):
     x = torch.ones(batch, rows, width)
     with traffic.counting() as totals:
         _, _, g = intra.forward([x], [x], None)
-        intra.backward([x], None, g, torch.ones(1, batch))
+        values = torch.ones(1, batch)
+        intra.backward([x], None, g, values, values, values)
     counted.append({name: part.issued for name, part in totals.items()})
 for batch, rows, width, centroids in json.loads(sys.argv[3]):
     x, memory = torch.ones(batch, rows * width), torch.ones(centroids, rows * width)

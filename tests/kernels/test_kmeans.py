@@ -525,7 +525,7 @@ def test_kernels_every_tuned_configuration_is_right(
         by_width = {other.block_f: other for other in shared.neighbours(config, "block_f")}
         assert len(by_width) > 1
         for other in by_width.values():
-            monkeypatch.setattr(kernels, "pick", lambda key, configs, run, chosen=other: chosen)
+            monkeypatch.setattr(kernels, "pick", lambda key, config, alternatives, run, chosen=other: chosen)
             check_assign(points, centroids)
 
 

@@ -43,10 +43,10 @@ def op_calls(dtype: torch.dtype, masked: bool) -> dict[str, tuple[Any, ...]]:
     noise = torch.Generator().manual_seed(0)
     flat = student.flatten(1)
     pair_gradient = torch.randn(1, batch, rows, rows, dtype=wide, generator=noise)
-    coefficient = torch.randn(1, batch, dtype=wide, generator=noise)
+    neg_log, d_neg_log = torch.rand(2, 1, batch, dtype=wide, generator=noise)
     return {
         "intra_cka_forward": ([student.clone().requires_grad_()], [teacher], mask, "eager"),
-        "intra_cka_backward": ([student], mask, pair_gradient, coefficient, "eager"),
+        "intra_cka_backward": ([student], mask, pair_gradient, neg_log, None, d_neg_log, "eager"),
         "gram_forward": (
             flat.clone().requires_grad_(),
             memory.clone().requires_grad_(),

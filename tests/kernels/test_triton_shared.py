@@ -38,14 +38,25 @@ def test_operands_are_rounded_to_tf32() -> None:
 def test_tuning_takes_the_fastest_and_asks_once(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"a": 3.0, "b": 1.0, "c": float("inf")}
     calls: list[str] = []
+    asked: list[str] = []
+
+    def alternatives() -> list[str]:
+        asked.append("asked")
+        return list(times)
+
+    def choose() -> str:
+        return shared.pick("key", "a", alternatives, calls.append)
+
     monkeypatch.setattr(shared, "INTERPRETED", False)
     monkeypatch.setattr(shared, "_tuned", {})
     monkeypatch.setattr(shared, "_milliseconds", lambda call: times[call.args[0]])
-    assert shared.pick("key", ["a", "b", "c"], calls.append) == "a"
+    assert choose() == "a"
+    assert asked == []
     monkeypatch.setenv("FSD_AUTOTUNE", "1")
-    assert shared.pick("key", ["a", "b", "c"], calls.append) == "b"
+    assert choose() == "b"
     times["b"] = 9.0
-    assert shared.pick("key", ["a", "b", "c"], calls.append) == "b"
+    assert choose() == "b"
+    assert asked == ["asked"]
     assert calls == []
 
 
@@ -63,10 +74,15 @@ def test_precision_follows_torch() -> None:
 @pytest.mark.parametrize("name", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_heuristics_of_the_losses_fill_the_gpu_and_fit_it(name: str) -> None:
     target = shared.TARGETS[name]
-    config = intra_kernels.forward_config(128, 32, torch.float32, "tf32", target)
-    assert config.splits == 0 or 64 * config.splits <= 2 * target.multiprocessors
-    few = intra_kernels.forward_config(128, 2, torch.float32, "tf32", target)
-    assert few.splits > 1
+    for dtype in (torch.float32, torch.bfloat16):
+        forward = intra_kernels.forward_config(128, dtype, target)
+        # The stages of a tile of all rows.
+        stages = forward.num_stages * 128 * forward.block_d * dtype.itemsize
+        assert forward.block_s == 128
+        assert stages <= target.shared_memory
+        few, many = (intra_kernels.backward_config(128, 768, items, dtype, target) for items in (2, 1000))
+        assert few.parts == 4
+        assert many.parts == 1
     wide = gram_kernels.forward_config(134, 98304, torch.float32, "tf32", target)
     assert wide.tiles
     assert 64 <= wide.parts <= 2 * target.multiprocessors

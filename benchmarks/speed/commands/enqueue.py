@@ -44,16 +44,16 @@ def fixed_python() -> int:
 
 
 class _NoLaunch:
-    """Stands in for a kernel: ``kernel[grid](...)`` does nothing."""
+    """Stands in for a kernel, and for the compiled kernel that a launch returns: launching it does nothing."""
 
     def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
+        self.arg_names = kernel.arg_names
 
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
+    def __getitem__(self, grid: Any) -> Callable[..., _NoLaunch]:
         return self._launch
 
-    def _launch(self, *arguments: Any, **keywords: Any) -> None:
-        pass
+    def _launch(self, *arguments: Any, **keywords: Any) -> _NoLaunch:
+        return self
 
 
 @contextmanager

@@ -757,7 +757,7 @@ def forward(
 
     with launch_guard(features):
         key = ("gram_fwd", target, stack.meta["PRECISION"], stack.dot, total, default)
-        launch(pick(key, neighbours(default, "block_f"), launch))
+        launch(pick(key, default, lambda: neighbours(default, "block_f"), launch))
         # A block from "eager" is float64.
         block = gram if memory_gram is None else memory_gram.to(gram.dtype)
         _gram_sum_kernel[(cdiv(total**2, _SUMMED),)](
@@ -813,5 +813,5 @@ def backward(
             d_gram, a, *d_gram.stride(), *stack.sizes[:4], BLOCK=block, num_warps=block // 8, **LAUNCH_OPTIONS
         )
         key = ("gram_bwd", target, stack.meta["PRECISION"], stack.dot, total, default)
-        launch(pick(key, neighbours(default, "block_f"), launch))
+        launch(pick(key, default, lambda: neighbours(default, "block_f"), launch))
     return d_features, d_memory

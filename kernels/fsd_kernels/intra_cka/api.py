@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from fsd_kernels._backend import implementation, resolve_backend
 from fsd_kernels._checks import check_features, check_mask, check_same_device
-from fsd_kernels._numerics import CKA_FLOOR, compute_dtype
+from fsd_kernels._numerics import compute_dtype
 from fsd_kernels._op import op, run_reference
 
 
@@ -27,10 +26,6 @@ class IntraCKA(NamedTuple):
     """-log CKA, in [0, -log 1e-8]."""
 
 
-# A float32 logarithm may end just below -log CKA's maximum.
-_FLOORED = math.floor(-math.log(CKA_FLOOR) * 1e5) / 1e5
-
-
 @op(
     "intra_cka_backward",
     fake=lambda students, *_: [
@@ -38,9 +33,16 @@ _FLOORED = math.floor(-math.log(CKA_FLOOR) * 1e5) / 1e5
     ],
 )
 def _backward(
-    students: Sequence[Tensor], mask: Tensor | None, gradient: Tensor, coefficient: Tensor, backend: str
+    students: Sequence[Tensor],
+    mask: Tensor | None,
+    gradient: Tensor,
+    neg_log: Tensor,
+    d_one_minus_cka: Tensor | None,
+    d_neg_log: Tensor | None,
+    backend: str,
 ) -> list[Tensor]:
-    return implementation("intra_cka", backend).backward(students, mask, gradient, coefficient)
+    run = implementation("intra_cka", backend).backward
+    return run(students, mask, gradient, neg_log, d_one_minus_cka, d_neg_log)
 
 
 def _fake_forward(students: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,12 +70,7 @@ def _gradients(
     kept: Sequence[Any], needs: Sequence[Any], d_one_minus_cka: Tensor | None, d_neg_log: Tensor | None
 ) -> Sequence[list[Tensor]]:
     neg_log, gradient, mask, backend, *students = kept
-    # d(1 - CKA) = -d CKA and d(-log CKA) = -d CKA / CKA. On the floor -log CKA is constant.
-    coefficient = torch.zeros_like(neg_log) if d_one_minus_cka is None else -d_one_minus_cka
-    if d_neg_log is not None:
-        floored = neg_log >= _FLOORED
-        coefficient = coefficient - torch.where(floored, 0.0, d_neg_log * torch.exp(neg_log))
-    return [_backward(students, mask, gradient, coefficient, backend)]
+    return [_backward(students, mask, gradient, neg_log, d_one_minus_cka, d_neg_log, backend)]
 
 
 _forward.differentiable(_keep, _gradients, outputs=2)

@@ -25,7 +25,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fsd_kernels._numerics import CKA_FLOOR, MAXIMUM_ENERGY_RATIO, compute_dtype, rounding_energy
+from fsd_kernels._numerics import (
+    CKA_FLOOR,
+    MAXIMUM_ENERGY_RATIO,
+    NEG_LOG_FLOORED,
+    compute_dtype,
+    rounding_energy,
+)
 
 # Elements of one side's features per chunk: large chunks mean fewer operations, small ones stay in the cache.
 _CHUNK_ELEMENTS = 1 << 22
@@ -314,10 +320,28 @@ def forward(
     return one_minus_cka.contiguous(), neg_log.contiguous(), gradient
 
 
+def coefficients(neg_log: Tensor, d_one_minus_cka: Tensor | None, d_neg_log: Tensor | None) -> Tensor:
+    """c [P, B]: minus the losses' derivatives by CKA.
+
+    d(1 - CKA) = -d CKA and d(-log CKA) = -d CKA / CKA. On the floor -log CKA is constant.
+    """
+    coefficient = torch.zeros_like(neg_log) if d_one_minus_cka is None else -d_one_minus_cka
+    if d_neg_log is not None:
+        floored = neg_log >= NEG_LOG_FLOORED
+        coefficient = coefficient - torch.where(floored, 0.0, d_neg_log * torch.exp(neg_log))
+    return coefficient
+
+
 def backward(
-    students: Sequence[Tensor], mask: Tensor | None, gradient: Tensor, coefficient: Tensor
+    students: Sequence[Tensor],
+    mask: Tensor | None,
+    gradient: Tensor,
+    neg_log: Tensor,
+    d_one_minus_cka: Tensor | None,
+    d_neg_log: Tensor | None,
 ) -> list[Tensor]:
-    """Return dY [B, S, D] per layer pair: 2 c G Y, with c = ``coefficient`` [P, B]; the rows of G sum to 0."""
+    """Return dY [B, S, D] per layer pair: 2 c G Y; the rows of G sum to 0. None: a loss without derivative."""
+    coefficient = coefficients(neg_log, d_one_minus_cka, d_neg_log)
     results = []
     for p, student in enumerate(students):
         result = torch.empty_like(student, memory_format=torch.contiguous_format)

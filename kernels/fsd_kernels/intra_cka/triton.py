@@ -1,44 +1,50 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Intra-feature CKA as fused kernels: per layer pair and sample, two centred S x S Grams that stay on chip.
+"""Intra-feature CKA as fused kernels: per layer pair and sample, two S x S Gram matrices that stay on chip.
 
-    A = K_T / |K_T|,  B = K_S / |K_S|,  1 - CKA = 1/2 |A - B|^2,  G = ((A - B) + (1 - CKA) B) / |K_S|
-    dY = 2 c G Y_c
+    K = H X X^T H,  A = K_T / |K_T|,  B = K_S / |K_S|,  1 - CKA = 1/2 |A - B|^2
+    G = ((A - B) + (1 - CKA) B) / |K_S|,  dY = 2 c G Y,  c = -d loss / d(1 - CKA) - CKA^-1 d loss / d(-log CKA)
 
-Forward, S <= 128: ``_intra_cka_fwd_kernel``, one program per (pair, sample). It reads each feature once and writes no
-Gram matrix. If S is larger, or pairs x samples are too few to fill the GPU, ``_intra_cka_tile_kernel`` computes
-lower-triangle tiles of both Gram matrices over parts of D, and ``_intra_cka_finish_kernel`` sums the parts in a fixed
-order. With S > 128 a tile does not hold all rows, so ``_intra_cka_mean_kernel`` computes the means first. Backward: one
-launch, ``_intra_cka_bwd_kernel`` (S <= 128) or ``_intra_cka_bwd_tile_kernel``.
+H subtracts the mean over the kept rows. Rows are multiplied as they are and H is applied to the small matrix. The rows
+of G sum to 0, once the backward has taken out what rounding left of their sums, so that Y need not be centred.
+Features of 16 bits go from memory to the tensor cores unchanged: their products are exact in float32. G is two terms of
+their type, its rounding and what that leaves. float32 features pass through registers, where the mean of a few rows is
+subtracted: products of rounded terms would lose digits to a common offset.
 
-A tile holds rows of a slice of D. It is centred in float32 over the kept rows before it is rounded for the dot. Layers
-are separate tensors: kernels find them through a table of addresses, strides and widths.
+Forward, S <= 128: ``_intra_cka_fwd_kernel``, one program per (pair, sample); it writes no Gram matrix. Longer samples:
+``_intra_cka_tile_kernel`` writes the Gram matrices of one side, tile by tile, ``_intra_cka_mean_kernel`` the means of
+their rows, and ``_intra_cka_finish_kernel`` the values and G. Backward: one launch, ``_intra_cka_bwd_kernel``
+(S <= 128) or ``_intra_cka_bwd_tile_kernel``.
+
+Layers are separate tensors. A launch takes up to 12 pairs, each as a tuple: address, strides, width.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fsd_kernels._launch import launch
 from fsd_kernels._triton import (
     CKA_FLOOR,
-    LAUNCH_OPTIONS,
+    FLOORED,
     MIN_TILE,
+    NORM_ROUNDING,
+    RAW_OPERANDS,
     ROUNDING,
     Target,
     cdiv,
-    dot_precision,
-    kernel_dot_type,
-    launch_guard,
     neighbours,
     next_power_of_2,
     operand,
     pick,
+    product_precision,
+    round_to,
     small_shared_memory,
     target_of,
     triton_type,
@@ -46,9 +52,10 @@ from fsd_kernels._triton import (
 
 # Rows of the largest Gram matrix that one program holds.
 _WHOLE = 128
-
-# Columns of the table of layers: address, strides of samples, rows and features in elements, width.
-_FIELDS = tl.constexpr(5)
+# Layer pairs of one launch.
+_PAIRS = 12
+# Rows whose mean is subtracted from float32 features.
+_SHIFT_ROWS = tl.constexpr(4)
 
 
 class Config(NamedTuple):
@@ -56,101 +63,119 @@ class Config(NamedTuple):
 
     block_s: int
     block_d: int
-    splits: int
+    parts: int
+    """Number of programs that share the features of a sample; 1 in the forward."""
     num_warps: int
     num_stages: int
 
 
 @triton.jit
-def _layer(table_ptr, layer, ALIGNED: tl.constexpr, X_TYPE: tl.constexpr):
-    """Look up a layer: its address, strides and width. ALIGNED: all are multiples of 16, features adjacent."""
-    row = table_ptr + layer * _FIELDS
-    x_ptr = tl.load(row).to(tl.pointer_type(X_TYPE))
-    stride_xb = tl.load(row + 1)
-    stride_xs = tl.load(row + 2)
-    stride_xd = tl.load(row + 3)
-    width = tl.load(row + 4)
-    if ALIGNED:
-        x_ptr = tl.multiple_of(x_ptr, 16)
-        stride_xb = tl.multiple_of(stride_xb, 16)
-        stride_xs = tl.multiple_of(stride_xs, 16)
-        width = tl.multiple_of(width, 16)
+def _layer(layers, pair):
+    """One of several layers: its address, strides of samples, rows and features, and width."""
+    x_ptr, stride_xb, stride_xs, stride_xd, width = layers[0]
+    for i in tl.static_range(1, len(layers)):
+        chosen = pair == i
+        x_ptr = tl.where(chosen, layers[i][0], x_ptr)
+        stride_xb = tl.where(chosen, layers[i][1], stride_xb)
+        stride_xs = tl.where(chosen, layers[i][2], stride_xs)
+        stride_xd = tl.where(chosen, layers[i][3], stride_xd)
+        width = tl.where(chosen, layers[i][4], width)
     return x_ptr, stride_xb, stride_xs, stride_xd, width
 
 
 @triton.jit
-def _load_rows(x_ptr, stride_xs, stride_xd, rows, kept, columns, width, ALIGNED: tl.constexpr):
-    """Load [rows, columns] in float32. Dropped rows and columns past the width are not read: they are 0."""
-    if ALIGNED:
-        pointers = x_ptr + rows.to(tl.int64)[:, None] * stride_xs + columns[None, :]
-    else:
-        pointers = x_ptr + rows.to(tl.int64)[:, None] * stride_xs + columns.to(tl.int64)[None, :] * stride_xd
-    return tl.load(pointers, mask=kept[:, None] & (columns < width)[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows, S, HAS_MASK: tl.constexpr):
+def _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows, S):
     """True for those of ``rows`` that exist and that the mask keeps."""
     kept = rows < S
-    if HAS_MASK:
-        flags = tl.load(
-            mask_ptr + sample.to(tl.int64) * stride_mb + rows.to(tl.int64) * stride_ms, mask=kept, other=0
-        )
-        kept = kept & (flags != 0)
+    if mask_ptr is not None:
+        offsets = sample.to(tl.int64) * stride_mb + rows.to(tl.int64) * stride_ms
+        kept = kept & (tl.load(mask_ptr + offsets, mask=kept, other=0) != 0)
     return kept
 
 
 @triton.jit
-def _kept_count(mask_ptr, stride_mb, stride_ms, sample, S, HAS_MASK: tl.constexpr, BLOCK_S: tl.constexpr):
-    """The number of kept rows of a sample, at least 1."""
-    count = tl.maximum(S, 1).to(tl.float32)
-    if HAS_MASK:
+def _kept_count(mask_ptr, stride_mb, stride_ms, sample, S, BLOCK_S: tl.constexpr):
+    """The number of kept rows of a sample, at least 1, and the first of them, or S."""
+    count = S
+    first = 0
+    if mask_ptr is not None:
         counts = tl.zeros((BLOCK_S,), dtype=tl.int32)
+        first = S
         for start in range(0, S, BLOCK_S):
             rows = start + tl.arange(0, BLOCK_S)
-            counts += _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows, S, HAS_MASK).to(tl.int32)
-        count = tl.maximum(tl.sum(counts), 1).to(tl.float32)
-    return count
+            kept = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows, S)
+            counts += kept.to(tl.int32)
+            first = tl.minimum(first, tl.min(tl.where(kept, rows, S)))
+        count = tl.sum(counts)
+    return tl.maximum(count, 1).to(tl.float32), first
 
 
 @triton.jit
-def _centred_gram(
-    x_ptr,
-    stride_xs,
-    stride_xd,
-    rows,
-    kept,
-    count,
-    first,
-    last,
-    width,
-    ALIGNED: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    DOT_TYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Gram matrix [BLOCK_S, BLOCK_S] of all rows, centred, over features [first, last), and |mean|^2 over these."""
-    gram = tl.zeros((BLOCK_S, BLOCK_S), dtype=tl.float32)
+def _load(x_ptr, stride_xs, stride_xd, rows, kept, columns, width):
+    """Load [rows, columns]. Dropped rows and columns past the width are not read: they are 0."""
+    pointers = x_ptr + rows.to(tl.int64)[:, None] * stride_xs + columns.to(tl.int64)[None, :] * stride_xd
+    return tl.load(pointers, mask=kept[:, None] & (columns < width)[None, :], other=0.0)
+
+
+@triton.jit
+def _shift(x_ptr, stride_xs, stride_xd, shift_rows, shift_kept, columns, width):
+    """The mean of a few kept rows of float32 features, [columns]."""
+    x = _load(x_ptr, stride_xs, stride_xd, shift_rows, shift_kept, columns, width)
+    return tl.sum(x, axis=0) / tl.maximum(tl.sum(shift_kept.to(tl.float32)), 1.0)
+
+
+@triton.jit
+def _operand(x_ptr, stride_xs, stride_xd, rows, kept, columns, width, shift, PRECISION: tl.constexpr):
+    """[rows, columns] for the tensor cores: features of 16 bits as they are, float32 less ``shift``."""
+    x = _load(x_ptr, stride_xs, stride_xd, rows, kept, columns, width)
+    if x_ptr.dtype.element_ty == tl.float32:
+        x = operand(tl.where(kept[:, None], x - shift[None, :], 0.0), tl.float32, PRECISION)
+    elif not RAW_OPERANDS:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _gram(
+    x_ptr, stride_xs, stride_xd, rows_i, kept_i, rows_j, kept_j, shift_rows, shift_kept, width,
+    SAME: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """X_i X_j^T [rows_i, rows_j] of the rows less a shift, and |shift|^2. SAME: i is j."""
+    gram = tl.zeros((rows_i.shape[0], rows_j.shape[0]), dtype=tl.float32)
     squares = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    for start in range(first, last, BLOCK_D):
+    shift = squares
+    for start in range(0, width, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
-        x = _load_rows(x_ptr, stride_xs, stride_xd, rows, kept, columns, width, ALIGNED)
-        mean = tl.sum(x, axis=0) / count
-        squares += mean * mean
-        centred = operand(tl.where(kept[:, None], x - mean[None, :], 0.0), DOT_TYPE, PRECISION)
-        gram = tl.dot(centred, tl.trans(centred), gram, input_precision=PRECISION)
+        if x_ptr.dtype.element_ty == tl.float32:
+            shift = _shift(x_ptr, stride_xs, stride_xd, shift_rows, shift_kept, columns, width)
+            squares += shift * shift
+        x_i = _operand(x_ptr, stride_xs, stride_xd, rows_i, kept_i, columns, width, shift, PRECISION)
+        x_j = x_i
+        if not SAME:
+            x_j = _operand(x_ptr, stride_xs, stride_xd, rows_j, kept_j, columns, width, shift, PRECISION)
+        gram = tl.dot(x_i, tl.trans(x_j), gram, input_precision=PRECISION)
     return gram, tl.sum(squares)
 
 
 @triton.jit
-def _unit(energy, mean_energy, count):
-    """True if a Gram matrix of trace ``energy`` has structure or is not finite, and its inverse trace.
+def _centred(gram, kept, count):
+    """A symmetric matrix whose dropped rows are 0, centred over the kept ones, and the mean of its entries."""
+    means = tl.sum(gram, axis=1) / count
+    mean = tl.sum(means) / count
+    centred = gram - means[:, None] - means[None, :] + mean
+    return tl.where(kept[:, None] & kept[None, :], centred, 0.0), mean
 
-    The inverse is NaN if the trace is not finite, 0 without structure.
+
+@triton.jit
+def _unit(energy, mean_energy, shift_energy, count, X_TYPE: tl.constexpr):
+    """True if a centred Gram matrix of trace ``energy`` has structure or is not finite, and its inverse trace.
+
+    The inverse is NaN if the trace is not finite, 0 without structure. ``mean_energy`` is |mean row - shift|^2. Rows of
+    16 bits that are nearly equal leave the rounding of their products in the trace, float32 rows that of themselves.
     """
-    infinite = ~(energy + count * mean_energy < float("inf"))
-    exists = (energy > count * mean_energy * ROUNDING) | infinite
+    offset_energy = count * (mean_energy + shift_energy)
+    infinite = ~(energy + offset_energy < float("inf"))
+    exists = (energy > offset_energy * (ROUNDING if X_TYPE == tl.float32 else NORM_ROUNDING)) | infinite
     return exists, tl.where(infinite, float("nan"), tl.where(exists, 1.0 / energy, 0.0))
 
 
@@ -170,50 +195,36 @@ def _losses(delta, product, exists):
 
 @triton.jit
 def _intra_cka_fwd_kernel(
-    student_table_ptr,
-    teacher_table_ptr,
-    mask_ptr,
-    one_minus_cka_ptr,
-    neg_log_ptr,
-    g_ptr,
-    stride_mb,
-    stride_ms,
-    B,
-    S,
-    HAS_MASK: tl.constexpr,
-    STUDENT_TYPE: tl.constexpr,
-    TEACHER_TYPE: tl.constexpr,
-    STUDENT_DOT: tl.constexpr,
-    TEACHER_DOT: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    students, teachers, mask_ptr, one_minus_cka_ptr, neg_log_ptr, g_ptr, stride_mb, stride_ms, B, S,
+    PRECISION: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """One program per (pair, sample): both Gram matrices, the losses and G."""
     item = tl.program_id(0)
-    layer, sample = item // B, item % B
+    pair, sample = item // B, item % B
     rows = tl.arange(0, BLOCK_S)
-    kept = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows, S, HAS_MASK)
+    kept = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows, S)
     count = tl.maximum(tl.sum(kept.to(tl.float32)), 1.0)
+    shift_rows = tl.min(tl.where(kept, rows, S)) + tl.arange(0, _SHIFT_ROWS)
+    shift_kept = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, shift_rows, S)
 
-    x_ptr, stride_xb, stride_xs, stride_xd, width = _layer(teacher_table_ptr, layer, ALIGNED, TEACHER_TYPE)
+    x_ptr, stride_xb, stride_xs, stride_xd, width = _layer(teachers, pair)
     x_ptr += sample.to(tl.int64) * stride_xb
-    unit_t, mean_t = _centred_gram(
-        x_ptr, stride_xs, stride_xd, rows, kept, count, 0, width, width,
-        ALIGNED, BLOCK_S, BLOCK_D, TEACHER_DOT, PRECISION,
+    unit_t, shift_t = _gram(
+        x_ptr, stride_xs, stride_xd, rows, kept, rows, kept, shift_rows, shift_kept, width, True, BLOCK_D, PRECISION
     )  # fmt: skip
-    y_ptr, stride_yb, stride_ys, stride_yd, width = _layer(student_table_ptr, layer, ALIGNED, STUDENT_TYPE)
+    y_ptr, stride_yb, stride_ys, stride_yd, width = _layer(students, pair)
     y_ptr += sample.to(tl.int64) * stride_yb
-    unit_s, mean_s = _centred_gram(
-        y_ptr, stride_ys, stride_yd, rows, kept, count, 0, width, width,
-        ALIGNED, BLOCK_S, BLOCK_D, STUDENT_DOT, PRECISION,
+    unit_s, shift_s = _gram(
+        y_ptr, stride_ys, stride_yd, rows, kept, rows, kept, shift_rows, shift_kept, width, True, BLOCK_D, PRECISION
     )  # fmt: skip
+    unit_t, mean_t = _centred(unit_t, kept, count)
+    unit_s, mean_s = _centred(unit_s, kept, count)
 
     diagonal = rows[:, None] == rows[None, :]
     energy_s = tl.sum(tl.where(diagonal, unit_s, 0.0))
-    exists_t, inverse_t = _unit(tl.sum(tl.where(diagonal, unit_t, 0.0)), mean_t, count)
-    exists_s, inverse_s = _unit(energy_s, mean_s, count)
+    energy_t = tl.sum(tl.where(diagonal, unit_t, 0.0))
+    exists_t, inverse_t = _unit(energy_t, mean_t, shift_t, count, x_ptr.dtype.element_ty)
+    exists_s, inverse_s = _unit(energy_s, mean_s, shift_s, count, y_ptr.dtype.element_ty)
     exists = (exists_t & exists_s) | (inverse_t != inverse_t) | (inverse_s != inverse_s)
     # Dividing by the trace first keeps the fourth powers of the features out of overflow and underflow.
     unit_t *= inverse_t
@@ -235,420 +246,314 @@ def _intra_cka_fwd_kernel(
 
 
 @triton.jit
-def _intra_cka_mean_kernel(
-    table_ptr,
-    mask_ptr,
-    mean_ptr,
-    stride_mb,
-    stride_ms,
-    stride_mean,
-    B,
-    S,
-    HAS_MASK: tl.constexpr,
-    X_TYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """One program per (pair, sample, slice of D): the means over kept rows, to [P * B, stride_mean]."""
-    item = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    layer, sample = item // B, item % B
-    x_ptr, stride_xb, stride_xs, stride_xd, width = _layer(table_ptr, layer, ALIGNED, X_TYPE)
-    x_ptr += sample.to(tl.int64) * stride_xb
-    total = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    for start in range(0, S, BLOCK_S):
-        rows = start + tl.arange(0, BLOCK_S)
-        kept = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows, S, HAS_MASK)
-        total += tl.sum(_load_rows(x_ptr, stride_xs, stride_xd, rows, kept, columns, width, ALIGNED), axis=0)
-    count = _kept_count(mask_ptr, stride_mb, stride_ms, sample, S, HAS_MASK, BLOCK_S)
-    tl.store(mean_ptr + item.to(tl.int64) * stride_mean + columns, total / count, mask=columns < width)
-
-
-@triton.jit
 def _intra_cka_tile_kernel(
-    table_ptr,
-    mask_ptr,
-    mean_ptr,
-    partial_ptr,
-    energy_ptr,
-    stride_mb,
-    stride_ms,
-    stride_mean,
-    B,
-    S,
-    items,
-    part_d,
-    HAS_MASK: tl.constexpr,
-    X_TYPE: tl.constexpr,
-    DOT_TYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """One program per (lower-triangle tile, part of D, pair and sample) of one side: that tile over that part.
-
-    The lower triangle goes to partial [splits, P * B, S, S], |mean|^2 over the part to energy [splits, P * B]. WHOLE:
-    the tile is the whole Gram matrix and computes the means itself.
-    """
+    layers, mask_ptr, gram_ptr, shift_ptr, stride_mb, stride_ms, B, S,
+    PRECISION: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program per (lower-triangle tile, pair and sample) of one side: that tile, and its mirror image."""
     tile = tl.program_id(0)
-    part = tl.program_id(1)
-    item = tl.program_id(2)
-    layer, sample = item // B, item % B
+    item = tl.program_id(1)
+    pair, sample = item // B, item % B
     block_i = 0
     while (block_i + 1) * (block_i + 2) // 2 <= tile:
         block_i += 1
     block_j = tile - block_i * (block_i + 1) // 2
     rows_i = block_i * BLOCK_S + tl.arange(0, BLOCK_S)
     rows_j = block_j * BLOCK_S + tl.arange(0, BLOCK_S)
-    kept_i = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows_i, S, HAS_MASK)
-    x_ptr, stride_xb, stride_xs, stride_xd, width = _layer(table_ptr, layer, ALIGNED, X_TYPE)
+    kept_i = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows_i, S)
+    kept_j = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows_j, S)
+    _, first = _kept_count(mask_ptr, stride_mb, stride_ms, sample, S, BLOCK_S)
+    shift_rows = first + tl.arange(0, _SHIFT_ROWS)
+    shift_kept = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, shift_rows, S)
+    x_ptr, stride_xb, stride_xs, stride_xd, width = _layer(layers, pair)
     x_ptr += sample.to(tl.int64) * stride_xb
-    first = part * part_d
-    last = tl.minimum(first + part_d, width)
-    if WHOLE:
-        count = tl.maximum(tl.sum(kept_i.to(tl.float32)), 1.0)
-        gram, mean_energy = _centred_gram(
-            x_ptr, stride_xs, stride_xd, rows_i, kept_i, count, first, last, width,
-            ALIGNED, BLOCK_S, BLOCK_D, DOT_TYPE, PRECISION,
-        )  # fmt: skip
-    else:
-        kept_j = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows_j, S, HAS_MASK)
-        mean_ptr += item.to(tl.int64) * stride_mean
-        gram = tl.zeros((BLOCK_S, BLOCK_S), dtype=tl.float32)
-        squares = tl.zeros((BLOCK_D,), dtype=tl.float32)
-        for start in range(first, last, BLOCK_D):
-            columns = start + tl.arange(0, BLOCK_D)
-            mean = tl.load(mean_ptr + columns, mask=columns < width, other=0.0)
-            squares += mean * mean
-            x_i = _load_rows(x_ptr, stride_xs, stride_xd, rows_i, kept_i, columns, width, ALIGNED)
-            x_j = _load_rows(x_ptr, stride_xs, stride_xd, rows_j, kept_j, columns, width, ALIGNED)
-            x_i = operand(tl.where(kept_i[:, None], x_i - mean[None, :], 0.0), DOT_TYPE, PRECISION)
-            x_j = operand(tl.where(kept_j[:, None], x_j - mean[None, :], 0.0), DOT_TYPE, PRECISION)
-            gram = tl.dot(x_i, tl.trans(x_j), gram, input_precision=PRECISION)
-        mean_energy = tl.sum(squares)
-    slot = (part * items + item).to(tl.int64)
+    gram, shift = _gram(
+        x_ptr, stride_xs, stride_xd, rows_i, kept_i, rows_j, kept_j, shift_rows, shift_kept, width,
+        False, BLOCK_D, PRECISION,
+    )  # fmt: skip
     if tile == 0:
-        tl.store(energy_ptr + slot, mean_energy)
+        tl.store(shift_ptr + item, shift)
+    gram_ptr += item.to(tl.int64) * S * S
     lower = (rows_i < S)[:, None] & (rows_j[None, :] <= rows_i[:, None])
-    tl.store(partial_ptr + slot * S * S + rows_i[:, None] * S + rows_j[None, :], gram, mask=lower)
+    tl.store(gram_ptr + rows_i[:, None] * S + rows_j[None, :], gram, mask=lower)
+    upper = (rows_i < S)[None, :] & (rows_j[:, None] < rows_i[None, :])
+    tl.store(gram_ptr + rows_j[:, None] * S + rows_i[None, :], tl.trans(gram), mask=upper)
 
 
 @triton.jit
-def _sum_parts(partial_ptr, item, items, splits: tl.constexpr, S, rows, columns, BLOCK_S: tl.constexpr):
-    """Sum the parts of one lower-triangle tile in order; entries above the diagonal are 0.
-
-    The number of parts is a constant, so that the compiler loads all parts without waiting for the first.
-    """
+def _intra_cka_mean_kernel(gram_ptr, mask_ptr, mean_ptr, stride_mb, stride_ms, B, S, BLOCK_S: tl.constexpr):
+    """One program per (block of rows, side, pair and sample): means of a Gram matrix's rows over the kept columns."""
+    item = tl.program_id(1)
+    rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    count, _ = _kept_count(mask_ptr, stride_mb, stride_ms, item % B, S, BLOCK_S)
+    gram_ptr += item.to(tl.int64) * S * S
     total = tl.zeros((BLOCK_S, BLOCK_S), dtype=tl.float32)
-    lower = (rows < S)[:, None] & (columns[None, :] <= rows[:, None])
-    offsets = rows[:, None] * S + columns[None, :]
-    for part in tl.static_range(splits):
-        base = partial_ptr + (part * items + item).to(tl.int64) * S * S
-        total += tl.load(base + offsets, mask=lower, other=0.0)
-    return total
+    for start in range(0, S, BLOCK_S):
+        columns = start + tl.arange(0, BLOCK_S)
+        inside = (rows < S)[:, None] & (columns < S)[None, :]
+        total += tl.load(gram_ptr + rows[:, None] * S + columns[None, :], mask=inside, other=0.0)
+    tl.store(mean_ptr + item.to(tl.int64) * S + rows, tl.sum(total, axis=1) / count, mask=rows < S)
+
+
+@triton.jit
+def _totals(gram_ptr, mean_ptr, S, count, BLOCK_S: tl.constexpr):
+    """The trace of a Gram matrix once it is centred, and the mean of its entries as it is."""
+    traces = tl.zeros((BLOCK_S,), dtype=tl.float32)
+    sums = tl.zeros((BLOCK_S,), dtype=tl.float32)
+    for start in range(0, S, BLOCK_S):
+        rows = start + tl.arange(0, BLOCK_S)
+        traces += tl.load(gram_ptr + rows.to(tl.int64) * S + rows, mask=rows < S, other=0.0)
+        sums += tl.load(mean_ptr + rows, mask=rows < S, other=0.0)
+    mean = tl.sum(sums) / count
+    return tl.sum(traces) - count * mean, mean
+
+
+@triton.jit
+def _centred_tile(gram_ptr, mean_ptr, mean, rows, kept_rows, columns, kept_columns, S):
+    """One tile of a Gram matrix, centred."""
+    inside = kept_rows[:, None] & kept_columns[None, :]
+    tile = tl.load(gram_ptr + rows[:, None] * S + columns[None, :], mask=inside, other=0.0)
+    means_i = tl.load(mean_ptr + rows, mask=kept_rows, other=0.0)
+    means_j = tl.load(mean_ptr + columns, mask=kept_columns, other=0.0)
+    return tl.where(inside, tile - means_i[:, None] - means_j[None, :] + mean, 0.0)
 
 
 @triton.jit
 def _intra_cka_finish_kernel(
-    student_partial_ptr,
-    teacher_partial_ptr,
-    student_energy_ptr,
-    teacher_energy_ptr,
-    mask_ptr,
-    one_minus_cka_ptr,
-    neg_log_ptr,
-    g_ptr,
-    stride_mb,
-    stride_ms,
-    B,
-    S,
-    student_items,
-    teacher_items,
-    student_splits: tl.constexpr,
-    teacher_splits: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """One program per (pair, sample): sum the parts of both Gram matrices tile by tile, then the losses and G."""
+    gram_ptr, mean_ptr, shift_ptr, mask_ptr, one_minus_cka_ptr, neg_log_ptr, g_ptr, stride_mb, stride_ms, B, S,
+    items, STUDENT_TYPE: tl.constexpr, TEACHER_TYPE: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """One program per (pair, sample): centre both Gram matrices tile by tile, the student's first; losses and G."""
     item = tl.program_id(0)
-    count = _kept_count(mask_ptr, stride_mb, stride_ms, item % B, S, HAS_MASK, BLOCK_S)
-    mean_s = 0.0
-    for part in tl.static_range(student_splits):
-        mean_s += tl.load(student_energy_ptr + part * student_items + item)
-    mean_t = 0.0
-    for part in tl.static_range(teacher_splits):
-        mean_t += tl.load(teacher_energy_ptr + part * teacher_items + item)
-    blocks = tl.cdiv(S, BLOCK_S)
-    offsets = tl.arange(0, BLOCK_S)
-
-    # The traces.
-    sums_s = tl.zeros((BLOCK_S,), dtype=tl.float32)
-    sums_t = tl.zeros((BLOCK_S,), dtype=tl.float32)
-    for i in range(0, blocks):
-        rows = i * BLOCK_S + offsets
-        entries = rows.to(tl.int64) * S + rows
-        for part in tl.static_range(student_splits):
-            base = student_partial_ptr + (part * student_items + item).to(tl.int64) * S * S
-            sums_s += tl.load(base + entries, mask=rows < S, other=0.0)
-        for part in tl.static_range(teacher_splits):
-            base = teacher_partial_ptr + (part * teacher_items + item).to(tl.int64) * S * S
-            sums_t += tl.load(base + entries, mask=rows < S, other=0.0)
-    energy_s = tl.sum(sums_s)
-    exists_s, inverse_s = _unit(energy_s, mean_s, count)
-    exists_t, inverse_t = _unit(tl.sum(sums_t), mean_t, count)
+    sample = item % B
+    count, _ = _kept_count(mask_ptr, stride_mb, stride_ms, sample, S, BLOCK_S)
+    s_ptr, t_ptr = gram_ptr + item.to(tl.int64) * S * S, gram_ptr + (items + item).to(tl.int64) * S * S
+    mean_s_ptr, mean_t_ptr = mean_ptr + item.to(tl.int64) * S, mean_ptr + (items + item).to(tl.int64) * S
+    energy_s, mean_s = _totals(s_ptr, mean_s_ptr, S, count, BLOCK_S)
+    energy_t, mean_t = _totals(t_ptr, mean_t_ptr, S, count, BLOCK_S)
+    exists_s, inverse_s = _unit(energy_s, mean_s, tl.load(shift_ptr + item), count, STUDENT_TYPE)
+    exists_t, inverse_t = _unit(energy_t, mean_t, tl.load(shift_ptr + items + item), count, TEACHER_TYPE)
     exists = (exists_s & exists_t) | (inverse_s != inverse_s) | (inverse_t != inverse_t)
 
-    # The Frobenius norms. An entry below the diagonal counts twice.
-    sums_s = tl.zeros((BLOCK_S,), dtype=tl.float32)
-    sums_t = tl.zeros((BLOCK_S,), dtype=tl.float32)
-    for i in range(0, blocks):
-        for j in range(0, i + 1):
-            rows, columns = i * BLOCK_S + offsets, j * BLOCK_S + offsets
-            weight = tl.where(rows[:, None] == columns[None, :], 1.0, 2.0)
-            s = _sum_parts(
-                student_partial_ptr, item, student_items, student_splits, S, rows, columns, BLOCK_S
-            )
-            t = _sum_parts(
-                teacher_partial_ptr, item, teacher_items, teacher_splits, S, rows, columns, BLOCK_S
-            )
-            s *= inverse_s
-            t *= inverse_t
-            sums_s += tl.sum(weight * s * s, axis=0)
-            sums_t += tl.sum(weight * t * t, axis=0)
-    norm_s = tl.sqrt(tl.sum(sums_s))
-    scale_s = inverse_s * tl.where(exists_s, 1.0 / norm_s, 0.0)
-    scale_t = inverse_t * tl.where(exists_t, 1.0 / tl.sqrt(tl.sum(sums_t)), 0.0)
-
-    # 1 - CKA and CKA.
-    deltas = tl.zeros((BLOCK_S,), dtype=tl.float32)
-    products = tl.zeros((BLOCK_S,), dtype=tl.float32)
-    for i in range(0, blocks):
-        for j in range(0, i + 1):
-            rows, columns = i * BLOCK_S + offsets, j * BLOCK_S + offsets
-            weight = tl.where(rows[:, None] == columns[None, :], 1.0, 2.0)
-            s = _sum_parts(
-                student_partial_ptr, item, student_items, student_splits, S, rows, columns, BLOCK_S
-            )
-            t = _sum_parts(
-                teacher_partial_ptr, item, teacher_items, teacher_splits, S, rows, columns, BLOCK_S
-            )
-            s *= scale_s
-            t *= scale_t
-            deltas += tl.sum(weight * (t - s) * (t - s), axis=0)
-            products += tl.sum(weight * s * t, axis=0)
-    delta = 0.5 * tl.sum(deltas)
-    one_minus_cka, neg_log = _losses(delta, tl.sum(products), exists)
-    tl.store(one_minus_cka_ptr + item, one_minus_cka)
-    tl.store(neg_log_ptr + item, neg_log)
-
-    g_ptr += item.to(tl.int64) * S * S
-    scale = tl.where(exists, 1.0 / (norm_s * energy_s), 0.0)
-    for i in range(0, blocks):
-        for j in range(0, i + 1):
-            rows, columns = i * BLOCK_S + offsets, j * BLOCK_S + offsets
-            s = _sum_parts(
-                student_partial_ptr, item, student_items, student_splits, S, rows, columns, BLOCK_S
-            )
-            t = _sum_parts(
-                teacher_partial_ptr, item, teacher_items, teacher_splits, S, rows, columns, BLOCK_S
-            )
-            s *= scale_s
-            g = (t * scale_t - s + delta * s) * scale
-            lower = (rows < S)[:, None] & (columns[None, :] <= rows[:, None])
-            tl.store(g_ptr + rows[:, None] * S + columns[None, :], g, mask=lower)
-            upper = (rows < S)[None, :] & (columns[:, None] < rows[None, :])
-            tl.store(g_ptr + columns[:, None] * S + rows[None, :], tl.trans(g), mask=upper)
+    # The Frobenius norms, then 1 - CKA and CKA: an entry below the diagonal counts twice. G comes last.
+    offsets = tl.arange(0, BLOCK_S)
+    scale_s = inverse_s
+    scale_t = inverse_t
+    delta = 0.0
+    scale = 0.0
+    for step in tl.static_range(3):
+        first = tl.zeros((BLOCK_S,), dtype=tl.float32)
+        second = tl.zeros((BLOCK_S,), dtype=tl.float32)
+        for i in range(0, tl.cdiv(S, BLOCK_S)):
+            for j in range(0, i + 1):
+                rows, columns = i * BLOCK_S + offsets, j * BLOCK_S + offsets
+                kept_i = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows, S)
+                kept_j = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, columns, S)
+                s = _centred_tile(s_ptr, mean_s_ptr, mean_s, rows, kept_i, columns, kept_j, S) * scale_s
+                t = _centred_tile(t_ptr, mean_t_ptr, mean_t, rows, kept_i, columns, kept_j, S) * scale_t
+                weight = tl.where(
+                    rows[:, None] == columns[None, :],
+                    1.0,
+                    tl.where(columns[None, :] < rows[:, None], 2.0, 0.0),
+                )
+                if step == 0:
+                    first += tl.sum(weight * s * s, axis=0)
+                    second += tl.sum(weight * t * t, axis=0)
+                elif step == 1:
+                    first += tl.sum(weight * (t - s) * (t - s), axis=0)
+                    second += tl.sum(weight * s * t, axis=0)
+                else:
+                    g = (t - s + delta * s) * scale
+                    target_ptr = g_ptr + item.to(tl.int64) * S * S
+                    lower = (rows < S)[:, None] & (columns[None, :] <= rows[:, None])
+                    tl.store(target_ptr + rows[:, None] * S + columns[None, :], g, mask=lower)
+                    upper = (rows < S)[None, :] & (columns[:, None] < rows[None, :])
+                    tl.store(target_ptr + columns[:, None] * S + rows[None, :], tl.trans(g), mask=upper)
+        if step == 0:
+            norm_s = tl.sqrt(tl.sum(first))
+            scale_s *= tl.where(exists_s, 1.0 / norm_s, 0.0)
+            scale_t *= tl.where(exists_t, 1.0 / tl.sqrt(tl.sum(second)), 0.0)
+            scale = tl.where(exists, inverse_s / norm_s, 0.0)
+        elif step == 1:
+            delta = 0.5 * tl.sum(first)
+            one_minus_cka, neg_log = _losses(delta, tl.sum(second), exists)
+            tl.store(one_minus_cka_ptr + item, one_minus_cka)
+            tl.store(neg_log_ptr + item, neg_log)
 
 
 @triton.jit
-def _scaled(g, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """Split G into (rows divided by their largest entry, in the dot's type; these entries): G underflows in float16."""
-    scale = tl.max(tl.abs(g), axis=1)
-    inverse = tl.where(scale > 0.0, 1.0 / scale, 0.0)
-    return operand(g * inverse[:, None], DOT_TYPE, PRECISION), scale
+def _coefficient(d_one_minus_cka_ptr, d_neg_log_ptr, neg_log_ptr, strides, pair, sample, B):
+    """2 c of a sample: minus the losses' derivatives by CKA. On its floor -log CKA is constant."""
+    coefficient = 0.0
+    if d_one_minus_cka_ptr is not None:
+        coefficient -= tl.load(d_one_minus_cka_ptr + pair * strides[0][0] + sample * strides[0][1])
+    if d_neg_log_ptr is not None:
+        neg_log = tl.load(neg_log_ptr + pair * B + sample)
+        derivative = tl.load(d_neg_log_ptr + pair * strides[1][0] + sample * strides[1][1]) * tl.exp(neg_log)
+        coefficient -= tl.where(neg_log >= FLOORED, 0.0, derivative)
+    return 2.0 * coefficient
+
+
+@triton.jit
+def _terms(g, X_TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """Columns of G divided by their largest entry, as two terms of the features' type, and these entries.
+
+    G itself underflows in float16. float32 is one term, given twice.
+    """
+    scale = tl.max(tl.abs(g), axis=0)
+    g *= tl.where(scale > 0.0, 1.0 / scale, 0.0)[None, :]
+    if X_TYPE == tl.float32:
+        high = operand(g, tl.float32, PRECISION)
+        low = high
+    else:
+        high = round_to(g, X_TYPE)
+        low = round_to(g - high.to(tl.float32), X_TYPE)
+    return high, low, scale
+
+
+@triton.jit
+def _product(y, high, low, scale, X_TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """(G Y)^T = Y^T G^T for G^T as ``_terms`` gives it: on sm_90 only the left operand would pass through registers."""
+    product = tl.dot(tl.trans(y), high, input_precision=PRECISION) * scale[None, :]
+    if X_TYPE != tl.float32:
+        # Not added in the tensor cores: two products in a row into one sum have been compiled wrongly.
+        product += tl.dot(tl.trans(y), low, input_precision=PRECISION) * scale[None, :]
+    return product
 
 
 @triton.jit
 def _intra_cka_bwd_kernel(
-    student_table_ptr,
-    gradient_table_ptr,
-    mask_ptr,
-    g_ptr,
-    coefficient_ptr,
-    stride_mb,
-    stride_ms,
-    B,
-    S,
-    part_d,
-    HAS_MASK: tl.constexpr,
-    X_TYPE: tl.constexpr,
-    DOT_TYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """One program per (pair, sample, part of D): dY = 2 c G Y_c. G is read once and stays on chip."""
+    students, gradients, mask_ptr, g_ptr, neg_log_ptr, d_one_minus_cka_ptr, d_neg_log_ptr, strides,
+    stride_mb, stride_ms, B, S, part_d,
+    PRECISION: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program per (pair, sample, part of D): dY = 2 c G Y. G is read once and stays on chip."""
     item = tl.program_id(0)
-    layer, sample = item // B, item % B
+    pair, sample = item // B, item % B
     rows = tl.arange(0, BLOCK_S)
-    kept = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows, S, HAS_MASK)
+    kept = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows, S)
     count = tl.maximum(tl.sum(kept.to(tl.float32)), 1.0)
+    shift_rows = tl.min(tl.where(kept, rows, S)) + tl.arange(0, _SHIFT_ROWS)
+    shift_kept = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, shift_rows, S)
+    y_ptr, stride_yb, stride_ys, stride_yd, width = _layer(students, pair)
+    y_ptr += sample.to(tl.int64) * stride_yb
+    dy_ptr, stride_db, stride_ds, _, width = _layer(gradients, pair)
+    dy_ptr += sample.to(tl.int64) * stride_db
+    X_TYPE: tl.constexpr = y_ptr.dtype.element_ty
+
     inside = kept[:, None] & kept[None, :]
     g_ptr += item.to(tl.int64) * S * S
     g = tl.load(g_ptr + rows[:, None] * S + rows[None, :], mask=inside, other=0.0)
-    g, scale = _scaled(g, DOT_TYPE, PRECISION)
-    scale *= 2.0 * tl.load(coefficient_ptr + item)
-    y_ptr, stride_yb, stride_ys, stride_yd, width = _layer(student_table_ptr, layer, ALIGNED, X_TYPE)
-    y_ptr += sample.to(tl.int64) * stride_yb
-    dy_ptr, stride_db, stride_ds, _, width = _layer(gradient_table_ptr, layer, ALIGNED, X_TYPE)
-    dy_ptr += sample.to(tl.int64) * stride_db
+    # G is symmetric: this is the transpose of G with rows that sum to 0.
+    g = tl.where(inside, g - (tl.sum(g, axis=0) / count)[None, :], 0.0)
+    high, low, scale = _terms(g, X_TYPE, PRECISION)
+    scale *= _coefficient(d_one_minus_cka_ptr, d_neg_log_ptr, neg_log_ptr, strides, pair, sample, B)
     first = tl.program_id(1) * part_d
+    shift = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for start in range(first, tl.minimum(first + part_d, width), BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
-        y = _load_rows(y_ptr, stride_ys, stride_yd, rows, kept, columns, width, ALIGNED)
-        mean = tl.sum(y, axis=0) / count
-        centred = operand(tl.where(kept[:, None], y - mean[None, :], 0.0), DOT_TYPE, PRECISION)
-        dy = tl.dot(g, centred, input_precision=PRECISION) * scale[:, None]
-        dy = tl.where(kept[:, None], dy, 0.0)
+        if X_TYPE == tl.float32:
+            shift = _shift(y_ptr, stride_ys, stride_yd, shift_rows, shift_kept, columns, width)
+        y = _operand(y_ptr, stride_ys, stride_yd, rows, kept, columns, width, shift, PRECISION)
+        dy = tl.trans(_product(y, high, low, scale, X_TYPE, PRECISION).to(dy_ptr.dtype.element_ty))
         pointers = dy_ptr + rows.to(tl.int64)[:, None] * stride_ds + columns[None, :]
-        tl.store(pointers, dy.to(X_TYPE), mask=(rows < S)[:, None] & (columns < width)[None, :])
+        stored = (rows < S)[:, None] & (columns < width)[None, :]
+        tl.store(pointers, tl.where(kept[:, None], dy, 0.0), mask=stored)
 
 
 @triton.jit
 def _intra_cka_bwd_tile_kernel(
-    student_table_ptr,
-    gradient_table_ptr,
-    mask_ptr,
-    g_ptr,
-    coefficient_ptr,
-    stride_mb,
-    stride_ms,
-    B,
-    S,
-    HAS_MASK: tl.constexpr,
-    X_TYPE: tl.constexpr,
-    DOT_TYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """One program per (block of rows, slice of D, pair and sample): one tile of dY = 2 c G Y_c."""
+    students, gradients, mask_ptr, g_ptr, neg_log_ptr, d_one_minus_cka_ptr, d_neg_log_ptr, strides,
+    stride_mb, stride_ms, B, S,
+    PRECISION: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program per (block of rows, slice of D, pair and sample): one tile of dY = 2 c G Y."""
     item = tl.program_id(2)
-    layer, sample = item // B, item % B
+    pair, sample = item // B, item % B
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    kept = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows, S, HAS_MASK)
-    y_ptr, stride_yb, stride_ys, stride_yd, width = _layer(student_table_ptr, layer, ALIGNED, X_TYPE)
+    kept = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows, S)
+    count, first = _kept_count(mask_ptr, stride_mb, stride_ms, sample, S, BLOCK_S)
+    shift_rows = first + tl.arange(0, _SHIFT_ROWS)
+    shift_kept = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, shift_rows, S)
+    y_ptr, stride_yb, stride_ys, stride_yd, width = _layer(students, pair)
     y_ptr += sample.to(tl.int64) * stride_yb
-    mean = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    for start in range(0, S, BLOCK_S):
-        others = start + tl.arange(0, BLOCK_S)
-        kept_others = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, others, S, HAS_MASK)
-        y = _load_rows(y_ptr, stride_ys, stride_yd, others, kept_others, columns, width, ALIGNED)
-        mean += tl.sum(y, axis=0)
-    mean /= _kept_count(mask_ptr, stride_mb, stride_ms, sample, S, HAS_MASK, BLOCK_S)
-    g_ptr += item.to(tl.int64) * S * S
-    dy = tl.zeros((BLOCK_S, BLOCK_D), dtype=tl.float32)
-    for start in range(0, S, BLOCK_S):
-        others = start + tl.arange(0, BLOCK_S)
-        kept_others = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, others, S, HAS_MASK)
-        y = _load_rows(y_ptr, stride_ys, stride_yd, others, kept_others, columns, width, ALIGNED)
-        centred = operand(tl.where(kept_others[:, None], y - mean[None, :], 0.0), DOT_TYPE, PRECISION)
-        inside = kept[:, None] & kept_others[None, :]
-        g = tl.load(g_ptr + rows.to(tl.int64)[:, None] * S + others[None, :], mask=inside, other=0.0)
-        g, scale = _scaled(g, DOT_TYPE, PRECISION)
-        dy += tl.dot(g, centred, input_precision=PRECISION) * scale[:, None]
-    dy = tl.where(kept[:, None], dy * (2.0 * tl.load(coefficient_ptr + item)), 0.0)
-    dy_ptr, stride_db, stride_ds, _, width = _layer(gradient_table_ptr, layer, ALIGNED, X_TYPE)
+    dy_ptr, stride_db, stride_ds, _, width = _layer(gradients, pair)
     dy_ptr += sample.to(tl.int64) * stride_db
+    X_TYPE: tl.constexpr = y_ptr.dtype.element_ty
+    shift = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    if X_TYPE == tl.float32:
+        shift = _shift(y_ptr, stride_ys, stride_yd, shift_rows, shift_kept, columns, width)
+
+    g_ptr += item.to(tl.int64) * S * S
+    sums = tl.zeros((BLOCK_S,), dtype=tl.float32)
+    for start in range(0, S, BLOCK_S):
+        others = start + tl.arange(0, BLOCK_S)
+        inside = (others < S)[:, None] & kept[None, :]
+        g = tl.load(g_ptr + others.to(tl.int64)[:, None] * S + rows[None, :], mask=inside, other=0.0)
+        sums += tl.sum(g, axis=0)
+    dy = tl.zeros((BLOCK_D, BLOCK_S), dtype=tl.float32)
+    for start in range(0, S, BLOCK_S):
+        others = start + tl.arange(0, BLOCK_S)
+        kept_others = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, others, S)
+        y = _operand(y_ptr, stride_ys, stride_yd, others, kept_others, columns, width, shift, PRECISION)
+        inside = kept_others[:, None] & kept[None, :]
+        g = tl.load(g_ptr + others.to(tl.int64)[:, None] * S + rows[None, :], mask=inside, other=0.0)
+        g = tl.where(inside, g - (sums / count)[None, :], 0.0)
+        high, low, scale = _terms(g, X_TYPE, PRECISION)
+        dy += _product(y, high, low, scale, X_TYPE, PRECISION)
+    dy *= _coefficient(d_one_minus_cka_ptr, d_neg_log_ptr, neg_log_ptr, strides, pair, sample, B)
     pointers = dy_ptr + rows.to(tl.int64)[:, None] * stride_ds + columns[None, :]
-    tl.store(pointers, dy.to(X_TYPE), mask=(rows < S)[:, None] & (columns < width)[None, :])
+    stored = (rows < S)[:, None] & (columns < width)[None, :]
+    tl.store(pointers, tl.where(kept[:, None], tl.trans(dy.to(dy_ptr.dtype.element_ty)), 0.0), mask=stored)
 
 
-def forward_config(rows: int, items: int, dtype: torch.dtype, precision: str, target: Target) -> Config:
-    """Configuration of the forward for ``items`` = pairs x samples; ``splits`` 0 asks for the fused kernel."""
+@functools.lru_cache(maxsize=256)
+def forward_config(rows: int, dtype: torch.dtype, target: Target) -> Config:
+    """Configuration of the forward; ``dtype`` is the wider of both sides."""
+    small = small_shared_memory(target)
     block_s = max(MIN_TILE, min(_WHOLE, next_power_of_2(rows)))
-    ieee = precision == "ieee" and dtype == torch.float32
-    block_d = 32 if dtype == torch.float32 else 64
-    # sm_80 keeps the operands of mma.sync in registers, next to two Gram matrices.
-    crowded = target.arch == 80 and block_s == _WHOLE and dtype == torch.float32
-    if small_shared_memory(target) or ieee or crowded:
-        block_d //= 2
-    # Without tensor cores the operands of a product pass through registers, which takes more warps.
-    num_warps = 8 if block_s == _WHOLE or (ieee and block_s > MIN_TILE) else 4
-    num_stages = 2 if small_shared_memory(target) or ieee else 3
-    blocks = cdiv(rows, block_s)
-    programs = items * blocks * (blocks + 1)
-    # One program per sample if these fill the GPU. Without tensor cores two Gram matrices of 128 x 128 leave registers
-    # for 8 columns, fewer than triton before 3.8 accepts in a product.
-    fused = rows <= _WHOLE and items >= target.multiprocessors and not (ieee and block_s == _WHOLE)
-    # Parts of D are written and read again. If memory is the limit, there are just enough for the multiprocessors.
-    splits = (
-        0 if fused else max(1, min(4, target.multiprocessors // max(1, programs if ieee else 2 * programs)))
-    )
-    if not fused and block_s == _WHOLE and rows <= _WHOLE and target.arch == 90 and not ieee:
-        block_d = 64
-    return Config(block_s, block_d, splits, num_warps, num_stages)
+    block_d = (32 if dtype == torch.float32 else 128) // (2 if small else 1)
+    num_stages = 2 if small else 3 if dtype == torch.float32 else 4
+    return Config(block_s, block_d, 1, 8 if block_s == 128 else 4, num_stages)
 
 
-def backward_config(
-    rows: int, width: int, items: int, dtype: torch.dtype, precision: str, target: Target
-) -> Config:
-    """Configuration of the backward; ``splits`` is the number of parts of D, each of which reads G."""
-    ieee = precision == "ieee" and dtype == torch.float32
-    whole = min(32, _WHOLE) if ieee else _WHOLE
-    narrow = dtype != torch.float32
-    # With more rows than one tile, G comes in tiles too, and its stages share the memory with those of Y.
+@functools.lru_cache(maxsize=256)
+def backward_config(rows: int, width: int, items: int, dtype: torch.dtype, target: Target) -> Config:
+    """Configuration of the backward for ``items`` = pairs x samples."""
+    small = small_shared_memory(target)
+    # Two terms of G with 128 rows leave a small shared memory no room. With more rows than one tile, G comes in tiles.
+    whole = min(_WHOLE, 64) if small else _WHOLE
     block_s = max(MIN_TILE, next_power_of_2(rows)) if rows <= whole else min(64, whole)
-    block_d = 64 if narrow else 32
-    if small_shared_memory(target):
-        block_d //= 2
-    num_warps = 8 if block_s == 128 else 4
-    num_stages = 2 if small_shared_memory(target) or rows > whole else 3
+    block_d = (32 if dtype == torch.float32 else 64) // (2 if small else 1)
+    num_stages = 2 if small or rows > whole else 3
     # Every part reads G again, from the cache: at most half of the bytes of Y and dY.
-    affordable = 1 + 2 * width * (2 if narrow else 4) // (2 * 4 * max(1, rows))
-    splits = max(1, min(4, affordable, cdiv(target.multiprocessors, max(1, items)), cdiv(width, block_d)))
-    return Config(block_s, block_d, splits, num_warps, num_stages)
+    affordable = 1 + 2 * width * dtype.itemsize // (2 * 4 * rows)
+    parts = max(1, min(4, affordable, cdiv(target.multiprocessors, items), cdiv(width, block_d)))
+    return Config(block_s, block_d, parts, 8 if block_s == 128 else 4, num_stages)
 
 
-@functools.lru_cache(maxsize=512)
-def _copied(fields: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
-    """A table on the device, and the pinned memory that it was copied from."""
-    host = torch.tensor(fields, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True), host
+def _arguments(layers: Sequence[Tensor]) -> tuple[tuple[Any, ...], ...]:
+    """What kernels are told of each layer: address, strides and width."""
+    return tuple([(layer, *layer.stride(), layer.shape[2]) for layer in layers])
 
 
-def _table(layers: Sequence[Tensor]) -> Tensor:
-    """[P, 5] int64 on the layers' device: address, strides of samples, rows and features, width.
-
-    Tables are cached, because the allocator gives a training step the addresses of the step before. Each stream has its
-    own, because another stream would not wait for the copy.
-    """
-    fields = tuple((layer.data_ptr(), *layer.stride(), layer.shape[2]) for layer in layers)
-    device = layers[0].device
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _copied(fields, device, stream)[0]
+def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """The mask's address and strides."""
+    return (None, 0, 0) if mask is None else (mask.view(torch.uint8), mask.stride(0), mask.stride(1))
 
 
-def _aligned(layers: Sequence[Tensor]) -> bool:
-    """True if addresses, strides and widths allow rows to be read in vectors of 16 bytes."""
-    return all(
-        layer.stride(2) == 1
-        and layer.data_ptr() % 16 == 0
-        and all(size % 16 == 0 for size in (layer.stride(0), layer.stride(1), layer.shape[2]))
-        for layer in layers
-    )
-
-
-def _mask_arguments(mask: Tensor | None, placeholder: Tensor) -> tuple[Tensor, int, int, bool]:
-    if mask is None:
-        return placeholder, 0, 0, False
-    return mask.view(torch.uint8), mask.stride(0), mask.stride(1), True
+def _in_launches(
+    run: Callable[..., None], mask: Tensor | None, *values: Sequence[Tensor] | Tensor | None
+) -> None:
+    """Call ``run`` with the mask and the values, each of P layer pairs, or with 12 pairs of them after the others."""
+    first = values[0]
+    pairs = 0 if first is None else len(first)
+    if pairs <= _PAIRS:
+        run(mask, *values)
+        return
+    for start in range(0, pairs, _PAIRS):
+        run(mask, *(None if each is None else each[start : start + _PAIRS] for each in values))
 
 
 def forward(
@@ -660,121 +565,124 @@ def forward(
         TypeError: Features are not float16, bfloat16 or float32.
     """
     first = students[0]
-    batch, rows = first.shape[:2]
-    student_type = triton_type("student", first.dtype)
-    teacher_type = triton_type("teacher", teachers[0].dtype)
-    items = len(students) * batch
-    one_minus_cka = torch.empty((len(students), batch), dtype=torch.float32, device=first.device)
-    neg_log = torch.empty_like(one_minus_cka)
-    g = torch.empty((len(students), batch, rows, rows), dtype=torch.float32, device=first.device)
-    if items == 0 or rows == 0:
+    triton_type("student", first.dtype)
+    triton_type("teacher", teachers[0].dtype)
+    pairs, (batch, rows, _), device = len(students), first.shape, first.device
+    one_minus_cka = torch.empty((pairs, batch), dtype=torch.float32, device=device)
+    neg_log = torch.empty((pairs, batch), dtype=torch.float32, device=device)
+    g = torch.empty((pairs, batch, rows, rows), dtype=torch.float32, device=device)
+    if batch == 0 or rows == 0:
         return one_minus_cka.zero_(), neg_log.zero_(), g
-    precision = dot_precision()
-    target = target_of(first.device)
-    wider = max(first.dtype, teachers[0].dtype, key=lambda dtype: dtype.itemsize)
-    config = forward_config(rows, items, wider, precision, target)
-    aligned = _aligned(students) and _aligned(teachers)
-    sides = ((students, student_type), (teachers, teacher_type))
-    mask_ptr, stride_mb, stride_ms, has_mask = _mask_arguments(mask, one_minus_cka)
-    with launch_guard(first):
-        tables = [_table(layers) for layers, _ in sides]
-
-        def fused(config: Config) -> None:
-            _intra_cka_fwd_kernel[(items,)](
-                *tables, mask_ptr, one_minus_cka, neg_log, g, stride_mb, stride_ms, batch, rows,
-                HAS_MASK=has_mask, STUDENT_TYPE=student_type, TEACHER_TYPE=teacher_type,
-                STUDENT_DOT=kernel_dot_type(first.dtype), TEACHER_DOT=kernel_dot_type(teachers[0].dtype),
-                ALIGNED=aligned, PRECISION=precision, BLOCK_S=config.block_s, BLOCK_D=config.block_d,
-                num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
-            )  # fmt: skip
-
-        if config.splits == 0:
-            key = ("intra_cka_fwd", target, precision, student_type, teacher_type, config)
-            fused(pick(key, neighbours(config, "block_d"), fused))
-            return one_minus_cka, neg_log, g
-
-        # One launch for both sides if their types agree; the teacher's layers follow the student's.
-        if student_type == teacher_type:
-            groups: list[tuple[Tensor, Sequence[Tensor], tl.dtype]] = [
-                (torch.cat(tables), [*students, *teachers], student_type)
-            ]
-        else:
-            groups = [(table, layers, kind) for table, (layers, kind) in zip(tables, sides, strict=True)]
-        whole = rows <= config.block_s
-        blocks = cdiv(rows, config.block_s)
-        partials: list[Tensor] = []
-        energies: list[Tensor] = []
-        for table, layers, x_type in groups:
-            width = max(1, *(layer.shape[2] for layer in layers))
-            part_d = cdiv(cdiv(width, config.splits), config.block_d) * config.block_d
-            splits, slots = cdiv(width, part_d), len(layers) * batch
-            partial = torch.empty((splits, slots, rows, rows), dtype=torch.float32, device=first.device)
-            energy = torch.empty((splits, slots), dtype=torch.float32, device=first.device)
-            mean = partial
-            if not whole:
-                mean = torch.empty((slots, width), dtype=torch.float32, device=first.device)
-                _intra_cka_mean_kernel[(slots, cdiv(width, config.block_d))](
-                    table, mask_ptr, mean, stride_mb, stride_ms, width, batch, rows,
-                    HAS_MASK=has_mask, X_TYPE=x_type, ALIGNED=aligned,
-                    BLOCK_S=config.block_s, BLOCK_D=config.block_d, num_warps=4, **LAUNCH_OPTIONS,
-                )  # fmt: skip
-            _intra_cka_tile_kernel[(blocks * (blocks + 1) // 2, splits, slots)](
-                table, mask_ptr, mean, partial, energy, stride_mb, stride_ms, width, batch, rows, slots, part_d,
-                HAS_MASK=has_mask, X_TYPE=x_type, DOT_TYPE=kernel_dot_type(layers[0].dtype),
-                ALIGNED=aligned, PRECISION=precision, WHOLE=whole,
-                BLOCK_S=config.block_s, BLOCK_D=config.block_d,
-                num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
-            )  # fmt: skip
-            starts = list(range(0, slots, items))
-            partials += [partial[:, start : start + items] for start in starts]
-            energies += [energy[:, start : start + items] for start in starts]
-        _intra_cka_finish_kernel[(items,)](
-            *partials, *energies, mask_ptr, one_minus_cka, neg_log, g, stride_mb, stride_ms,
-            batch, rows, *(energy.stride(0) for energy in energies), *(len(energy) for energy in energies),
-            HAS_MASK=has_mask, BLOCK_S=min(64, config.block_s), num_warps=8, **LAUNCH_OPTIONS,
-        )  # fmt: skip
+    run = _forward_whole if rows <= _WHOLE else _forward_tiled
+    _in_launches(run, mask, students, teachers, one_minus_cka, neg_log, g)
     return one_minus_cka, neg_log, g
 
 
+def _forward_whole(
+    mask: Tensor | None, students: Sequence[Tensor], teachers: Sequence[Tensor], *outputs: Tensor
+) -> None:
+    """Fill (1 - CKA, -log CKA, G); a program holds all rows of a sample."""
+    pairs, batch, rows, _ = outputs[-1].shape
+    student, teacher, device = students[0].dtype, teachers[0].dtype, students[0].device
+    target = target_of(device)
+    precision = product_precision(target, student, teacher)
+    mask_ptr, *strides = _mask_arguments(mask)
+    arguments = (_arguments(students), _arguments(teachers), mask_ptr, *outputs, *strides, batch, rows)
+
+    def run(config: Config) -> None:
+        constants = {"PRECISION": precision, "BLOCK_S": config.block_s, "BLOCK_D": config.block_d}
+        launch(
+            _intra_cka_fwd_kernel, (pairs * batch,), arguments, constants,
+            device=device, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+
+    config = forward_config(rows, student if student == torch.float32 else teacher, target)
+    key = ("intra_cka_fwd", target, precision, student, teacher, config)
+    run(pick(key, config, lambda: neighbours(config, "block_d"), run))
+
+
+def _forward_tiled(
+    mask: Tensor | None, students: Sequence[Tensor], teachers: Sequence[Tensor], *outputs: Tensor
+) -> None:
+    """Fill (1 - CKA, -log CKA, G); a program holds a tile of a Gram matrix."""
+    pairs, batch, rows, _ = outputs[-1].shape
+    items, device = pairs * batch, students[0].device
+    target = target_of(device)
+    grams = torch.empty((2, items, rows, rows), dtype=torch.float32, device=device)
+    means = torch.empty((2, items, rows), dtype=torch.float32, device=device)
+    shifts = torch.empty((2, items), dtype=torch.float32, device=device)
+    mask_ptr, *strides = _mask_arguments(mask)
+    for side, layers in enumerate((students, teachers)):
+        config = forward_config(rows, layers[0].dtype, target)
+        blocks, precision = cdiv(rows, config.block_s), product_precision(target, layers[0].dtype)
+        launch(
+            _intra_cka_tile_kernel, (blocks * (blocks + 1) // 2, items),
+            (_arguments(layers), mask_ptr, grams[side], shifts[side], *strides, batch, rows),
+            {"PRECISION": precision, "BLOCK_S": config.block_s, "BLOCK_D": config.block_d},
+            device=device, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    block_s = min(64, _WHOLE)
+    launch(
+        _intra_cka_mean_kernel, (cdiv(rows, block_s), 2 * items),
+        (grams, mask_ptr, means, *strides, batch, rows), {"BLOCK_S": block_s}, device=device, num_warps=4,
+    )  # fmt: skip
+    types = [triton_type("features", layers[0].dtype) for layers in (students, teachers)]
+    launch(
+        _intra_cka_finish_kernel, (items,),
+        (grams, means, shifts, mask_ptr, *outputs, *strides, batch, rows, items),
+        {"STUDENT_TYPE": types[0], "TEACHER_TYPE": types[1], "BLOCK_S": block_s}, device=device, num_warps=8,
+    )  # fmt: skip
+
+
 def backward(
-    students: Sequence[Tensor], mask: Tensor | None, gradient: Tensor, coefficient: Tensor
-) -> list[Tensor]:
-    """Return dY [B, S, D] per layer pair: 2 c G Y_c, with c = ``coefficient`` [P, B].
+    students: Sequence[Tensor], mask: Tensor | None, gradient: Tensor, neg_log: Tensor,
+    d_one_minus_cka: Tensor | None, d_neg_log: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    """Return dY [B, S, D] per layer pair, given G, -log CKA and the losses' derivatives [P, B], None for none.
 
     Raises:
         TypeError: Features are not float16, bfloat16 or float32.
     """
-    first = students[0]
-    batch, rows = first.shape[:2]
-    x_type = triton_type("student", first.dtype)
-    items = len(students) * batch
+    triton_type("student", students[0].dtype)
     results = [torch.empty_like(layer, memory_format=torch.contiguous_format) for layer in students]
-    width = max(layer.shape[2] for layer in students)
-    if items == 0 or rows == 0 or width == 0:
-        return results
-    gradient, coefficient = gradient.contiguous(), coefficient.contiguous()
-    precision = dot_precision()
-    target = target_of(first.device)
-    config = backward_config(rows, width, items, first.dtype, precision, target)
-    aligned = _aligned(students) and _aligned(results)
-    mask_ptr, stride_mb, stride_ms, has_mask = _mask_arguments(mask, gradient)
-    with launch_guard(first):
-        tables = [_table(students), _table(results)]
-
-        def launch(config: Config) -> None:
-            meta = {
-                "HAS_MASK": has_mask, "X_TYPE": x_type, "DOT_TYPE": kernel_dot_type(first.dtype),
-                "ALIGNED": aligned, "PRECISION": precision, "BLOCK_S": config.block_s, "BLOCK_D": config.block_d,
-                "num_warps": config.num_warps, "num_stages": config.num_stages, **LAUNCH_OPTIONS,
-            }  # fmt: skip
-            arguments = (*tables, mask_ptr, gradient, coefficient, stride_mb, stride_ms, batch, rows)
-            if rows <= config.block_s:
-                part_d = cdiv(cdiv(width, config.splits), config.block_d) * config.block_d
-                _intra_cka_bwd_kernel[(items, cdiv(width, part_d))](*arguments, part_d, **meta)
-            else:
-                grid = (cdiv(rows, config.block_s), cdiv(width, config.block_d), items)
-                _intra_cka_bwd_tile_kernel[grid](*arguments, **meta)
-
-        key = ("intra_cka_bwd", target, precision, x_type, config)
-        launch(pick(key, neighbours(config, "block_d"), launch))
+    if gradient.numel() > 0 and max([layer.shape[2] for layer in students]) > 0:
+        _in_launches(_backward, mask, students, results, gradient, neg_log, d_one_minus_cka, d_neg_log)
     return results
+
+
+def _backward(
+    mask: Tensor | None, students: Sequence[Tensor], results: Sequence[Tensor], gradient: Tensor, neg_log: Tensor,
+    d_one_minus_cka: Tensor | None, d_neg_log: Tensor | None,
+) -> None:  # fmt: skip
+    """Fill the results."""
+    pairs, batch, rows, _ = gradient.shape
+    dtype, device, width = students[0].dtype, gradient.device, max([layer.shape[2] for layer in students])
+    target = target_of(device)
+    precision = product_precision(target, dtype)
+    derivatives = (d_one_minus_cka, d_neg_log)
+    strides = tuple([(0, 0) if each is None else each.stride() for each in derivatives])
+    mask_ptr, *mask_strides = _mask_arguments(mask)
+    arguments = (
+        _arguments(students), _arguments(results), mask_ptr, gradient, neg_log, *derivatives, strides,
+        *mask_strides, batch, rows,
+    )  # fmt: skip
+
+    def run(config: Config) -> None:
+        constants = {"PRECISION": precision, "BLOCK_S": config.block_s, "BLOCK_D": config.block_d}
+        if rows <= config.block_s:
+            sizes: tuple[int, ...]
+            part_d = cdiv(cdiv(width, config.parts), config.block_d) * config.block_d
+            kernel, sizes = _intra_cka_bwd_kernel, (part_d,)
+            grid: tuple[int, ...] = (pairs * batch, cdiv(width, part_d))
+        else:
+            tiles = cdiv(rows, config.block_s), cdiv(width, config.block_d)
+            kernel, sizes = _intra_cka_bwd_tile_kernel, ()
+            grid = (*tiles, pairs * batch)
+        launch(
+            kernel, grid, (*arguments, *sizes), constants,
+            device=device, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+
+    config = backward_config(rows, width, pairs * batch, dtype, target)
+    key = ("intra_cka_bwd", target, precision, dtype, config)
+    run(pick(key, config, lambda: neighbours(config, "block_d"), run))

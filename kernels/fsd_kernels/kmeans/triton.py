@@ -474,7 +474,7 @@ def assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 
     with launch_guard(points):
         key = ("kmeans_assign", target, precision, points.dtype, centroids.dtype, width < features, default)
-        launch(pick(key, neighbours(default, "block_f"), launch))
+        launch(pick(key, default, lambda: neighbours(default, "block_f"), launch))
         if split:
             _kmeans_nearest_kernel[(cdiv(rows, 32),)](
                 score, norm, labels, squared_distance, rows, clusters, parts,
