@@ -10,12 +10,14 @@ DOCS_STAMP := $(VENV)/.docs-installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install data demo test fuzz test-distributed test-faults test-triton lint docs kernels-report mutate bench results clean
+.PHONY: help install data demo test fuzz test-distributed test-faults test-triton load audit lint docs kernels-report mutate \
+	bench results clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
 	@echo "also: make install, make data, make lint, make docs, make clean, make kernels-report, make mutate, make bench,"
-	@echo "      make fuzz, make test-faults, make test-distributed, make results, make test-triton TRITON=3.7.1"
+	@echo "      make fuzz, make test-faults, make test-distributed, make load, make audit, make results,"
+	@echo "      make test-triton TRITON=3.7.1"
 
 $(STAMP): setup.py pyproject.toml constraints.txt tools/setup_env.sh
 	@PYTHON=$(PYTHON) VENV=$(VENV) bash tools/setup_env.sh
@@ -46,6 +48,16 @@ test-distributed: data
 test-faults: data
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "faults and not launcher" tests
 	@$(BIN)/python -m pytest -m "faults and launcher" tests
+
+# A memory of 400,000 samples and a run of 10,000 steps, against limits of their memory; docs/benchmarks.md has the time.
+load: data
+	@$(BIN)/python -m benchmarks load --check
+
+# Known vulnerabilities of what is installed. Exit status 3: the database could not be asked about every package.
+audit: $(STAMP)
+	@test -x $(VENV)-audit/bin/pip-audit || \
+	  { $(PYTHON) -m venv $(VENV)-audit && $(VENV)-audit/bin/pip install -q pip-audit; }
+	@$(BIN)/python -m tools.audit $(VENV)-audit/bin/pip-audit
 
 # The interpreter tests of the Triton kernels under another release of triton, in an environment of its own.
 TRITON ?= 3.7.1

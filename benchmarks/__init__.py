@@ -8,7 +8,7 @@ python -m benchmarks report FILE         write the Markdown report of a result
 python -m benchmarks compare A B         list the times that changed by more than the spread
 python -m benchmarks gpu-session [...]   everything that a GPU has to show, in order of value, in nine minutes
 python -m benchmarks kernels-report | traffic | rounding | mutate [...]
-python -m benchmarks memory | train | kernel-times | enqueue | capture | rkd [...]
+python -m benchmarks memory | train | load | kernel-times | enqueue | capture | rkd [...]
 
 Every provider is compared with the reference in float64 before it is timed; a wrong one is not timed.
 """

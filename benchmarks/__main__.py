@@ -18,6 +18,7 @@ COMMANDS = {
     "rkd": "benchmarks.speed.commands.rkd",
     "memory": "benchmarks.memory.command",
     "train": "benchmarks.train.command",
+    "load": "benchmarks.load.command",
     "kernels-report": "benchmarks.compiled.kernels_report",
     "traffic": "benchmarks.compiled.traffic",
     "rounding": "benchmarks.compiled.rounding",

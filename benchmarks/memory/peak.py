@@ -27,7 +27,7 @@ def _peak_bytes(rows: int) -> int:
     }
     command = [sys.executable, "-m", "benchmarks.memory.peak_process", str(rows), str(FEATURES), str(WIDTH)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    return 1024 * int(done.stdout)
+    return int(done.stdout)
 
 
 def peak(options: argparse.Namespace) -> tuple[list[Number], dict[str, Any]]:

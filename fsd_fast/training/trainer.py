@@ -105,6 +105,16 @@ class ClassifierTrainer(Trainer):
         result.metrics.update({f"train_step_{name}": value for name, value in total.items()})
         return result
 
+    def _run_epoch(self, *arguments: Any, **keywords: Any) -> None:
+        """Run an epoch, unless the run goes on from its last step.
+
+        Trainer looks at the number of steps only after one, so a run that ends inside an epoch would get one more.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*arguments, **keywords)
+
     def _sum_over_processes(self, counts: Tensor) -> Tensor:
         return self.accelerator.reduce(counts.to(self.args.device), reduction="sum").cpu()
 

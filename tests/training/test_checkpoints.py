@@ -217,6 +217,22 @@ def test_old_checkpoints_go_by_their_step_and_the_best_stays(tiny, tmp_path):
     assert (folder / "checkpoint-analysis").is_dir()
 
 
+@fault(
+    "a run that was killed while it exported is continued from its last step, inside an epoch",
+    "it makes no further step and exports the same bits",
+)
+def test_a_run_that_has_made_its_steps_makes_no_more(tiny, tmp_path):
+    folder, four = tmp_path / "run", ["--max_steps", "4"]
+    run("distill", flags(tiny, folder, *four))
+    before, logged = load_file(folder / "model.safetensors"), losses(folder)
+    for name in ("model.safetensors", "all_results.json"):
+        (folder / name).unlink()
+    assert equal(resumed(tiny, folder, *four), before)
+    assert losses(folder) == logged
+    assert history(folder)[-1]["step"] == 4
+    assert [path.name for path in checkpoint_folders(folder)] == ["checkpoint-2", "checkpoint-4"]
+
+
 def test_checkpoints_without_the_optimizer_are_not_resumed(tiny, tmp_path):
     folder = tmp_path / "run"
     run("distill", flags(tiny, folder, "--save_only_model", "true"))
