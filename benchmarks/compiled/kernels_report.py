@@ -2,7 +2,9 @@
 
 The configurations that the heuristics choose are compiled ahead of time, with the specialisation that a launch would
 get. The report gives each kernel's registers, spills, shared memory, stores, matrix instructions and atomics, and an
-estimate of the warps that a multiprocessor holds. No kernel runs and nothing is timed.
+estimate of the warps that a multiprocessor holds. For sm_90 it also counts, in each innermost loop with products, the
+copies from memory to shared memory that pass no register (cp), the products and those whose left operand comes from
+registers, stores to shared memory (sts) and conversions (cvt). No kernel runs and nothing is timed.
 
 The command exits with 1 if a kernel spills in more than 100 instructions, needs more shared memory than the target has,
 stores nothing, uses atomics, or has no matrix instruction although it multiplies tf32 or 16-bit matrices.
@@ -26,7 +28,7 @@ from tqdm import tqdm
 from benchmarks.compiled.cases import Case, cases
 from benchmarks.compiled.json_cache import JsonCache
 from benchmarks.compiled.launches import Launch, record, specialise
-from benchmarks.compiled.machine_code import READER, compile_launch, resident_warps
+from benchmarks.compiled.machine_code import READER, ProductLoop, compile_launch, resident_warps
 from benchmarks.paths import CACHE as CACHE_FOLDER
 from benchmarks.tables import markdown
 from fsd_kernels._triton import INTERPRETED, TARGETS
@@ -59,6 +61,13 @@ class CompiledKernel(NamedTuple):
     atomics: int
     needs_matrix: bool
     resident: int
+    loops: list[list[int]]
+    """A ``ProductLoop`` for every innermost loop with products on sm_90."""
+
+    @property
+    def loop(self) -> str:
+        """The product loops in words; empty on other targets than sm_90."""
+        return "; ".join(ProductLoop(*numbers).text() for numbers in self.loops)
 
     def problems(self) -> list[str]:
         """Say why this kernel is not acceptable."""
@@ -130,7 +139,7 @@ def describe(
         **{
             name: read[name]
             for name in (
-                "registers", "spills", "shared", "stores", "matrix", "kind", "atomics", "needs_matrix",
+                "registers", "spills", "shared", "stores", "matrix", "kind", "atomics", "needs_matrix", "loops",
             )
         },
     )  # fmt: skip
@@ -145,7 +154,7 @@ def _tile(keywords: dict[str, Any]) -> str:
 
 COLUMNS = (
     "kernel", "cases", "dtype", "target", "tile", "warps", "registers", "spills", "shared", "stores", "matrix",
-    "kind", "resident",
+    "kind", "resident", "loop",
 )  # fmt: skip
 
 

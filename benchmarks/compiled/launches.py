@@ -37,9 +37,11 @@ class Launch(NamedTuple):
 class Specialisation(NamedTuple):
     """What Triton's launcher derives from a call's arguments; the compiled code depends on nothing else."""
 
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    attributes: dict[tuple[int], Any]
+    signature: dict[str, Any]
+    """A type by parameter, a tuple of types for a tuple."""
+    constants: dict[tuple[int, ...], Any]
+    """A value by its place: the parameter's, and an element's within a tuple."""
+    attributes: dict[tuple[int, ...], Any]
     options: dict[str, Any]
 
 
@@ -91,17 +93,27 @@ def specialise(launch: Launch) -> Specialisation:
     arguments = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
     arguments |= {name: value for name, value in launch.keywords.items() if name not in OPTIONS}
     for index, parameter in enumerate(launch.kernel.params):
-        value, name = arguments[parameter.name], parameter.name
+        value = arguments[parameter.name]
         if parameter.is_constexpr:
-            found.signature[name], found.constants[name] = "constexpr", value
-        elif isinstance(value, Tensor):
-            found.signature[name] = _TYPES[value.dtype]
-            if value.data_ptr() % 16 == 0:
-                found.attributes[(index,)] = [["tt.divisibility", 16]]
-        elif value == 1 and not parameter.do_not_specialize:
-            found.signature[name], found.constants[name] = "constexpr", 1
+            found.signature[parameter.name], found.constants[(index,)] = "constexpr", value
         else:
-            found.signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                found.attributes[(index,)] = [["tt.divisibility", 16]]
+            found.signature[parameter.name] = _type((index,), value, found, parameter.do_not_specialize)
     return found
+
+
+def _type(path: tuple[int, ...], value: Any, found: Specialisation, any_value: bool) -> Any:
+    """The type of an argument, or of an element of a tuple; what else the code depends on is added to ``found``."""
+    if isinstance(value, tuple):
+        return tuple(_type((*path, i), each, found, any_value) for i, each in enumerate(value))
+    if isinstance(value, Tensor):
+        if value.data_ptr() % 16 == 0:
+            found.attributes[path] = [["tt.divisibility", 16]]
+        return _TYPES[value.dtype]
+    if value is None or (value == 1 and not any_value):
+        found.constants[path] = value
+        return "constexpr"
+    if isinstance(value, float):
+        return "fp32"
+    if value % 16 == 0 and not any_value:
+        found.attributes[path] = [["tt.divisibility", 16]]
+    return "i32" if -(2**31) <= value < 2**31 else "i64"

@@ -6,7 +6,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 from benchmarks.compiled.launches import Launch, specialise
 from fsd_kernels._triton import TARGETS
 
-READER = 3
+READER = 4
 """Version of the reading below; another one makes the cache start anew."""
 
 # Registers of one NVIDIA multiprocessor; shared memory and warps of a multiprocessor by target.
@@ -24,6 +24,64 @@ _RESIDENT = {"sm_80": (167_936, 64), "sm_90": (233_472, 64), "sm_100": (233_472,
 
 # NVIDIA's matrix instructions: wgmma, tcgen05, mma.sync.
 _MATRIX = r"\b(?:HGMMA|UTC\w*MMA|HMMA|IMMA)\b"
+
+# An instruction's address, its predicate if it has one, and its name with modifiers.
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)(?P<rest>[^;]*)")
+_LABEL = re.compile(r"^\s*(\.L_\w+):")
+_JUMP = re.compile(r"\bBRA\b.*`\((\.L_\w+)\)")
+
+
+class ProductLoop(NamedTuple):
+    """Instructions of an innermost loop that multiplies matrices on sm_90."""
+
+    copies: int
+    """Copies from memory to shared memory that pass no register: LDGSTS, UTMALDG."""
+    products: int
+    """HGMMA."""
+    from_registers: int
+    """Of these, those whose left operand is in registers."""
+    stores: int
+    """Stores to shared memory: STS, STSM."""
+    conversions: int
+    """Conversions between floating-point types: F2F, F2FP."""
+
+    def text(self) -> str:
+        """The numbers in a few words."""
+        registers = f" ({self.from_registers} from registers)" if self.from_registers else ""
+        return (
+            f"{self.copies} cp, {self.products} HGMMA{registers}, {self.stores} sts, {self.conversions} cvt"
+        )
+
+
+def product_loops(code: str) -> list[ProductLoop]:
+    """The innermost loops of disassembled code that hold HGMMA, in order."""
+    lines = code.splitlines()
+    labels: dict[str, int] = {}
+    found: list[tuple[int, int]] = []
+    for number, line in enumerate(lines):
+        label, jump = _LABEL.match(line), _JUMP.search(line)
+        if label:
+            labels[label[1]] = number
+        elif jump and jump[1] in labels:
+            found.append((labels[jump[1]], number))
+    loops = []
+    for first, last in found:
+        if any(first <= other[0] and other[1] < last for other in found):
+            continue
+        instructions = [match for line in lines[first:last] if (match := _INSTRUCTION.search(line))]
+        names = [match["name"].split(".")[0] for match in instructions]
+        products = [match["rest"] for match, name in zip(instructions, names, strict=True) if name == "HGMMA"]
+        if products:
+            loops.append(
+                ProductLoop(
+                    copies=sum(name in ("LDGSTS", "UTMALDG") for name in names),
+                    products=len(products),
+                    from_registers=sum(re.match(r"\s*R\d+, R\d+", rest) is not None for rest in products),
+                    stores=sum(name in ("STS", "STSM") for name in names),
+                    conversions=sum(name in ("F2F", "F2FP") for name in names),
+                )
+            )
+    return loops
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -45,6 +103,7 @@ def _read_nvidia(cubin: bytes) -> dict[str, Any]:
         "stores": len(re.findall(r"\b(?:STG|UTMASTG)\b", code)),
         "matrix": len(matrix),
         "kind": "+".join(sorted(set(matrix))),
+        "loops": [list(loop) for loop in product_loops(code)],
         # On sm_100 a kernel with matrix instructions allocates tensor memory with integer ATOMS.OR and ATOMS.AND in
         # shared memory; they do not affect results and are not counted.
         "atomics": len(re.findall(r"\b(?:ATOM|ATOMG|RED|REDG)\b|\bATOMS\b(?!\.(?:OR|AND)\b)", code)),
@@ -64,6 +123,7 @@ def _read_amd(code: str) -> dict[str, Any]:
         "stores": len(re.findall(r"\b(?:global|buffer|flat)_store", code)),
         "matrix": len(matrix),
         "kind": "mfma" if matrix else "",
+        "loops": [],
         "atomics": len(re.findall(r"\b(?:global|buffer|flat|ds)_atomic|\bds_add", code)),
     }
 

@@ -22,48 +22,56 @@ class Mutation(NamedTuple):
 MUTATIONS: dict[str, tuple[Mutation, ...]] = {
     "intra_cka": (
         Mutation(
-            "def _load_rows",
+            "def _layer", "chosen = pair == i", "chosen = pair == i - 1", "layers taken for their neighbours"
+        ),
+        Mutation(
+            "def _layer", "layers[i][1], stride_xb", "layers[0][1], stride_xb", "stride of another layer"
+        ),
+        Mutation("def _layer", "layers[i][4], width", "layers[0][4], width", "width of another layer"),
+        Mutation(
+            "def _load",
             "kept[:, None] & (columns < width)[None, :]",
             "(columns < width)[None, :]",
             "row mask of loads dropped",
         ),
         Mutation(
-            "def _load_rows",
-            "(columns < width)[None, :]",
-            "(columns <= width)[None, :]",
-            "< to <= at the width",
+            "def _load", "(columns < width)[None, :]", "(columns <= width)[None, :]", "< to <= at the width"
         ),
-        Mutation("def _load_rows", "* stride_xd", "", "stride of features dropped"),
+        Mutation("def _load", "* stride_xd", "", "stride of features dropped"),
         Mutation("def _kept_rows", "kept = rows < S", "kept = rows <= S", "< to <= at S"),
+        Mutation("def _kept_rows", "kept & (tl.load", "kept | (tl.load", "attention mask ignored"),
+        Mutation("def _kept_rows", "* stride_mb", "* stride_ms", "mask's sample stride wrong"),
         Mutation(
             "def _kept_rows",
-            "kept = kept & (flags != 0)",
-            "kept = kept & (flags == flags)",
-            "attention mask ignored",
+            "rows.to(tl.int64) * stride_ms",
+            "rows.to(tl.int64)",
+            "mask's row stride dropped",
         ),
-        Mutation("def _kept_rows", "* stride_mb", "* stride_ms", "mask's sample stride wrong"),
-        Mutation("def _kept_rows", "* stride_ms, mask=kept", "* 1, mask=kept", "mask's row stride dropped"),
+        Mutation("def _kept_count", "count = tl.sum(counts)", "count = S", "mean over padded rows"),
+        Mutation("def _kept_count", "first = tl.min(firsts)", "first = S", "nothing subtracted under a mask"),
+        Mutation("def _shift", "/ tl.maximum", "* tl.maximum", "mean of the rows not divided"),
         Mutation(
-            "def _kept_count",
-            "count = tl.maximum(tl.sum(counts), 1)",
-            "count = tl.maximum(S, 1)",
-            "mean over padded rows (tiled)",
+            "def _operand",
+            "tl.where(kept[:, None], x - shift[None, :], 0.0)",
+            "(x - shift[None, :])",
+            "dropped rows shifted too",
         ),
+        Mutation("def _operand", "x - shift[None, :]", "x", "float32 features not shifted"),
         Mutation(
-            "def _centred_gram", "squares += mean * mean", "squares += mean", "energy of the mean not squared"
-        ),
-        Mutation("def _centred_gram", "x - mean[None, :]", "x", "not centred (fused)"),
-        Mutation(
-            "def _centred_gram",
-            "tl.where(kept[:, None], x - mean[None, :], 0.0)",
-            "(x - mean[None, :])",
-            "dropped rows centred too",
+            "def _gram", "squares += shift * shift", "squares += shift * 0.0", "energy of the shift lost"
         ),
         Mutation(
-            "def _unit",
-            "energy > count * mean_energy * ROUNDING",
-            "energy >= 0.0",
-            "constant rows taken for structure",
+            "def _centred", "- means[None, :] + mean", "- means[None, :]", "mean of the entries not added"
+        ),
+        Mutation("def _centred", "gram - means[:, None]", "gram", "columns centred alone"),
+        Mutation(
+            "def _centred",
+            "tl.where(kept[:, None] & kept[None, :], centred, 0.0)",
+            "centred",
+            "dropped rows centred too (fused)",
+        ),
+        Mutation(
+            "def _unit", "energy > offset_energy * ", "energy >= 0.0 * ", "constant rows taken for structure"
         ),
         Mutation("def _losses", "near = delta < 0.5", "near = delta < 5.0", "log1p used far from CKA = 1"),
         Mutation(
@@ -73,12 +81,6 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "floor under the logarithm dropped",
         ),
         Mutation("def _losses", "small, -x,", "small, x,", "sign where 1 - delta rounds to 1"),
-        Mutation(
-            "def _intra_cka_fwd_kernel",
-            "count = tl.maximum(tl.sum(kept.to(tl.float32)), 1.0)",
-            "count = tl.maximum(S, 1).to(tl.float32)",
-            "mean over padded rows (fused)",
-        ),
         Mutation(
             "def _intra_cka_fwd_kernel",
             "difference = unit_t - unit_s",
@@ -97,71 +99,103 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "1.0 / norm_s",
             "trace not divided out of G",
         ),
-        Mutation(
-            "def _intra_cka_mean_kernel", "total / count", "total / S", "mean over padded rows (mean kernel)"
-        ),
-        Mutation(
-            "def _intra_cka_tile_kernel", "part * part_d", "part * part_d + 1", "off by one in the split of D"
-        ),
-        Mutation(
-            "def _intra_cka_tile_kernel",
-            "first + part_d, width",
-            "first + part_d + 1, width",
-            "parts of D overlap",
-        ),
         Mutation("def _intra_cka_tile_kernel", "<= tile:", "< tile:", "tile index off by one"),
         Mutation(
             "def _intra_cka_tile_kernel",
-            "tl.where(kept_j[:, None], x_j - mean[None, :], 0.0)",
-            "x_j",
-            "second operand not centred",
+            "False, BLOCK_D",
+            "True, BLOCK_D",
+            "a tile's rows multiplied by themselves",
         ),
         Mutation(
-            "def _intra_cka_tile_kernel", "if tile == 0:", "if tile == 1:", "energy of the mean never stored"
+            "def _intra_cka_tile_kernel", "if tile == 0:", "if tile == 1:", "energy of the shift never stored"
         ),
         Mutation(
-            "def _sum_parts", "static_range(splits)", "static_range(1, splits)", "first partial dropped"
+            "def _intra_cka_tile_kernel",
+            "tl.trans(gram), mask=upper",
+            "gram, mask=upper",
+            "mirror image not transposed (Gram)",
         ),
         Mutation(
-            "def _sum_parts",
-            "columns[None, :] <= rows[:, None]",
-            "columns[None, :] < rows[:, None]",
-            "diagonal dropped from partials",
+            "def _intra_cka_mean_kernel",
+            "tl.sum(total, axis=1) / count",
+            "tl.sum(total, axis=1) / S",
+            "mean over padded rows (tiled)",
+        ),
+        Mutation(
+            "def _totals", "tl.sum(traces) - count * mean", "tl.sum(traces)", "trace not centred (tiled)"
+        ),
+        Mutation(
+            "def _centred_tile",
+            "- means_j[None, :] + mean",
+            "- means_j[None, :]",
+            "mean of the entries not added (tiled)",
         ),
         Mutation(
             "def _intra_cka_finish_kernel",
-            "1.0, 2.0)",
-            "1.0, 1.0)",
-            "entries below the diagonal counted once (norms)",
+            "rows[:, None], 1.0, 2.0)",
+            "rows[:, None], 1.0, 1.0)",
+            "entries below the diagonal counted once",
         ),
         Mutation(
             "def _intra_cka_finish_kernel",
             "tl.trans(g), mask=upper",
             "g, mask=upper",
-            "mirror image not transposed",
-        ),
-        Mutation("def _scaled", "scale > 0.0", "scale >= 0.0", "division by an empty row's scale"),
-        Mutation("def _intra_cka_bwd_kernel", "scale *= 2.0 *", "scale *=", "factor 2 of the gradient"),
-        Mutation(
-            "def _intra_cka_bwd_kernel",
-            "y - mean[None, :]",
-            "y",
-            "backward not centred",
-            "rows of G sum to 0, so centring changes rounding alone; the outlier test bounds that",
+            "mirror image not transposed (G)",
         ),
         Mutation(
+            "def _coefficient", "return 2.0 * coefficient", "return coefficient", "factor 2 of the gradient"
+        ),
+        Mutation(
+            "def _coefficient", "neg_log >= FLOORED", "neg_log >= 1e9", "gradient on the floor of -log CKA"
+        ),
+        Mutation("def _coefficient", "strides[1][0]", "strides[0][0]", "stride of the other derivative"),
+        Mutation("def _terms", "scale > 0.0", "scale >= 0.0", "division by an empty column's scale"),
+        Mutation(
+            "def _terms",
+            "low = round_to(g - high.to(tl.float32), X_TYPE)",
+            "low = round_to(g * 0.0, X_TYPE)",
+            "second term of G lost",
+        ),
+        Mutation(
+            "def _product",
+            "product += tl.dot(tl.trans(y), low",
+            "product += tl.dot(tl.trans(y), high",
+            "first term of G twice",
+        ),
+        Mutation(
             "def _intra_cka_bwd_kernel",
-            "mask=(rows < S)[:, None]",
-            "mask=(kept)[:, None]",
+            "g - (tl.sum(g, axis=0) / count)[None, :]",
+            "g",
+            "rows of G do not sum to 0",
+        ),
+        Mutation(
+            "def _intra_cka_bwd_kernel",
+            "stored = (rows < S)[:, None]",
+            "stored = kept[:, None]",
             "gradient of dropped rows unwritten",
         ),
         Mutation(
-            "def _intra_cka_bwd_tile_kernel", "* scale[:, None]", "", "scales of G's rows dropped (tiled)"
+            "def _intra_cka_bwd_kernel",
+            "first = tl.program_id(1) * part_d",
+            "first = tl.program_id(1) * part_d + 1",
+            "off by one in the split of D",
         ),
         Mutation(
             "def _intra_cka_bwd_tile_kernel",
-            "others[None, :], mask=inside",
-            "rows[None, :], mask=inside",
+            "g - (sums / count)[None, :]",
+            "g",
+            "rows of G do not sum to 0 (tiled)",
+        ),
+        Mutation(
+            "def _intra_cka_bwd_tile_kernel",
+            "_product(y, high, low, scale,",
+            "_product(y, high, low, scale * 0.0 + 1.0,",
+            "scales of G dropped (tiled)",
+        ),
+        Mutation(
+            "def _intra_cka_bwd_tile_kernel",
+            "S + rows[None, :], mask=inside",
+            "S + others[None, :], mask=inside",
             "wrong tile of G",
         ),
     ),

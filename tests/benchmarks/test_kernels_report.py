@@ -16,7 +16,7 @@ from benchmarks.compiled.cases import Case, cases
 from benchmarks.compiled.json_cache import JsonCache
 from benchmarks.compiled.kernels_report import CompiledKernel
 from benchmarks.compiled.launches import Launch, record
-from benchmarks.compiled.machine_code import compile_launch
+from benchmarks.compiled.machine_code import ProductLoop, compile_launch, product_loops
 from benchmarks.paths import ROOT
 from fsd_kernels._triton import TARGETS
 
@@ -71,6 +71,51 @@ def test_a_subset_compiles_to_what_it_should_be(target: str, tmp_path: Path) -> 
     assert again == [row._replace(stores=77) for row in rows]
 
 
+def test_16_bit_features_go_from_memory_to_the_tensor_cores() -> None:
+    """On sm_90 no loop with products moves features through registers; the backward's rounds and stores its result."""
+    (case,) = (case for case in cases(rows=(128,)) if case.dtype == "bf16" and case.name == "S=128")
+    rows = kernels_report.compile_cases(["sm_90"], [case], JsonCache(None))
+    loops = {row.kernel: [ProductLoop(*numbers) for numbers in row.loops] for row in rows}
+    forward, (backward,) = loops["_intra_cka_fwd_kernel"], loops["_intra_cka_bwd_kernel"]
+    assert len(forward) == 2  # a side each
+    for loop in forward:
+        assert loop.copies > 0
+        assert loop.products > 0
+        assert (loop.from_registers, loop.stores, loop.conversions) == (0, 0, 0)
+    assert backward.copies > 0
+    assert backward.from_registers == 0
+    # 128 x 64 results of 256 threads, two of them in a conversion and eight in a store.
+    assert backward.conversions == 16
+    assert backward.stores == 4
+
+
+_LOOPS = """
+.L_x_1:
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
+        /*0020*/              @!P0 STS.128 [R1], R4 ;
+.L_x_2:
+        /*0030*/                   UTMALDG.2D [UR8], [UR4] ;
+        /*0040*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, !UPT ;
+        /*0050*/                   HGMMA.64x64x16.F32.BF16 R24, R56, gdesc[UR8].tnspB, R24, gsb0 ;
+        /*0060*/                   F2FP.BF16.F32.PACK_AB R1, R2, R3 ;
+        /*0070*/              @P1  BRA `(.L_x_2) ;
+        /*0080*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0090*/              @P2  BRA `(.L_x_1) ;
+        /*00a0*/                   BRA `(.L_x_3) ;
+.L_x_3:
+        /*00b0*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24 ;
+.L_x_4:
+        /*00c0*/                   STS [R1], R4 ;
+        /*00d0*/                   BRA `(.L_x_4) ;
+"""
+
+
+def test_innermost_loops_with_products_are_read() -> None:
+    assert product_loops(_LOOPS) == [
+        ProductLoop(copies=1, products=2, from_registers=1, stores=0, conversions=1)
+    ]
+
+
 def test_the_extremes_in_the_docs_are_those_of_the_whole_table() -> None:
     folder = ROOT / "docs" / "results"
     lines = (folder / "kernels_report.md").read_text(encoding="utf-8").splitlines()
@@ -105,7 +150,7 @@ def test_spilled_registers_are_refused() -> None:
 
 GOOD = CompiledKernel(
     kernel="k", cases="c", dtype="tf32", target="sm_80", tile="64x64", warps=4, stages=3, registers=64, spills=0,
-    shared=1024, stores=1, matrix=8, kind="HMMA", atomics=0, needs_matrix=True, resident=8,
+    shared=1024, stores=1, matrix=8, kind="HMMA", atomics=0, needs_matrix=True, resident=8, loops=[],
 )  # fmt: skip
 
 
@@ -154,7 +199,7 @@ def test_the_table_has_a_line_for_each_kernel_and_the_cases_that_share_it() -> N
     launch = Launch(_stores_nothing, (), {"num_warps": 4, "BLOCK": 64})
     read = {
         "registers": 64, "spills": 0, "shared": 0, "stores": 1, "matrix": 0, "kind": "", "atomics": 0,
-        "needs_matrix": False,
+        "needs_matrix": False, "loops": [[8, 4, 1, 2, 3], [8, 4, 0, 0, 0]],
     }  # fmt: skip
     first = kernels_report.describe(launch, Case("S=32", "fp32", "highest", lambda: None), "sm_90", read)
     second = Case("S=64", "fp32", "highest", lambda: None)
@@ -162,5 +207,6 @@ def test_the_table_has_a_line_for_each_kernel_and_the_cases_that_share_it() -> N
     assert kernels_report.describe(launch, second, "sm_90", read, both) == both
     lines = kernels_report.kernels_table([both]).splitlines()
     assert lines[2:] == [
-        "| _stores_nothing | S=32, S=64 | fp32 | sm_90 | 64 | 4 | 64 | 0 | 0 | 1 | 0 | - | 32 |"
+        "| _stores_nothing | S=32, S=64 | fp32 | sm_90 | 64 | 4 | 64 | 0 | 0 | 1 | 0 | - | 32 | "
+        "8 cp, 4 HGMMA (1 from registers), 2 sts, 3 cvt; 8 cp, 4 HGMMA, 0 sts, 0 cvt |"
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -343,6 +344,37 @@ def test_kernels_of_unrelated_structures() -> None:
     ours, right = (intra_cka(x, y, backend=name) for name in ("triton", "reference"))
     assert_close(ours.neg_log, right.neg_log, 1e-5)
     assert_close(ours.one_minus_cka, right.one_minus_cka, 1e-5)
+
+
+@on_triton
+def test_kernels_give_no_gradient_on_the_floor_of_the_logarithm(path: str) -> None:
+    x, g = normal(2, 18, 6, seed=1), normal(1, 2, 18, 18, seed=2)
+    neg_log = torch.tensor([[-math.log(1e-8), 17.0]], device=DEVICE)
+    derivative = torch.ones_like(neg_log)
+    (gradient,) = kernels.backward([x], None, g + g.mT, neg_log, None, derivative)
+    assert not gradient[0].any()
+    assert gradient[1].all()
+    # The other value has no floor.
+    (gradient,) = kernels.backward([x], None, g + g.mT, neg_log, derivative, None)
+    assert gradient.all()
+
+
+@on_triton
+@pytest.mark.parametrize("which", [0, 1])
+def test_kernels_take_each_derivative_as_it_comes(which: int, path: str) -> None:
+    """Of one value alone, with strides of its own."""
+    students, teachers = (
+        [normal(3, 20, 9, seed=i) for i in range(2)],
+        [normal(3, 20, 7, seed=5 + i) for i in range(2)],
+    )
+    gradients = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in students]
+        value = intra_cka(leaves, [x.to(dtype) for x in teachers], backend=backend)[which]
+        derivatives = normal(3, 2, seed=9).to(dtype).T
+        gradients.append(torch.autograd.grad(value, leaves, derivatives))
+    for found, expected in zip(*gradients, strict=True):
+        assert_close(found, expected, 1e-5)
 
 
 @on_triton

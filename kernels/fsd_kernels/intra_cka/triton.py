@@ -95,19 +95,22 @@ def _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows, S):
 
 @triton.jit
 def _kept_count(mask_ptr, stride_mb, stride_ms, sample, S, BLOCK_S: tl.constexpr):
-    """The number of kept rows of a sample, at least 1, and the first of them, or S."""
+    """The number of kept rows of a sample, at least 1; the rows of the shift, and True for those that are kept."""
     count = S
     first = 0
     if mask_ptr is not None:
         counts = tl.zeros((BLOCK_S,), dtype=tl.int32)
-        first = S
+        firsts = tl.zeros((BLOCK_S,), dtype=tl.int32) + S
         for start in range(0, S, BLOCK_S):
             rows = start + tl.arange(0, BLOCK_S)
             kept = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows, S)
             counts += kept.to(tl.int32)
-            first = tl.minimum(first, tl.min(tl.where(kept, rows, S)))
+            firsts = tl.minimum(firsts, tl.where(kept, rows, S))
         count = tl.sum(counts)
-    return tl.maximum(count, 1).to(tl.float32), first
+        first = tl.min(firsts)
+    shift_rows = first + tl.arange(0, _SHIFT_ROWS)
+    shift_kept = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, shift_rows, S)
+    return tl.maximum(count, 1).to(tl.float32), shift_rows, shift_kept
 
 
 @triton.jit
@@ -203,9 +206,7 @@ def _intra_cka_fwd_kernel(
     pair, sample = item // B, item % B
     rows = tl.arange(0, BLOCK_S)
     kept = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows, S)
-    count = tl.maximum(tl.sum(kept.to(tl.float32)), 1.0)
-    shift_rows = tl.min(tl.where(kept, rows, S)) + tl.arange(0, _SHIFT_ROWS)
-    shift_kept = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, shift_rows, S)
+    count, shift_rows, shift_kept = _kept_count(mask_ptr, stride_mb, stride_ms, sample, S, BLOCK_S)
 
     x_ptr, stride_xb, stride_xs, stride_xd, width = _layer(teachers, pair)
     x_ptr += sample.to(tl.int64) * stride_xb
@@ -262,9 +263,7 @@ def _intra_cka_tile_kernel(
     rows_j = block_j * BLOCK_S + tl.arange(0, BLOCK_S)
     kept_i = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows_i, S)
     kept_j = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows_j, S)
-    _, first = _kept_count(mask_ptr, stride_mb, stride_ms, sample, S, BLOCK_S)
-    shift_rows = first + tl.arange(0, _SHIFT_ROWS)
-    shift_kept = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, shift_rows, S)
+    _, shift_rows, shift_kept = _kept_count(mask_ptr, stride_mb, stride_ms, sample, S, BLOCK_S)
     x_ptr, stride_xb, stride_xs, stride_xd, width = _layer(layers, pair)
     x_ptr += sample.to(tl.int64) * stride_xb
     gram, shift = _gram(
@@ -285,7 +284,7 @@ def _intra_cka_mean_kernel(gram_ptr, mask_ptr, mean_ptr, stride_mb, stride_ms, B
     """One program per (block of rows, side, pair and sample): means of a Gram matrix's rows over the kept columns."""
     item = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    count, _ = _kept_count(mask_ptr, stride_mb, stride_ms, item % B, S, BLOCK_S)
+    count, _, _ = _kept_count(mask_ptr, stride_mb, stride_ms, item % B, S, BLOCK_S)
     gram_ptr += item.to(tl.int64) * S * S
     total = tl.zeros((BLOCK_S, BLOCK_S), dtype=tl.float32)
     for start in range(0, S, BLOCK_S):
@@ -326,7 +325,7 @@ def _intra_cka_finish_kernel(
     """One program per (pair, sample): centre both Gram matrices tile by tile, the student's first; losses and G."""
     item = tl.program_id(0)
     sample = item % B
-    count, _ = _kept_count(mask_ptr, stride_mb, stride_ms, sample, S, BLOCK_S)
+    count, _, _ = _kept_count(mask_ptr, stride_mb, stride_ms, sample, S, BLOCK_S)
     s_ptr, t_ptr = gram_ptr + item.to(tl.int64) * S * S, gram_ptr + (items + item).to(tl.int64) * S * S
     mean_s_ptr, mean_t_ptr = mean_ptr + item.to(tl.int64) * S, mean_ptr + (items + item).to(tl.int64) * S
     energy_s, mean_s = _totals(s_ptr, mean_s_ptr, S, count, BLOCK_S)
@@ -351,11 +350,8 @@ def _intra_cka_finish_kernel(
                 kept_j = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, columns, S)
                 s = _centred_tile(s_ptr, mean_s_ptr, mean_s, rows, kept_i, columns, kept_j, S) * scale_s
                 t = _centred_tile(t_ptr, mean_t_ptr, mean_t, rows, kept_i, columns, kept_j, S) * scale_t
-                weight = tl.where(
-                    rows[:, None] == columns[None, :],
-                    1.0,
-                    tl.where(columns[None, :] < rows[:, None], 2.0, 0.0),
-                )
+                weight = tl.where(columns[None, :] == rows[:, None], 1.0, 2.0)
+                weight = tl.where(columns[None, :] > rows[:, None], 0.0, weight)
                 if step == 0:
                     first += tl.sum(weight * s * s, axis=0)
                     second += tl.sum(weight * t * t, axis=0)
@@ -432,9 +428,7 @@ def _intra_cka_bwd_kernel(
     pair, sample = item // B, item % B
     rows = tl.arange(0, BLOCK_S)
     kept = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows, S)
-    count = tl.maximum(tl.sum(kept.to(tl.float32)), 1.0)
-    shift_rows = tl.min(tl.where(kept, rows, S)) + tl.arange(0, _SHIFT_ROWS)
-    shift_kept = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, shift_rows, S)
+    count, shift_rows, shift_kept = _kept_count(mask_ptr, stride_mb, stride_ms, sample, S, BLOCK_S)
     y_ptr, stride_yb, stride_ys, stride_yd, width = _layer(students, pair)
     y_ptr += sample.to(tl.int64) * stride_yb
     dy_ptr, stride_db, stride_ds, _, width = _layer(gradients, pair)
@@ -473,9 +467,7 @@ def _intra_cka_bwd_tile_kernel(
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     kept = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows, S)
-    count, first = _kept_count(mask_ptr, stride_mb, stride_ms, sample, S, BLOCK_S)
-    shift_rows = first + tl.arange(0, _SHIFT_ROWS)
-    shift_kept = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, shift_rows, S)
+    count, shift_rows, shift_kept = _kept_count(mask_ptr, stride_mb, stride_ms, sample, S, BLOCK_S)
     y_ptr, stride_yb, stride_ys, stride_yd, width = _layer(students, pair)
     y_ptr += sample.to(tl.int64) * stride_yb
     dy_ptr, stride_db, stride_ds, _, width = _layer(gradients, pair)
@@ -513,7 +505,12 @@ def forward_config(rows: int, dtype: torch.dtype, target: Target) -> Config:
     """Configuration of the forward; ``dtype`` is the wider of both sides."""
     small = small_shared_memory(target)
     block_s = max(MIN_TILE, min(_WHOLE, next_power_of_2(rows)))
-    block_d = (32 if dtype == torch.float32 else 128) // (2 if small else 1)
+    # sm_80 keeps the operands of mma.sync in registers, next to two Gram matrices.
+    crowded = small or (target.arch == 80 and dtype == torch.float32)
+    block_d = (32 if dtype == torch.float32 else 128) // (2 if crowded else 1)
+    if rows > _WHOLE and dtype != torch.float32:
+        # A tile has two operands.
+        block_d //= 2
     num_stages = 2 if small else 3 if dtype == torch.float32 else 4
     return Config(block_s, block_d, 1, 8 if block_s == 128 else 4, num_stages)
 
@@ -523,7 +520,8 @@ def backward_config(rows: int, width: int, items: int, dtype: torch.dtype, targe
     """Configuration of the backward for ``items`` = pairs x samples."""
     small = small_shared_memory(target)
     # Two terms of G with 128 rows leave a small shared memory no room. With more rows than one tile, G comes in tiles.
-    whole = min(_WHOLE, 64) if small else _WHOLE
+    crowded = small or (target.arch == 80 and dtype == torch.float32)
+    whole = min(_WHOLE, 64) if crowded else _WHOLE
     block_s = max(MIN_TILE, next_power_of_2(rows)) if rows <= whole else min(64, whole)
     block_d = (32 if dtype == torch.float32 else 64) // (2 if small else 1)
     num_stages = 2 if small or rows > whole else 3
