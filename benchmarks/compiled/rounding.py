@@ -73,6 +73,19 @@ def transform(num_centroid: int, batch: int) -> Tensor:
     return torch.cat([eye[:k] - mean_m, mean_m, eye[k:] - mean_h, mean_h - mean_m])
 
 
+def centring(num_centroid: int, batch: int) -> Tensor:
+    """C [N, N] float64: Z = C [m - s_m, s_m, h - s_h, s_h - s_m], whatever the shifts s_m and s_h."""
+    k, b = num_centroid, batch
+    eye = torch.eye(k + b + 2, dtype=torch.float64)
+    mean_m, mean_h = eye[:k].mean(0), eye[k + 1 : -1].mean(0)
+    matrix = eye.clone()
+    matrix[:k] -= mean_m
+    matrix[k] += mean_m
+    matrix[k + 1 : -1] -= mean_h
+    matrix[-1] += mean_h - mean_m
+    return matrix
+
+
 def gram_of(x: Tensor, product: Callable[[Tensor, Tensor], Tensor] = torch.matmul) -> Tensor:
     """X X^T [N, N] float64 of X [N, S, D]: the products of one token in X's dtype, their sum in float64."""
     total = x.new_zeros((len(x), len(x)), dtype=torch.float64)
@@ -128,26 +141,26 @@ def _tf32x3(a: Tensor, b: Tensor) -> Tensor:
     return a_high @ b_high + (a_high @ tf32(b - b_high) + tf32(a - a_high) @ b_high)
 
 
-def tf32x3(shifted: bool) -> Way:
-    """float32 rows as two tf32 terms; ``shifted`` subtracts the first centroid from all rows."""
+def tf32x3(shifting: int) -> Way:
+    """float32 rows as two tf32 terms, after the mean of the first ``shifting`` rows of m, and of h, is subtracted."""
 
-    def rows(x: Tensor, t: Tensor, num_centroid: int) -> tuple[Tensor, Tensor]:
-        """The rows that are multiplied, and Z's matrix for them."""
-        if not shifted:
-            return x, t
-        # Z sees the shift in the row mu_m alone.
-        column = torch.zeros_like(t[:, :1])
-        column[num_centroid] = 1.0
-        return torch.cat([x - x[:1], x[:1]]), torch.cat([t, column], dim=1)
+    def rows(x: Tensor, num_centroid: int) -> Tensor:
+        """[m - s_m, s_m, h - s_h, s_h - s_m], the rows that are multiplied; the shifts are 0 if none is subtracted."""
+        memory, features = x[:num_centroid], x[num_centroid:]
+        shifts = [
+            each[:shifting].mean(0, keepdim=True) if shifting else torch.zeros_like(each[:1])
+            for each in (memory, features)
+        ]
+        return torch.cat([memory - shifts[0], shifts[0], features - shifts[1], shifts[1] - shifts[0]])
 
     def gamma(x: Tensor, t: Tensor, num_centroid: int) -> Tensor:
-        multiplied, matrix = rows(x, t, num_centroid)
-        return matrix @ gram_of(multiplied, _tf32x3) @ matrix.mT
+        finish = centring(num_centroid, len(x) - num_centroid)
+        return finish @ gram_of(rows(x, num_centroid), _tf32x3) @ finish.mT
 
     def gradient(x: Tensor, t: Tensor, d_gamma: Tensor, num_centroid: int) -> Tensor:
-        multiplied, matrix = rows(x, t, num_centroid)
-        a, scale = _scaled(t.mT @ d_gamma @ matrix)
-        product = _tf32x3(a, multiplied.flatten(1)).unflatten(1, x.shape[1:])
+        finish = centring(num_centroid, len(x) - num_centroid)
+        a, scale = _scaled(t.mT @ d_gamma @ finish)
+        product = _tf32x3(a, rows(x, num_centroid).flatten(1)).unflatten(1, x.shape[1:])
         return product * scale.float()[:, :, None]
 
     return Way(gamma, gradient)
@@ -166,8 +179,11 @@ WAYS: dict[str, tuple[torch.dtype, Way]] = {
     "bf16, raw, one term": (torch.bfloat16, raw(1)),
     "bf16, raw, two terms": (torch.bfloat16, raw(2)),
     "fp32, centred (today)": (torch.float32, centred(exact)),
-    "fp32, tf32x3 raw": (torch.float32, tf32x3(False)),
-    "fp32, tf32x3, one row subtracted": (torch.float32, tf32x3(True)),
+    "fp32, tf32x3 raw": (torch.float32, tf32x3(0)),
+    "fp32, tf32x3, one row subtracted": (torch.float32, tf32x3(1)),
+    "fp32, tf32x3, mean of 4 rows": (torch.float32, tf32x3(4)),
+    "fp32, tf32x3, mean of 8 rows": (torch.float32, tf32x3(8)),
+    "fp32, tf32x3, mean of 16 rows": (torch.float32, tf32x3(16)),
 }
 """By name: dtype of the features, and the way."""
 

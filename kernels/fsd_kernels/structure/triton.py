@@ -20,14 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fsd_kernels._launch import launch
 from fsd_kernels._triton import (
     CKA_FLOOR,
-    LAUNCH_OPTIONS,
     MAXIMUM_LENGTH_RATIO,
     NORM_ROUNDING,
     ROUNDING,
     cdiv,
-    launch_guard,
     triton_type,
 )
 
@@ -199,28 +198,25 @@ def _pair_terms(student_ptr, teacher_ptr, N, K, pairs, h, m, h_inside, m_inside)
     return error * error, error_c * error_c, d_q_e, d_cosine / double_ab, d_u, d_v
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def _structure_stats_kernel(
-    student_ptr,
-    teacher_ptr,
-    value_ptr,
-    scalar_ptr,
-    error_ptr,
-    row_ptr,
-    column_ptr,
-    d_q_ptr,
-    N,
-    K,
-    B,
-    head,
-    BLOCK: tl.constexpr,
-    CKA_BLOCK: tl.constexpr,
-):
-    """Program 0: CKA of the samples; 1: of the centroids; then blocks of samples; then blocks of centroids.
+@triton.jit
+def _results(work_ptr, K, B, BLOCK: tl.constexpr):
+    """Addresses of what the first launch leaves to the second.
 
     scalar [2, 4]; error [2, sample blocks]; row [3, B]: sums over centroids of dE/dq, dC/dq, dC/du; column [3, K]:
     sums over samples of dE/dq, dC/dq, dC/dv; d_q [2, B, K].
     """
+    error_ptr = work_ptr + 2 * _SCALARS
+    row_ptr = error_ptr + 2 * tl.cdiv(B, BLOCK)
+    column_ptr = row_ptr + 3 * B
+    return work_ptr, error_ptr, row_ptr, column_ptr, column_ptr + 3 * K
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _structure_stats_kernel(
+    student_ptr, teacher_ptr, value_ptr, work_ptr, N, K, B, head, BLOCK: tl.constexpr, CKA_BLOCK: tl.constexpr
+):  # fmt: skip
+    """Program 0: CKA of the samples; 1: of the centroids; then blocks of samples; then blocks of centroids."""
+    scalar_ptr, error_ptr, row_ptr, column_ptr, d_q_ptr = _results(work_ptr, K, B, BLOCK)
     program = tl.program_id(0)
     h_blocks = tl.cdiv(B, BLOCK)
     pairs = (B * K).to(tl.float32)
@@ -342,22 +338,10 @@ def _scatter_tile(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _structure_grad_kernel(
-    student_ptr,
-    teacher_ptr,
-    value_ptr,
-    gradient_ptr,
-    scalar_ptr,
-    error_ptr,
-    row_ptr,
-    column_ptr,
-    d_q_ptr,
-    N,
-    K,
-    B,
-    head,
-    BLOCK: tl.constexpr,
+    student_ptr, teacher_ptr, value_ptr, work_ptr, gradient_ptr, N, K, B, head, BLOCK: tl.constexpr
 ):
     """One program per tile: the gradients [4, N, N] of L_L, F_MM, F^E, F^C; the first also ends F^E and F^C."""
+    scalar_ptr, error_ptr, row_ptr, column_ptr, d_q_ptr = _results(work_ptr, K, B, BLOCK)
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     offset = r.to(tl.int64)[:, None] * N + c[None, :]
@@ -423,29 +407,21 @@ def forward(student: Tensor, teacher: Tensor, num_centroid: int, rounding: float
     values = student.new_empty(4)
     gradients = student.new_empty((4, total, total))
     h_blocks, m_blocks = cdiv(batch, _BLOCK), cdiv(num_centroid, _BLOCK)
-    scalars = student.new_empty((2, 4))
-    errors = student.new_empty((2, max(1, h_blocks)))
-    rows = student.new_empty((3, max(1, batch)))
-    columns = student.new_empty((3, max(1, num_centroid)))
-    d_q = student.new_empty((2, max(1, batch * num_centroid)))
+    work = student.new_empty(
+        2 * _SCALARS.value + 2 * h_blocks + 3 * (batch + num_centroid) + 2 * batch * num_centroid
+    )
     # Without centroids the samples' CKA is all there is.
     programs = 2 + h_blocks + m_blocks if num_centroid else 1
-    arguments = (scalars, errors, rows, columns, d_q, total, num_centroid, batch, head)
-    with launch_guard(student):
-        _structure_stats_kernel[(programs,)](
-            student,
-            teacher,
-            values,
-            *arguments,
-            BLOCK=_BLOCK,
-            CKA_BLOCK=_CKA_BLOCK,
-            num_warps=8,
-            **LAUNCH_OPTIONS,
-        )
-        blocks = cdiv(total, _BLOCK)
-        _structure_grad_kernel[(blocks, blocks)](
-            student, teacher, values, gradients, *arguments, BLOCK=_BLOCK, num_warps=4, **LAUNCH_OPTIONS
-        )
+    sizes = (total, num_centroid, batch, head)
+    launch(
+        _structure_stats_kernel, (programs,), (student, teacher, values, work, *sizes),
+        {"BLOCK": _BLOCK, "CKA_BLOCK": _CKA_BLOCK}, device=student.device, num_warps=8,
+    )  # fmt: skip
+    blocks = cdiv(total, _BLOCK)
+    launch(
+        _structure_grad_kernel, (blocks, blocks), (student, teacher, values, work, gradients, *sizes),
+        {"BLOCK": _BLOCK}, device=student.device, num_warps=4,
+    )  # fmt: skip
     return values, gradients
 
 
@@ -460,10 +436,10 @@ def backward(gradients: Tensor, d_values: Tensor) -> Tensor:
     d_values = d_values.to(gradients.dtype).contiguous()
     d_gamma = gradients.new_empty(gradients.shape[1:])
     size = d_gamma.numel()
-    with launch_guard(gradients):
-        _structure_bwd_kernel[(cdiv(size, 1024),)](
-            gradients, d_values, d_gamma, size, BLOCK=1024, num_warps=4, **LAUNCH_OPTIONS
-        )
+    launch(
+        _structure_bwd_kernel, (cdiv(size, 1024),), (gradients, d_values, d_gamma, size),
+        {"BLOCK": 1024}, device=gradients.device, num_warps=4,
+    )  # fmt: skip
     return d_gamma
 
 
