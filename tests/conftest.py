@@ -15,7 +15,11 @@ def _no_backend_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _interrupts() -> Iterator[None]:
-    """Undo what a shell does to its background jobs: they ignore SIGINT, and so would every process they start."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Undo what a shell and nohup do to background jobs: they ignore signals, and so would every process they start."""
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    }
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -66,7 +66,15 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Measure; return 1 if ``--check`` finds a figure beyond its limit, else 0."""
     options = _options(argv)
+    threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
+    try:
+        return _measure(options)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(options: argparse.Namespace) -> int:
     numbers: list[Number] = []
     facts: dict[str, Any] = {
         "machine": platform.processor() or platform.machine(),

@@ -211,7 +211,7 @@ def test_a_file_that_is_cut_off_while_it_is_read_costs_its_samples(tmp_path: Pat
     check_read(cache, torch.tensor([0]))
     for path in tmp_path.glob("*.safetensors"):
         os.truncate(path, path.stat().st_size // 2)
-    with pytest.warns(RuntimeWarning, match=r"is damaged \(it ends after [0-9,]+ bytes\)"):
+    with pytest.warns(RuntimeWarning, match=r"is damaged \('it ends after [0-9,]+ bytes'\)"):
         assert cache.read(torch.tensor([0])) is None
     assert not cache.holds(torch.tensor([0]))
 

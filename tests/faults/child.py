@@ -9,6 +9,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from fsd_fast import cli
 
 
@@ -35,6 +37,8 @@ def in_child(command, flags, printed_to, prepare=lambda: None):
     if child == 0:
         status = 1
         with contextlib.suppress(BaseException):
+            # OpenMP's threads are not forked: a parallel loop would wait for those of the parent for ever.
+            torch.set_num_threads(1)
             file = os.open(printed_to, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, 1)
             os.dup2(file, 2)

@@ -288,11 +288,19 @@ def test_bytes_are_those_counted_in_the_interpreter() -> None:
 
 def test_kernels_of_the_paper_shape_come_near_the_minimum() -> None:
     pytest.importorskip("triton")
-    for target in ("sm_80", "sm_90"):
-        # L_I reads the Grams' 2 MB per side three times, and G's as often as the backward has parts, from the cache.
-        for op, limit in (("intra", 1.3), ("inter", 1.25)):
-            least = cost.total(cost.minimum(op, PAPER)).bytes
-            assert least <= cost.total(cost.triton(op, PAPER, target)).bytes <= limit * least
+    # L_I reads the Grams' 2 MB per side three times, and G's as often as the backward has parts, from the cache.
+    half = dataclasses.replace(PAPER, dtype=torch.bfloat16)
+    for op, shape, target, limit in (
+        ("intra", PAPER, "sm_90", 1.15),
+        # float32's backward has no room for two terms of G there and goes by tiles, each of which reads Y and G again.
+        ("intra", PAPER, "sm_80", 3.1),
+        ("intra", half, "sm_90", 1.25),
+        ("intra", half, "sm_80", 1.25),
+        ("inter", PAPER, "sm_90", 1.25),
+        ("inter", PAPER, "sm_80", 1.25),
+    ):
+        least = cost.total(cost.minimum(op, shape)).bytes
+        assert least <= cost.total(cost.triton(op, shape, target)).bytes <= limit * least, (op, target)
 
 
 def test_bad_arguments_are_named() -> None:
