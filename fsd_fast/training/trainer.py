@@ -61,6 +61,7 @@ class ClassifierTrainer(Trainer):
         self._profiles = profile_steps is not None
         if profile_steps is not None:
             self.add_callback(StepProfile(profile_steps, str(self.args.output_dir), self.args.device))
+        self._train_order: SeededLengthGroups | None = None
         self._components: dict[str, Tensor] = {}
         self._sample_index: Tensor | None = None
 
@@ -113,6 +114,9 @@ class ClassifierTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
+            # Trainer does not reach the sampler of several processes when batches of the epoch are skipped.
+            if self._train_order is not None:
+                self._train_order.set_epoch(keywords["epoch"])
             super()._run_epoch(*arguments, **keywords)
 
     def _sum_over_processes(self, counts: Tensor) -> Tensor:
