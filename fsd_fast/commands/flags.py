@@ -155,7 +155,7 @@ class RunArguments(TrainingArguments):
     )
     train_sampling_strategy: str = flag(
         "Order of the training samples. auto: group_by_length, batches of samples of about one length, under "
-        "--pad_features exclude on one process; random otherwise.",
+        "--pad_features exclude, and random under include, where all batches have one length.",
         "auto",
         choices=("auto", "random", "sequential", "group_by_length", "batch_rebalance"),
     )

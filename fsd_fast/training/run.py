@@ -134,13 +134,9 @@ def choose_best_metric(run: TrainingArguments, task: Task) -> None:
 
 
 def choose_sampling(run: TrainingArguments, pad_features: str) -> None:
-    """Replace the sampling strategy "auto": by length where that makes batches shorter, on one process.
-
-    Several processes that are resumed amid an epoch do not go on with the same length groups.
-    """
+    """Replace the sampling strategy "auto": by length where that makes batches shorter."""
     if run.train_sampling_strategy == "auto":
-        grouped = pad_features == "exclude" and run.world_size == 1
-        run.train_sampling_strategy = "group_by_length" if grouped else "random"
+        run.train_sampling_strategy = "group_by_length" if pad_features == "exclude" else "random"
 
 
 def _is_score(name: str) -> bool:
