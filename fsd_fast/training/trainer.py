@@ -191,9 +191,10 @@ class ClassifierTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(dataset)
-        return self._length_groups(
-            dataset, self.args.train_batch_size * self.args.gradient_accumulation_steps
-        )
+        # A batch of all processes: its samples are the same, however many processes share it.
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        self._train_order = self._length_groups(dataset, batch)
+        return self._train_order
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """The order of the evaluation samples; grouped by length it is always the same."""

@@ -30,8 +30,6 @@ def flags(tiny, steady, folder, processes, steps, *more):
         "true",
         "--lr_scheduler_type",
         "constant",
-        "--train_sampling_strategy",
-        "random",
     ]
     return [*given, *SAVING, *more]
 
