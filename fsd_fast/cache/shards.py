@@ -163,11 +163,11 @@ class OpenShard:
         content = self._read((end - start) * bytes_of_row, self._starts[name] + start * bytes_of_row)
         if not content:  # which torch.frombuffer refuses
             return torch.empty(0, width, dtype=dtype)
-        return torch.frombuffer(bytearray(content), dtype=dtype).view(-1, width)
+        return torch.frombuffer(content, dtype=dtype).view(-1, width)
 
-    def _read(self, count: int, offset: int) -> bytes:
-        content = os.pread(self._file.fileno(), count, offset)
-        if len(content) < count:
+    def _read(self, count: int, offset: int) -> bytearray:
+        content = bytearray(count)
+        if os.preadv(self._file.fileno(), [content], offset) < count:
             raise DamagedShard(f"it ends after {os.fstat(self._file.fileno()).st_size:,} bytes")
         return content
 

@@ -76,24 +76,13 @@ def launch(
         num_warps: Warps of a program.
         num_stages: Stages of its loops.
     """
+    global _direct
     if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
         with torch.cuda.device(device):
-            _launch_here(kernel, grid, arguments, constants, device, num_warps, num_stages)
-    else:
-        _launch_here(kernel, grid, arguments, constants, device, num_warps, num_stages)
-
-
-def _launch_here(
-    kernel: Any,
-    grid: tuple[int, ...],
-    arguments: tuple[Any, ...],
-    constants: Mapping[str, Any],
-    device: torch.device,
-    num_warps: int,
-    num_stages: int,
-) -> None:
-    """Launch on the current GPU."""
-    global _direct
+            launch(
+                kernel, grid, arguments, constants, device=device, num_warps=num_warps, num_stages=num_stages
+            )
+        return
     # A kernel's own hash is written in Python and slow.
     key = (
         id(kernel), grid, device.index, num_warps, num_stages, *constants.values(), *_traits(arguments)
@@ -107,7 +96,7 @@ def _launch_here(
             _bound.clear()
             warnings.warn(
                 f"fsd_kernels: Triton refused the direct launch of a kernel, launches will take longer: {error}",
-                stacklevel=3,
+                stacklevel=2,
             )
         else:
             return

@@ -70,8 +70,8 @@ class Config(NamedTuple):
 
 
 @triton.jit
-def _layer(layers, pair):
-    """One of several layers: its address, strides of samples, rows and features, and width."""
+def _sample_of(layers, pair, sample):
+    """A sample of one of several layers: its address, strides of rows and features, and width."""
     x_ptr, stride_xb, stride_xs, stride_xd, width = layers[0]
     for i in tl.static_range(1, len(layers)):
         chosen = pair == i
@@ -80,7 +80,7 @@ def _layer(layers, pair):
         stride_xs = tl.where(chosen, layers[i][2], stride_xs)
         stride_xd = tl.where(chosen, layers[i][3], stride_xd)
         width = tl.where(chosen, layers[i][4], width)
-    return x_ptr, stride_xb, stride_xs, stride_xd, width
+    return x_ptr + sample.to(tl.int64) * stride_xb, stride_xs, stride_xd, width
 
 
 @triton.jit
@@ -208,13 +208,11 @@ def _intra_cka_fwd_kernel(
     kept = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows, S)
     count, shift_rows, shift_kept = _kept_count(mask_ptr, stride_mb, stride_ms, sample, S, BLOCK_S)
 
-    x_ptr, stride_xb, stride_xs, stride_xd, width = _layer(teachers, pair)
-    x_ptr += sample.to(tl.int64) * stride_xb
+    x_ptr, stride_xs, stride_xd, width = _sample_of(teachers, pair, sample)
     unit_t, shift_t = _gram(
         x_ptr, stride_xs, stride_xd, rows, kept, rows, kept, shift_rows, shift_kept, width, True, BLOCK_D, PRECISION
     )  # fmt: skip
-    y_ptr, stride_yb, stride_ys, stride_yd, width = _layer(students, pair)
-    y_ptr += sample.to(tl.int64) * stride_yb
+    y_ptr, stride_ys, stride_yd, width = _sample_of(students, pair, sample)
     unit_s, shift_s = _gram(
         y_ptr, stride_ys, stride_yd, rows, kept, rows, kept, shift_rows, shift_kept, width, True, BLOCK_D, PRECISION
     )  # fmt: skip
@@ -264,8 +262,7 @@ def _intra_cka_tile_kernel(
     kept_i = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows_i, S)
     kept_j = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows_j, S)
     _, shift_rows, shift_kept = _kept_count(mask_ptr, stride_mb, stride_ms, sample, S, BLOCK_S)
-    x_ptr, stride_xb, stride_xs, stride_xd, width = _layer(layers, pair)
-    x_ptr += sample.to(tl.int64) * stride_xb
+    x_ptr, stride_xs, stride_xd, width = _sample_of(layers, pair, sample)
     gram, shift = _gram(
         x_ptr, stride_xs, stride_xd, rows_i, kept_i, rows_j, kept_j, shift_rows, shift_kept, width,
         False, BLOCK_D, PRECISION,
@@ -429,10 +426,8 @@ def _intra_cka_bwd_kernel(
     rows = tl.arange(0, BLOCK_S)
     kept = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows, S)
     count, shift_rows, shift_kept = _kept_count(mask_ptr, stride_mb, stride_ms, sample, S, BLOCK_S)
-    y_ptr, stride_yb, stride_ys, stride_yd, width = _layer(students, pair)
-    y_ptr += sample.to(tl.int64) * stride_yb
-    dy_ptr, stride_db, stride_ds, _, width = _layer(gradients, pair)
-    dy_ptr += sample.to(tl.int64) * stride_db
+    y_ptr, stride_ys, stride_yd, width = _sample_of(students, pair, sample)
+    dy_ptr, stride_ds, _, width = _sample_of(gradients, pair, sample)
     X_TYPE: tl.constexpr = y_ptr.dtype.element_ty
 
     inside = kept[:, None] & kept[None, :]
@@ -468,10 +463,8 @@ def _intra_cka_bwd_tile_kernel(
     rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     kept = _kept_rows(mask_ptr, stride_mb, stride_ms, sample, rows, S)
     count, shift_rows, shift_kept = _kept_count(mask_ptr, stride_mb, stride_ms, sample, S, BLOCK_S)
-    y_ptr, stride_yb, stride_ys, stride_yd, width = _layer(students, pair)
-    y_ptr += sample.to(tl.int64) * stride_yb
-    dy_ptr, stride_db, stride_ds, _, width = _layer(gradients, pair)
-    dy_ptr += sample.to(tl.int64) * stride_db
+    y_ptr, stride_ys, stride_yd, width = _sample_of(students, pair, sample)
+    dy_ptr, stride_ds, _, width = _sample_of(gradients, pair, sample)
     X_TYPE: tl.constexpr = y_ptr.dtype.element_ty
     shift = tl.zeros((BLOCK_D,), dtype=tl.float32)
     if X_TYPE == tl.float32:
