@@ -22,12 +22,15 @@ class Mutation(NamedTuple):
 MUTATIONS: dict[str, tuple[Mutation, ...]] = {
     "intra_cka": (
         Mutation(
-            "def _layer", "chosen = pair == i", "chosen = pair == i - 1", "layers taken for their neighbours"
+            "def _sample_of",
+            "chosen = pair == i",
+            "chosen = pair == i - 1",
+            "layers taken for their neighbours",
         ),
         Mutation(
-            "def _layer", "layers[i][1], stride_xb", "layers[0][1], stride_xb", "stride of another layer"
+            "def _sample_of", "layers[i][1], stride_xb", "layers[0][1], stride_xb", "stride of another layer"
         ),
-        Mutation("def _layer", "layers[i][4], width", "layers[0][4], width", "width of another layer"),
+        Mutation("def _sample_of", "layers[i][4], width", "layers[0][4], width", "width of another layer"),
         Mutation(
             "def _load",
             "kept[:, None] & (columns < width)[None, :]",
