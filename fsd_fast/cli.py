@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fsd-fast {__version__}")
         return 0
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    # It lists every layer of a model that is loaded as not sharded, where nothing was to be.
+    logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)
     command, working = listed[0], False
     try:
         work = prepare(command, listed[1:])

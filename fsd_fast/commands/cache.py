@@ -63,8 +63,9 @@ def _fill(
     collectives = Collectives()
     show = functools.partial(tqdm, unit="sample", disable=collectives.rank > 0)
     held = cache.identity.num_samples - len(cache.missing())
-    for _ in show(cache.verify(), desc="cache: checking", total=held):
-        pass
+    if held:
+        for _ in show(cache.verify(), desc="cache: checking", total=held):
+            pass
     computed = 0
     with writer_lock(cache, required=True):
         samples = _share(cache.missing(), data, collectives)

@@ -137,7 +137,7 @@ def draw_curves(histories: dict[str, list[dict[str, float]]], path: Path) -> Non
     right.set(
         xlabel="training step", ylabel="loss component", yscale="log", title=f"Loss components of {name}"
     )
-    right.legend(fontsize="small")
+    right.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)
 
 
