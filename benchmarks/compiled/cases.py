@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from fsd_kernels._numerics import norm_rounding
 from fsd_kernels.gram import triton as gram
@@ -58,9 +57,10 @@ def _gram(num_centroid: int, dtype: torch.dtype, masked: bool, frozen: bool) -> 
     memory = torch.empty(num_centroid, TOKENS * WIDTH, dtype=dtype) if num_centroid else None
     block = torch.empty(num_centroid + 1, num_centroid + 1) if frozen else None
     mask = torch.ones(BATCH, TOKENS, dtype=torch.bool) if masked else None
-    gamma: Tensor = gram.forward(features, memory, block, mask)
+    gram.forward([(features, memory, block)], mask)
     if not frozen:
-        gram.backward(features, memory, mask, gamma, (True, True))
+        total = BATCH + 1 + (num_centroid + 1 if num_centroid else 0)
+        gram.backward(features, memory, mask, torch.empty(4, total, total), torch.empty(4), (True, True))
 
 
 def _structure() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -152,7 +152,7 @@ def test_gradcheck_gram(count: int, extra: int, kind: str) -> None:
 
 def tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ``gram`` take small inputs as it takes those with many rows, in tiles of 16."""
-    monkeypatch.setattr(kernels, "_tiles", lambda total: (16, 16, 0))
+    monkeypatch.setattr(kernels, "_tiles", lambda rows: (16, 16, 0))
     original = kernels.backward_config
 
     def small(*args: Any, **kwargs: Any) -> Any:
@@ -164,12 +164,17 @@ def tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=["fused", "tiled"])
 def path(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, multiprocessors: Callable[[int], None]
-) -> str:
+) -> Iterator[str]:
     """Run a test with one program per part of F, and with one per tile of Gamma."""
     multiprocessors(3)
+    plans = kernels._default_forward, kernels._forward_plan, kernels._backward_plan
     if request.param == "tiled":
         tile_by_tile(monkeypatch)
-    return str(request.param)
+        for plan in plans:
+            plan.cache_clear()
+    yield str(request.param)
+    for plan in plans:
+        plan.cache_clear()
 
 
 GRAM_CASES: list[tuple[tuple[int, ...], str | None]] = [
@@ -269,7 +274,7 @@ def test_kernels_in_16_bits(types: tuple[torch.dtype, torch.dtype], path: str) -
 @on_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_kernels_in_16_bits_of_many_rows(dtype: torch.dtype) -> None:
-    """Programs of the backward then hold a panel of A each, of two tiles of rows."""
+    """Programs then hold a tile of Gamma, or of the gradient, each."""
     features, memory = normal(32, 1, 33, seed=1).to(dtype), normal(300, 37, seed=2).to(dtype)
     check_gram(features, memory, None, 1e-2)
 
@@ -303,7 +308,10 @@ def test_kernels_give_the_gradient_of_one_input_alone(path: str) -> None:
 def test_kernels_launched(launches: list[str]) -> None:
     features = normal(4, 40, seed=1).requires_grad_()
     gram(features, normal(6, 40, seed=2), backend="triton").sum().backward()
-    assert launches == ["_gram_fwd_kernel", "_gram_sum_kernel", "_gram_rows_kernel", "_gram_bwd_kernel"]
+    assert launches == [
+        "_gram_fwd_kernel", "_gram_sum_kernel", "_gram_centre_kernel",
+        "_gram_symmetric_kernel", "_gram_rows_kernel", "_gram_bwd_kernel",
+    ]  # fmt: skip
 
 
 @on_triton

@@ -67,7 +67,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     needs = need_features, need_memory
-    return implementation("gram", backend).backward(features, memory, mask, d_gram, needs)
+    return implementation("gram", backend).backward(features, memory, mask, d_gram[None], None, needs)
 
 
 @op(
@@ -76,7 +76,8 @@ def _backward(
 def _forward(
     features: Tensor, memory: Tensor | None, memory_gram: Tensor | None, mask: Tensor | None, backend: str
 ) -> Tensor:
-    return implementation("gram", backend).forward(features, memory, memory_gram, mask)
+    (gamma,) = implementation("gram", backend).forward([(features, memory, memory_gram)], mask)
+    return gamma
 
 
 def _keep(inputs: Sequence[Any], outputs: Sequence[Tensor]) -> Sequence[Any]:

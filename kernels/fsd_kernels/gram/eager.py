@@ -18,7 +18,7 @@ matrix does the centring. Rows are walked in slices only if they must be copied,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -222,9 +222,15 @@ def _forward_uncentred_memory(
 
 
 def forward(
+    sides: Sequence[tuple[Tensor, Tensor | None, Tensor | None]], mask: Tensor | None
+) -> Sequence[Tensor]:
+    """Gamma, float64, of each side: features [B, F], memory [K, F'] or None, and its own block of Gamma if given."""
+    return [_forward(*side, mask) for side in sides]
+
+
+def _forward(
     features: Tensor, memory: Tensor | None, memory_gram: Tensor | None, mask: Tensor | None
 ) -> Tensor:
-    """Gamma, float64, of features [B, F] and memory [K, F'] or None; ``memory_gram``: the memory's own block."""
     if memory is None and features.shape[0]:
         gamma = _forward_uncentred(features, mask)
         if gamma is not None:
@@ -287,9 +293,20 @@ def _weighted_sum(target: Tensor, terms: list[tuple[Tensor, Tensor]]) -> None:
 
 
 def backward(
-    features: Tensor, memory: Tensor | None, mask: Tensor | None, d_gram: Tensor, needs: tuple[bool, bool]
+    features: Tensor,
+    memory: Tensor | None,
+    mask: Tensor | None,
+    d_gram: Tensor,
+    weights: Tensor | None,
+    needs: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor]:
-    """Return (d features, d memory); one that is not needed has no elements."""
+    """Return (d features, d memory); one that is not needed has no elements.
+
+    ``d_gram`` [L, N, N] are derivatives by Gamma, to be added with ``weights`` [L] or, with None, as they are.
+    """
+    total = (
+        d_gram.sum(dim=0) if weights is None else torch.tensordot(weights.to(d_gram.dtype), d_gram, dims=1)
+    )
     needs = needs[0], needs[1] and memory is not None
     d_features = torch.empty_like(features) if needs[0] else features.new_empty(0)
     d_memory = torch.empty_like(memory) if memory is not None and needs[1] else features.new_empty(0)
@@ -298,9 +315,9 @@ def backward(
     width = features_width if memory is None else memory.shape[1]
     dtype = compute_dtype(features)
     # For each gradient, the weights of the features' rows and of the memory's rows.
-    weights = [
+    of_rows = [
         [columns.T.to(dtype) for columns in _transposed_map(rows.T, head)]
-        for rows in _transposed_map(d_gram + d_gram.T, head)
+        for rows in _transposed_map(total + total.T, head)
     ]
     copied = mask is not None or any(each is not None and each.dtype != dtype for each in (features, memory))
     step = _COLUMNS if copied else width
@@ -311,7 +328,7 @@ def backward(
         columns, inside = slice(start, stop), stop <= features_width
         of_features = _rows_of(features, columns, dtype, mask) if inside else None
         of_memory = None if memory is None else _rows_of(memory, columns, dtype)
-        for target, needed, weights_of_target in zip((d_features, d_memory), needs, weights, strict=True):
+        for target, needed, weights_of_target in zip((d_features, d_memory), needs, of_rows, strict=True):
             if needed and (inside or target is d_memory):
                 pairs = zip(weights_of_target, (of_features, of_memory), strict=True)
                 _weighted_sum(target[:, columns], [(w, rows) for w, rows in pairs if rows is not None])

@@ -1,22 +1,27 @@
 # mypy: disable-error-code="no-untyped-def, assignment"
 """The Gram matrix of stacked, centred rows as fused kernels, split over the feature axis.
 
-    Z = [m_1 - mu_m, ..., m_K - mu_m, mu_m,  h_1 - mu_h, ..., h_B - mu_h, mu_h - mu_m],   Gamma = Z Z^T
-    d[memory; features] = T^T (dGamma + dGamma^T) Z        with the constant T that takes [memory; features] to Z
+    Z' = [m - s_m, s_m, h - s_h, s_h - s_m],   Gamma' = Z' Z'^T,   Gamma = Z Z^T = C Gamma' C^T
+    d[memory; features] = C^T (dGamma + dGamma^T) C Z'     in the rows of memory and features
 
-The rows of a tile are rows of Z: memory, features and both means are put together on chip, centred in float32 and then
-rounded for the dot. The inputs are never concatenated. With N <= 192 rows a program of ``_gram_fwd_kernel`` holds all
-rows of its part of F and reads each input once. With more rows ``_gram_mean_kernel`` computes the means first, and a
-program of ``_gram_tile_kernel`` computes one tile of the triangle. The inputs are then read twice from memory and more
-often from the cache, which takes a third of the time of holding six tiles and their sums on chip (docs/gpu.md).
-``_gram_sum_kernel`` sums the parts of F in a fixed order, in float64, and mirrors the triangle.
+C takes Z' to Z of ``fsd_kernels.gram``, whatever the shifts s_m and s_h: the small matrix is centred, not the rows.
+16-bit features are multiplied as they are (s = 0, and no row of Z' for it), straight from memory: their products are
+exact in float32. float32 features lose digits to an offset that they share, so s_m and s_h are the means of the first
+rows of memory and features, taken slice by slice (docs/gpu.md has the errors of both).
 
-Backward: ``_gram_rows_kernel`` forms A = T^T (dGamma + dGamma^T) once. ``_gram_bwd_kernel``, or ``_gram_mean_kernel``
-and ``_gram_bwd_tile_kernel``, multiply it with Z slice by slice, straight into the gradients.
+``_gram_fwd_kernel`` multiplies the rows over a part of F: all of them in one program up to 192 rows, else one tile of
+the triangle. ``_gram_sum_kernel`` sums the parts in a fixed order, in float64, with sums over rows;
+``_gram_centre_kernel`` reads Gamma off them. Student and teacher share these launches.
+
+Backward: ``_gram_symmetric_kernel`` adds up dGamma + dGamma^T, ``_gram_rows_kernel`` centres it on both sides and
+splits it into two 16-bit terms, and ``_gram_bwd_kernel`` multiplies it with Z' slice by slice, straight into the
+gradients.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,34 +29,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fsd_kernels._launch import launch
 from fsd_kernels._triton import (
-    LAUNCH_OPTIONS,
     MIN_TILE,
     Target,
     cdiv,
-    dot_precision,
     dot_type,
     kernel_dot_type,
-    launch_guard,
     neighbours,
     next_power_of_2,
     operand,
     pick,
+    product_precision,
     small_shared_memory,
     target_of,
     triton_type,
 )
 
-# Maximum rows of Z that one program of the fused kernels holds, in up to three tiles.
+# Maximum rows of Z' that one program of the fused kernels holds, in up to three tiles.
 _FUSED_ROWS = 192
-
-# Entries of Gamma per program of the sum over parts.
-_SUMMED = 128
-# Maximum columns of a part of F in IEEE float32.
+# Rows and columns of a tile in the sum over parts.
+_SUMMED = tl.constexpr(16)
+# Rows whose mean is subtracted from float32 rows before they are multiplied.
+_SHIFTING = tl.constexpr(8)
+# Centred energy of 16-bit rows below this fraction of their mean's, 16 eps of float32, is rounding of the sums.
+_RAW_ROUNDING = tl.constexpr(2.0**-19)
+# Maximum columns of a part of F under "highest": short sums lose little to rounding.
 _CHAIN = 384
+# Entries that a program of ``_gram_rows_kernel`` holds.
+_HELD = 8192
 
 # Sizes that take any value without another compilation. Widths and strides are specialised: they align loads.
-_SIZES = ("K", "B", "head", "N", "token", "parts")
+_SIZES = ("K", "B", "head", "N", "token", "other_token", "parts", "other_parts", "blocks", "sixteenths")
 
 
 class Config(NamedTuple):
@@ -62,11 +71,9 @@ class Config(NamedTuple):
     last: int
     """Rows of the last tile of a program that holds all rows."""
     tiles: int
-    """Tiles of a program that holds all rows; 0 if each program holds one tile of Gamma, or of the gradient."""
+    """Tiles of a program that holds all rows; 0 if each program holds one tile of Gamma', or of the gradient."""
     inner: int
-    """Backward by tiles: rows of Z that are multiplied at a time."""
-    panel: int
-    """Backward: tiles of rows of A that a program holds."""
+    """Backward by tiles: rows of Z' that are multiplied at a time."""
     block_f: int
     parts: int
     num_warps: int
@@ -75,17 +82,25 @@ class Config(NamedTuple):
 
 @triton.jit
 def _load_tile(
-    inputs, sizes, rows, start, columns,
+    side, shared, rows, start, columns,
     MEMORY: tl.constexpr, FEATURES: tl.constexpr, HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr,
 ):  # fmt: skip
-    """Rows of [memory; -; features; -] in float32, 0 in the rows of the means, in dropped tokens and outside.
+    """Rows of [memory; -; features; -], 0 in the rows between, in dropped tokens and outside.
 
-    ``inputs`` are the addresses and strides of memory, features and mask, ``sizes`` what ``_Stack.sizes`` holds.
+    ``side`` holds addresses, strides and widths of memory and features, ``shared`` the mask and the numbers of rows.
     """
-    memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf, mask_ptr, stride_kb, stride_ks = (
-        inputs
-    )
-    K, B, head, _, memory_width, features_width, token = sizes
+    (
+        memory_ptr,
+        features_ptr,
+        stride_mk,
+        stride_mf,
+        stride_hb,
+        stride_hf,
+        memory_width,
+        features_width,
+        token,
+    ) = side
+    mask_ptr, stride_kb, stride_ks, K, B, head, _ = shared
     in_memory = (rows < K)[:, None] & (columns < memory_width)[None, :]
     memory = memory_ptr + rows.to(tl.int64)[:, None] * stride_mk + columns[None, :] * stride_mf
     samples = rows - head
@@ -97,14 +112,12 @@ def _load_tile(
             mask_ptr, stride_kb, stride_ks, samples, exists, start, columns, features_width, token, ONE_TOKEN
         )  # fmt: skip
     if not FEATURES:
-        x = tl.load(memory, mask=in_memory, other=0.0).to(tl.float32)
+        x = tl.load(memory, mask=in_memory, other=0.0)
     elif not MEMORY:
-        x = tl.load(features, mask=in_features, other=0.0).to(tl.float32)
+        x = tl.load(features, mask=in_features, other=0.0)
     elif memory_ptr.dtype == features_ptr.dtype:
         # A row has one address: one load.
-        x = tl.load(tl.where(exists[:, None], features, memory), mask=in_memory | in_features, other=0.0).to(
-            tl.float32
-        )
+        x = tl.load(tl.where(exists[:, None], features, memory), mask=in_memory | in_features, other=0.0)
     else:
         x = tl.load(memory, mask=in_memory, other=0.0).to(tl.float32)
         x += tl.load(features, mask=in_features, other=0.0).to(tl.float32)
@@ -129,42 +142,38 @@ def _kept(
 
 
 @triton.jit
-def _sums(x, rows, K, MEMORY: tl.constexpr, FEATURES: tl.constexpr):
-    """Sums over the memory's rows and over the features' rows of a tile. MEMORY, FEATURES: it holds such rows."""
-    if not FEATURES:
-        sums_m = tl.sum(x, axis=0)
-        sums_h = tl.zeros_like(sums_m)
-    elif not MEMORY:
-        sums_h = tl.sum(x, axis=0)
-        sums_m = tl.zeros_like(sums_h)
-    else:
-        from_memory = (rows < K)[:, None]
-        sums_m = tl.sum(tl.where(from_memory, x, 0.0), axis=0)
-        sums_h = tl.sum(tl.where(from_memory, 0.0, x), axis=0)
-    return sums_m, sums_h
+def _shifts(side, shared, start, columns, HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr):
+    """(s_m, s_h): means of the first _SHIFTING rows of the memory and of the features, or of all if there are fewer."""
+    _, _, _, K, B, head, _ = shared
+    index = tl.arange(0, _SHIFTING)
+    memory = tl.where(index < K, index, -1)
+    rows = tl.where(memory >= 0, memory, head + B)
+    m = _load_tile(side, shared, rows, start, columns, True, False, False, True).to(tl.float32)
+    h = _load_tile(side, shared, head + index, start, columns, False, True, HAS_MASK, ONE_TOKEN).to(
+        tl.float32
+    )
+    s_m = tl.sum(m, axis=0) / tl.maximum(tl.minimum(K, _SHIFTING), 1)
+    return s_m, tl.sum(h, axis=0) / tl.maximum(tl.minimum(B, _SHIFTING), 1)
 
 
 @triton.jit
-def _centre(x, mean_m, mean_h, rows, sizes, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """Rows of Z from rows of [memory; -; features; -]."""
-    K, B, head, N, _, _, _ = sizes
-    is_memory = (rows < K)[:, None]
-    is_features = ((rows >= head) & (rows < head + B))[:, None]
-    mean = tl.where((rows < head)[:, None], mean_m[None, :], mean_h[None, :])
-    is_mean = ((rows == head - 1) | (rows == N - 1))[:, None]
-    # The last row is mu_h - mu_m; without a memory mu_m is 0.
-    kept = tl.where((rows < head)[:, None], mean_m[None, :], (mean_h - mean_m)[None, :])
-    z = tl.where(is_memory | is_features, x - mean, tl.where(is_mean, kept, 0.0))
-    return operand(z, DOT_TYPE, PRECISION)
-
-
-@triton.jit
-def _store_lower(partial_ptr, gram, rows, columns, N, head, HAS_MEMORY_GRAM: tl.constexpr):
-    """Store a tile's entries on and below the diagonal, without the memory's own block if that is given."""
-    lower = (rows < N)[:, None] & (columns[None, :] <= rows[:, None])
-    if HAS_MEMORY_GRAM:
-        lower = lower & ((rows >= head)[:, None] | (columns >= head)[None, :])
-    tl.store(partial_ptr + rows[:, None] * N + columns[None, :], gram, mask=lower)
+def _tile(
+    side, shared, shifts, rows, start, columns,
+    MEMORY: tl.constexpr, FEATURES: tl.constexpr, HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr,
+    RAW: tl.constexpr, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows of Z' over a slice of F, as operand of a dot."""
+    x = _load_tile(side, shared, rows, start, columns, MEMORY, FEATURES, HAS_MASK, ONE_TOKEN)
+    if not RAW:
+        s_m, s_h = shifts
+        _, _, _, K, B, head, N = shared
+        is_row = ((rows < K) | ((rows >= head) & (rows < head + B)))[:, None]
+        shift = tl.where((rows < head)[:, None], s_m[None, :], s_h[None, :])
+        # The last row is s_h - s_m; without a memory s_m is 0.
+        between = tl.where((rows < head)[:, None], s_m[None, :], (s_h - s_m)[None, :])
+        is_shift = ((rows == head - 1) | (rows == N - 1))[:, None]
+        x = tl.where(is_row, x.to(tl.float32) - shift, tl.where(is_shift, between, 0.0))
+    return operand(x, DOT_TYPE, PRECISION)
 
 
 @triton.constexpr_function
@@ -181,269 +190,422 @@ def _tile_rows(t: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, LAST: 
 
 @triton.jit
 def _all_tiles(
-    inputs, sizes, start, columns,
+    side, shared, start, columns,
     TILES: tl.constexpr, MEMORY_TILES: tl.constexpr, FIRST_FEATURES: tl.constexpr,
-    HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, LAST: tl.constexpr, BLOCK_F: tl.constexpr,
+    HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr, RAW: tl.constexpr, DOT_TYPE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """All rows of Z over a slice of F, tile by tile; each input is read once.
+    """All rows of Z' over a slice of F, tile by tile; each input is read once.
 
     Tiles below MEMORY_TILES hold memory rows, tiles from FIRST_FEATURES on hold features.
     """
-    K, B, _, _, _, _, _ = sizes
-    mean_m = tl.zeros((BLOCK_F,), dtype=tl.float32)
-    mean_h = tl.zeros((BLOCK_F,), dtype=tl.float32)
-    loaded = ()
+    shifts = ()
+    if not RAW:
+        shifts = _shifts(side, shared, start, columns, HAS_MASK, ONE_TOKEN)
+    z = ()
     for t in tl.static_range(TILES):
-        rows = _tile_rows(t, TILES, BLOCK, LAST)
-        x = _load_tile(
-            inputs, sizes, rows, start, columns, t < MEMORY_TILES, t >= FIRST_FEATURES, HAS_MASK, ONE_TOKEN
-        )
-        sums_m, sums_h = _sums(x, rows, K, t < MEMORY_TILES, t >= FIRST_FEATURES)
-        mean_m += sums_m
-        mean_h += sums_h
-        loaded += (x,)
-    mean_m /= tl.maximum(K, 1)
-    mean_h /= tl.maximum(B, 1)
-    centred = ()
-    for t in tl.static_range(TILES):
-        rows = _tile_rows(t, TILES, BLOCK, LAST)
-        centred += (_centre(loaded[t], mean_m, mean_h, rows, sizes, DOT_TYPE, PRECISION),)
-    return centred
+        z += (
+            _tile(
+                side, shared, shifts, _tile_rows(t, TILES, BLOCK, LAST), start, columns,
+                t < MEMORY_TILES, t >= FIRST_FEATURES, HAS_MASK, ONE_TOKEN, RAW, DOT_TYPE, PRECISION,
+            ),
+        )  # fmt: skip
+    return z
+
+
+@triton.jit
+def _lower_tile(tile):
+    """(i, j), j <= i, of a number in the order (0, 0), (1, 0), (1, 1), (2, 0), ..."""
+    i = 0
+    while (i + 1) * (i + 2) // 2 <= tile:
+        i += 1
+    return i, tile - i * (i + 1) // 2
+
+
+@triton.jit
+def _stored(rows, columns, N, head, RAW: tl.constexpr, GIVEN: tl.constexpr):
+    """True for entries of Gamma' that the parts hold: tiles on and below the diagonal.
+
+    RAW: the rows of the shifts are 0. GIVEN: the memory's own block is not needed.
+    """
+    limit = N - 1 if RAW else N
+    stored = ((rows < limit)[:, None] & (columns < limit)[None, :]) & (
+        (columns // _SUMMED)[None, :] <= (rows // _SUMMED)[:, None]
+    )
+    if GIVEN:
+        stored = stored & ((rows >= head)[:, None] | (columns >= head)[None, :])
+    return stored
 
 
 @triton.constexpr_function
 def _pairs(tiles, first):
-    """The tiles (i, j), j <= i, i >= ``first``, of Gamma."""
+    """The tiles (i, j), j <= i, i >= ``first``, of Gamma'."""
     return tuple((i, j) for i in range(first, tiles) for j in range(i + 1))
+
+
+@triton.jit
+def _gram_of_part(
+    side, shared, partial_ptr, part, part_f,
+    HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr, HAS_MEMORY: tl.constexpr, GIVEN: tl.constexpr,
+    FIRST: tl.constexpr, TILES: tl.constexpr, MEMORY_TILES: tl.constexpr, FIRST_FEATURES: tl.constexpr,
+    RAW: tl.constexpr, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, LAST: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Gamma' of one side over a part of F, from tile row FIRST on: all tiles if TILES, else one."""
+    _, _, _, _, _, head, N = shared
+    first = part * part_f
+    last = tl.minimum(first + part_f, tl.maximum(side[6], side[7]))
+    if TILES:
+        PAIRS: tl.constexpr = _pairs(TILES, FIRST)
+        # Tiles above the diagonal, transposed when stored: their many rows and few columns suit the tensor cores.
+        grams = ()
+        for p in tl.static_range(len(PAIRS)):
+            grams += (
+                tl.zeros(
+                    (
+                        _tile_size(PAIRS[p][1], TILES, BLOCK, LAST),
+                        _tile_size(PAIRS[p][0], TILES, BLOCK, LAST),
+                    ),
+                    dtype=tl.float32,
+                ),
+            )
+        for start in range(first, last, BLOCK_F):
+            z = _all_tiles(
+                side, shared, start, start + tl.arange(0, BLOCK_F), TILES, MEMORY_TILES, FIRST_FEATURES,
+                HAS_MASK, ONE_TOKEN, RAW, DOT_TYPE, PRECISION, BLOCK, LAST,
+            )  # fmt: skip
+            sums = ()
+            for p in tl.static_range(len(PAIRS)):
+                product = tl.dot(
+                    z[PAIRS[p][1]], tl.trans(z[PAIRS[p][0]]), grams[p], input_precision=PRECISION
+                )
+                sums += (product,)
+            grams = sums
+        for p in tl.static_range(len(PAIRS)):
+            rows = _tile_rows(PAIRS[p][0], TILES, BLOCK, LAST)
+            columns = _tile_rows(PAIRS[p][1], TILES, BLOCK, LAST)
+            _store_partial(partial_ptr, tl.trans(grams[p]), rows, columns, N, head, RAW, GIVEN)
+    else:
+        block_i, block_j = _lower_tile(tl.program_id(0))
+        rows_i = block_i * BLOCK + tl.arange(0, BLOCK)
+        rows_j = block_j * BLOCK + tl.arange(0, BLOCK)
+        # Tiles of given entries alone are not computed.
+        last = tl.where(block_i < FIRST, first, last)
+        gram = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+        for start in range(first, last, BLOCK_F):
+            columns = start + tl.arange(0, BLOCK_F)
+            shifts = ()
+            if not RAW:
+                shifts = _shifts(side, shared, start, columns, HAS_MASK, ONE_TOKEN)
+            z_i = _tile(
+                side, shared, shifts, rows_i, start, columns,
+                HAS_MEMORY, True, HAS_MASK, ONE_TOKEN, RAW, DOT_TYPE, PRECISION,
+            )  # fmt: skip
+            z_j = _tile(
+                side, shared, shifts, rows_j, start, columns,
+                HAS_MEMORY, True, HAS_MASK, ONE_TOKEN, RAW, DOT_TYPE, PRECISION,
+            )  # fmt: skip
+            gram = tl.dot(z_i, tl.trans(z_j), gram, input_precision=PRECISION)
+        _store_partial(partial_ptr, gram, rows_i, rows_j, N, head, RAW, GIVEN)
+
+
+@triton.jit
+def _store_partial(partial_ptr, gram, rows, columns, N, head, RAW: tl.constexpr, GIVEN: tl.constexpr):
+    stored = _stored(rows, columns, N, head, RAW, GIVEN)
+    tl.store(partial_ptr + rows[:, None] * N + columns[None, :], gram, mask=stored)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _gram_fwd_kernel(
-    memory_ptr, features_ptr, mask_ptr, partial_ptr,
-    stride_mk, stride_mf, stride_hb, stride_hf, stride_kb, stride_ks,
-    K, B, head, N, memory_width, features_width, token, part_f,
-    HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr, HAS_MEMORY_GRAM: tl.constexpr, FIRST: tl.constexpr,
+    memory_ptr, features_ptr,
+    stride_mk, stride_mf, stride_hb, stride_hf, memory_width, features_width, token, part_f, parts,
+    other_memory_ptr, other_features_ptr,
+    other_stride_mk, other_stride_mf, other_stride_hb, other_stride_hf,
+    other_memory_width, other_features_width, other_token, other_part_f, other_parts,
+    mask_ptr, partial_ptr, stride_kb, stride_ks, K, B, head, N,
+    BOTH: tl.constexpr, GIVEN: tl.constexpr, OTHER_GIVEN: tl.constexpr,
+    HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr, HAS_MEMORY: tl.constexpr,
+    FIRST: tl.constexpr, OTHER_FIRST: tl.constexpr,
     TILES: tl.constexpr, MEMORY_TILES: tl.constexpr, FIRST_FEATURES: tl.constexpr,
-    DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    RAW: tl.constexpr, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, LAST: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """One program per part of F: Gamma over that part, from tile row FIRST on, to partial [parts, N, N]."""
-    inputs = (
-        memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf, mask_ptr, stride_kb, stride_ks,
+    """One program per (all tiles or one, part of F): Gamma' over that part, to partial [parts, N, N].
+
+    With BOTH the parts of another side follow, with the same numbers of rows.
+    """
+    shared = (mask_ptr, stride_kb, stride_ks, K, B, head, N)
+    program = tl.program_id(1)
+    partial_ptr += program.to(tl.int64) * N * N
+    side = (
+        memory_ptr, features_ptr, stride_mk, stride_mf, stride_hb, stride_hf, memory_width, features_width, token,
     )  # fmt: skip
-    sizes = (K, B, head, N, memory_width, features_width, token)
-    part = tl.program_id(0)
-    first = part * part_f
-    last = tl.minimum(first + part_f, tl.maximum(memory_width, features_width))
-    partial_ptr += part.to(tl.int64) * N * N
-    PAIRS: tl.constexpr = _pairs(TILES, FIRST)
-    # Tiles above the diagonal, transposed when stored: their many rows and few columns suit the tensor cores.
-    grams = ()
-    for p in tl.static_range(len(PAIRS)):
-        grams += (
-            tl.zeros(
-                (_tile_size(PAIRS[p][1], TILES, BLOCK, LAST), _tile_size(PAIRS[p][0], TILES, BLOCK, LAST)),
-                dtype=tl.float32,
-            ),
-        )
-    for start in range(first, last, BLOCK_F):
-        z = _all_tiles(
-            inputs, sizes, start, start + tl.arange(0, BLOCK_F),
-            TILES, MEMORY_TILES, FIRST_FEATURES, HAS_MASK, ONE_TOKEN, DOT_TYPE, PRECISION, BLOCK, LAST, BLOCK_F,
+    if BOTH:
+        other = (
+            other_memory_ptr, other_features_ptr, other_stride_mk, other_stride_mf, other_stride_hb,
+            other_stride_hf, other_memory_width, other_features_width, other_token,
         )  # fmt: skip
-        sums = ()
-        for p in tl.static_range(len(PAIRS)):
-            product = tl.dot(z[PAIRS[p][1]], tl.trans(z[PAIRS[p][0]]), grams[p], input_precision=PRECISION)
-            sums += (product,)
-        grams = sums
-    for p in tl.static_range(len(PAIRS)):
-        rows = _tile_rows(PAIRS[p][0], TILES, BLOCK, LAST)
-        columns = _tile_rows(PAIRS[p][1], TILES, BLOCK, LAST)
-        _store_lower(partial_ptr, tl.trans(grams[p]), rows, columns, N, head, HAS_MEMORY_GRAM)
+        if program < parts:
+            _gram_of_part(
+                side, shared, partial_ptr, program, part_f, HAS_MASK, ONE_TOKEN, HAS_MEMORY, GIVEN, FIRST,
+                TILES, MEMORY_TILES, FIRST_FEATURES, RAW, DOT_TYPE, PRECISION, BLOCK, LAST, BLOCK_F,
+            )  # fmt: skip
+        else:
+            _gram_of_part(
+                other, shared, partial_ptr, program - parts, other_part_f, HAS_MASK, ONE_TOKEN, HAS_MEMORY,
+                OTHER_GIVEN, OTHER_FIRST, TILES, MEMORY_TILES, FIRST_FEATURES, RAW, DOT_TYPE, PRECISION,
+                BLOCK, LAST, BLOCK_F,
+            )  # fmt: skip
+    else:
+        _gram_of_part(
+            side, shared, partial_ptr, program, part_f, HAS_MASK, ONE_TOKEN, HAS_MEMORY, GIVEN, FIRST,
+            TILES, MEMORY_TILES, FIRST_FEATURES, RAW, DOT_TYPE, PRECISION, BLOCK, LAST, BLOCK_F,
+        )  # fmt: skip
 
 
 @triton.jit
-def _means(
-    inputs, sizes, start, columns, HAS_MEMORY: tl.constexpr, HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
-    """The means of the memory and of the features over a slice of F, from all rows."""
-    K, B, _, N, _, _, _ = sizes
-    mean_m = tl.zeros((BLOCK_F,), dtype=tl.float32)
-    mean_h = tl.zeros((BLOCK_F,), dtype=tl.float32)
-    for first in range(0, N, BLOCK_N):
-        rows = first + tl.arange(0, BLOCK_N)
-        x = _load_tile(inputs, sizes, rows, start, columns, HAS_MEMORY, True, HAS_MASK, ONE_TOKEN)
-        sums_m, sums_h = _sums(x, rows, K, HAS_MEMORY, True)
-        mean_m += sums_m
-        mean_h += sums_h
-    return mean_m / tl.maximum(K, 1), mean_h / tl.maximum(B, 1)
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def _gram_mean_kernel(
-    memory_ptr, features_ptr, mask_ptr, mean_ptr,
-    stride_mk, stride_mf, stride_hb, stride_hf, stride_kb, stride_ks,
-    K, B, head, N, memory_width, features_width, token,
-    HAS_MEMORY: tl.constexpr, HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
-    """One program per slice of F: the means of the memory and of the features, to mean [2, F]."""
-    inputs = (
-        memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf, mask_ptr, stride_kb, stride_ks,
-    )  # fmt: skip
-    sizes = (K, B, head, N, memory_width, features_width, token)
-    start = tl.program_id(0) * BLOCK_F
-    columns = start + tl.arange(0, BLOCK_F)
-    mean_m, mean_h = _means(inputs, sizes, start, columns, HAS_MEMORY, HAS_MASK, ONE_TOKEN, BLOCK_N, BLOCK_F)
-    width = tl.maximum(memory_width, features_width)
-    tl.store(mean_ptr + columns, mean_m, mask=columns < width)
-    tl.store(mean_ptr + width + columns, mean_h, mask=columns < width)
+def _in_groups(index, K, B, head):
+    """(True for rows of the memory, True for rows of the features)."""
+    return index < K, (index >= head) & (index < head + B)
 
 
 @triton.jit
-def _load_means(mean_ptr, columns, memory_width, features_width):
-    """A slice of what ``_gram_mean_kernel`` stored."""
-    width = tl.maximum(memory_width, features_width)
-    mean_m = tl.load(mean_ptr + columns, mask=columns < width, other=0.0)
-    return mean_m, tl.load(mean_ptr + width + columns, mask=columns < width, other=0.0)
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def _gram_tile_kernel(
-    memory_ptr, features_ptr, mask_ptr, mean_ptr, partial_ptr,
-    stride_mk, stride_mf, stride_hb, stride_hf, stride_kb, stride_ks,
-    K, B, head, N, memory_width, features_width, token, part_f,
-    HAS_MEMORY: tl.constexpr, HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr, HAS_MEMORY_GRAM: tl.constexpr,
-    DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
-    """One program per (lower-triangle tile, part of F): that tile of Gamma over that part."""
-    inputs = (
-        memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf, mask_ptr, stride_kb, stride_ks,
-    )  # fmt: skip
-    sizes = (K, B, head, N, memory_width, features_width, token)
-    tile = tl.program_id(0)
-    part = tl.program_id(1)
-    block_i = 0
-    while (block_i + 1) * (block_i + 2) // 2 <= tile:
-        block_i += 1
-    block_j = tile - block_i * (block_i + 1) // 2
-    rows_i = block_i * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows_j = block_j * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = part * part_f
-    last = tl.minimum(first + part_f, tl.maximum(memory_width, features_width))
-    if HAS_MEMORY_GRAM:
-        # A tile within the memory's own block is not computed.
-        last = tl.where((block_i + 1) * BLOCK_N <= head, first, last)
-    gram = tl.zeros((BLOCK_N, BLOCK_N), dtype=tl.float32)
-    for start in range(first, last, BLOCK_F):
-        columns = start + tl.arange(0, BLOCK_F)
-        mean_m, mean_h = _load_means(mean_ptr, columns, memory_width, features_width)
-        z_i = _load_tile(inputs, sizes, rows_i, start, columns, HAS_MEMORY, True, HAS_MASK, ONE_TOKEN)
-        z_j = _load_tile(inputs, sizes, rows_j, start, columns, HAS_MEMORY, True, HAS_MASK, ONE_TOKEN)
-        z_i = _centre(z_i, mean_m, mean_h, rows_i, sizes, DOT_TYPE, PRECISION)
-        z_j = _centre(z_j, mean_m, mean_h, rows_j, sizes, DOT_TYPE, PRECISION)
-        gram = tl.dot(z_i, tl.trans(z_j), gram, input_precision=PRECISION)
-    partial_ptr += part.to(tl.int64) * N * N
-    _store_lower(partial_ptr, gram, rows_i, rows_j, N, head, HAS_MEMORY_GRAM)
+def _work(work_ptr, side, N, blocks):
+    """Addresses in a side's float64 work space: Gamma' [N, N], sums over rows [blocks, 2, N], totals [tiles, 5]."""
+    tiles = blocks * (blocks + 1) // 2
+    sums = N.to(tl.int64) * N
+    totals = sums + 2 * blocks * N
+    work_ptr += side * (totals + 5 * tiles)
+    return work_ptr, work_ptr + sums, work_ptr + totals
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _gram_sum_kernel(
-    partial_ptr, memory_gram_ptr, gram_ptr, stride_nr, stride_nc, N, head, parts,
-    HAS_MEMORY_GRAM: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    partial_ptr, work_ptr, K, B, head, N, parts, other_parts, blocks,
+    GIVEN_SIDE: tl.constexpr, RAW: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One program per BLOCK entries of Gamma: sum the parts, PARTS at a time, write the entries and their mirror image.
+    """One program per (tile of the triangle, side): sum the parts, PARTS at a time, with the sums that centring needs.
 
-    Sums are float64, because the losses near CKA = 1 depend on the last bits of Gamma.
+    Sums are float64, because centring takes differences of them, and the losses near CKA = 1 depend on their last bits.
     """
-    entries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    rows, columns = entries // N, entries % N
-    lower = (rows < N) & (columns <= rows)
-    read = lower
-    if HAS_MEMORY_GRAM:
-        in_block = (rows < head) & (columns < head)
-        read = lower & ((rows >= head) | (columns >= head))
-    total = tl.zeros((BLOCK,), dtype=tl.float64)
-    for first in range(0, parts, PARTS):
+    side = tl.program_id(1)
+    i, j = _lower_tile(tl.program_id(0))
+    rows = i * _SUMMED + tl.arange(0, _SUMMED)
+    columns = j * _SUMMED + tl.arange(0, _SUMMED)
+    stored = _stored(rows, columns, N, head, RAW, False)
+    if RAW and GIVEN_SIDE >= 0:
+        given_rows = tl.where(side == GIVEN_SIDE, head, 0)
+        stored = stored & ((rows >= given_rows)[:, None] | (columns >= given_rows)[None, :])
+    partial_ptr += (side * parts).to(tl.int64) * N * N
+    offsets = rows[:, None] * N + columns[None, :]
+    count = tl.where(side == 0, parts, other_parts)
+    total = tl.zeros((_SUMMED, _SUMMED), dtype=tl.float64)
+    for first in range(0, count, PARTS):
         some = first + tl.arange(0, PARTS)
-        pointers = partial_ptr + some.to(tl.int64)[:, None] * N * N + entries[None, :]
-        share = tl.load(pointers, mask=(some < parts)[:, None] & read[None, :], other=0.0)
+        pointers = partial_ptr + some.to(tl.int64)[:, None, None] * N * N + offsets[None, :, :]
+        share = tl.load(pointers, mask=(some < count)[:, None, None] & stored[None, :, :], other=0.0)
         total += tl.sum(share.to(tl.float64), axis=0)
-    gram = total.to(tl.float32)
-    if HAS_MEMORY_GRAM:
-        memory_gram = tl.load(
-            memory_gram_ptr + rows * stride_nr + columns * stride_nc, mask=in_block & lower, other=0.0
-        )
-        gram = tl.where(in_block, memory_gram.to(tl.float32), gram)
-    tl.store(gram_ptr + entries, gram, mask=lower)
-    tl.store(gram_ptr + columns * N + rows, gram, mask=lower & (columns < rows))
+    # A product of three terms is not symmetric to the last bit.
+    total = tl.where((rows[:, None] >= columns[None, :]), total, tl.trans(total)) if i == j else total
+    raw_ptr, sums_ptr, totals_ptr = _work(work_ptr, side, N, blocks)
+    inside = (rows < N)[:, None] & (columns < N)[None, :]
+    tl.store(raw_ptr + offsets, total, mask=inside)
+    rows_m, rows_h = _in_groups(rows, K, B, head)
+    columns_m, columns_h = _in_groups(columns, K, B, head)
+    of_rows = sums_ptr + j * 2 * N + rows
+    tl.store(of_rows, tl.sum(tl.where(columns_m[None, :], total, 0.0), axis=1), mask=rows < N)
+    tl.store(of_rows + N, tl.sum(tl.where(columns_h[None, :], total, 0.0), axis=1), mask=rows < N)
+    times = 1.0
+    if i != j:
+        times = 2.0
+        tl.store(raw_ptr + columns[None, :] * N + rows[:, None], total, mask=inside)
+        of_columns = sums_ptr + i * 2 * N + columns
+        tl.store(of_columns, tl.sum(tl.where(rows_m[:, None], total, 0.0), axis=0), mask=columns < N)
+        tl.store(of_columns + N, tl.sum(tl.where(rows_h[:, None], total, 0.0), axis=0), mask=columns < N)
+    totals_ptr += tl.program_id(0) * 5
+    both_m, both_h = rows_m[:, None] & columns_m[None, :], rows_h[:, None] & columns_h[None, :]
+    diagonal = rows[:, None] == columns[None, :]
+    tl.store(totals_ptr, times * tl.sum(tl.where(both_m, total, 0.0)))
+    tl.store(totals_ptr + 1, tl.sum(tl.where(rows_h[:, None] & columns_m[None, :], total, 0.0)))
+    tl.store(totals_ptr + 2, times * tl.sum(tl.where(both_h, total, 0.0)))
+    tl.store(totals_ptr + 3, tl.sum(tl.where(both_m & diagonal, total, 0.0)))
+    tl.store(totals_ptr + 4, tl.sum(tl.where(both_h & diagonal, total, 0.0)))
 
 
 @triton.jit
-def _symmetric_tile(d_gram_ptr, stride_dr, stride_dc, rows, columns, inside):
-    """Entries of dGamma + dGamma^T."""
-    row, column = rows.to(tl.int64)[:, None], columns.to(tl.int64)[None, :]
-    straight = tl.load(d_gram_ptr + row * stride_dr + column * stride_dc, mask=inside, other=0.0)
-    return straight + tl.load(d_gram_ptr + column * stride_dr + row * stride_dc, mask=inside, other=0.0)
+def _signs(index, K, B, head, N):
+    """(alpha, beta) of rows of C = 1 + alpha w_m^T + beta w_h^T, where w_m and w_h take means of memory and features."""
+    of_memory, of_features = _in_groups(index, K, B, head)
+    alpha = tl.where(of_memory | ((index == N - 1) & (head > 0)), -1.0, tl.where(index == head - 1, 1.0, 0.0))
+    return alpha, tl.where(of_features, -1.0, tl.where(index == N - 1, 1.0, 0.0))
+
+
+@triton.jit
+def _means_of_rows(sums_ptr, index, K, B, N, blocks, BLOCKS: tl.constexpr):
+    """Products of rows of Z' with the means of the rows of the memory and of the features."""
+    block = tl.arange(0, BLOCKS)
+    pointers = sums_ptr + block[:, None] * 2 * N + index[None, :]
+    inside = (block < blocks)[:, None] & (index < N)[None, :]
+    mean_m = tl.sum(tl.load(pointers, mask=inside, other=0.0), axis=0) / tl.maximum(K, 1)
+    return mean_m, tl.sum(tl.load(pointers + N, mask=inside, other=0.0), axis=0) / tl.maximum(B, 1)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _gram_centre_kernel(
+    work_ptr, given_ptr, gram_ptr, stride_nr, stride_nc, K, B, head, N, blocks,
+    GIVEN_SIDE: tl.constexpr, RAW: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per (tile, side): Gamma = C Gamma' C^T in float64, stored as float32 [sides, N, N].
+
+    The block of a memory that is given is copied. With RAW its rows were not multiplied with each other; its products
+    with their mean are then read off the given block.
+    """
+    side = tl.program_id(2)
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    raw_ptr, sums_ptr, totals_ptr = _work(work_ptr, side, N, blocks)
+    tile = tl.arange(0, TILES)
+    in_tiles = tile < blocks * (blocks + 1) // 2
+    totals_ptr += tile * 5
+    k, b = tl.maximum(K, 1).to(tl.float64), tl.maximum(B, 1).to(tl.float64)
+    mean_mm = tl.sum(tl.load(totals_ptr, mask=in_tiles, other=0.0)) / (k * k)
+    mean_mh = tl.sum(tl.load(totals_ptr + 1, mask=in_tiles, other=0.0)) / (k * b)
+    mean_hh = tl.sum(tl.load(totals_ptr + 2, mask=in_tiles, other=0.0)) / (b * b)
+    energy_m = tl.sum(tl.load(totals_ptr + 3, mask=in_tiles, other=0.0))
+    energy_h = tl.sum(tl.load(totals_ptr + 4, mask=in_tiles, other=0.0))
+    rows_m, rows_h = _means_of_rows(sums_ptr, rows, K, B, N, blocks, BLOCKS)
+    columns_m, columns_h = _means_of_rows(sums_ptr, columns, K, B, N, blocks, BLOCKS)
+    if RAW and GIVEN_SIDE >= 0:  # noqa: SIM102 (the first is decided when the kernel is compiled)
+        if side == GIVEN_SIDE:
+            mean_mm = tl.load(given_ptr + K * stride_nr + K * stride_nc).to(tl.float64)
+            given_r = tl.load(given_ptr + K * stride_nr + rows * stride_nc, mask=rows < K, other=0.0)
+            given_c = tl.load(given_ptr + K * stride_nr + columns * stride_nc, mask=columns < K, other=0.0)
+            rows_m = tl.where(rows < K, given_r.to(tl.float64) + mean_mm, rows_m)
+            columns_m = tl.where(columns < K, given_c.to(tl.float64) + mean_mm, columns_m)
+    inside = (rows < N)[:, None] & (columns < N)[None, :]
+    offsets = rows[:, None] * N + columns[None, :]
+    gamma = tl.load(raw_ptr + offsets, mask=inside, other=0.0)
+    alpha_r, beta_r = _signs(rows, K, B, head, N)
+    alpha_c, beta_c = _signs(columns, K, B, head, N)
+    gamma += alpha_r[:, None] * columns_m[None, :] + rows_m[:, None] * alpha_c[None, :]
+    gamma += beta_r[:, None] * columns_h[None, :] + rows_h[:, None] * beta_c[None, :]
+    gamma += (alpha_r[:, None] * alpha_c[None, :]) * mean_mm + (beta_r[:, None] * beta_c[None, :]) * mean_hh
+    gamma += (alpha_r[:, None] * beta_c[None, :] + beta_r[:, None] * alpha_c[None, :]) * mean_mh
+    in_rows_m, in_rows_h = _in_groups(rows, K, B, head)
+    in_columns_m, in_columns_h = _in_groups(columns, K, B, head)
+    if RAW:
+        # Rows that are equal up to the rounding of their products have no structure.
+        keep_m = tl.where(energy_m - k * mean_mm <= _RAW_ROUNDING * k * mean_mm, 0.0, 1.0)
+        keep_h = tl.where(energy_h - b * mean_hh <= _RAW_ROUNDING * b * mean_hh, 0.0, 1.0)
+        gamma *= tl.where(in_rows_m[:, None] & in_columns_m[None, :], keep_m, 1.0)
+        gamma *= tl.where(in_rows_h[:, None] & in_columns_h[None, :], keep_h, 1.0)
+    result = gamma.to(tl.float32)
+    if GIVEN_SIDE >= 0:
+        given_rows = tl.where(side == GIVEN_SIDE, head, 0)
+        in_block = (rows < given_rows)[:, None] & (columns < given_rows)[None, :]
+        row = tl.maximum(rows[:, None], columns[None, :])
+        column = tl.minimum(rows[:, None], columns[None, :])
+        given = tl.load(given_ptr + row * stride_nr + column * stride_nc, mask=in_block, other=0.0)
+        result = tl.where(in_block, given.to(tl.float32), result)
+    tl.store(gram_ptr + side.to(tl.int64) * N * N + offsets, result, mask=inside)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _gram_symmetric_kernel(
+    d_gram_ptr, weight_ptr, small_ptr, stride_dl, stride_dr, stride_dc, K, B, head, N, count,
+    HAS_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program per BLOCK_C columns of S = sum_l w_l (D_l + D_l^T), alpha^T S and beta^T S: small [N + 2, N]."""
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    sums_m = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    sums_h = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    column = columns.to(tl.int64)[None, :]
+    for first in range(0, N, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        row = rows.to(tl.int64)[:, None]
+        inside = (rows < N)[:, None] & (columns < N)[None, :]
+        total = tl.zeros((BLOCK, BLOCK_C), dtype=tl.float32)
+        for each in range(0, count):
+            d_ptr = d_gram_ptr + each * stride_dl
+            d = tl.load(d_ptr + row * stride_dr + column * stride_dc, mask=inside, other=0.0)
+            d += tl.load(d_ptr + column * stride_dr + row * stride_dc, mask=inside, other=0.0)
+            if HAS_WEIGHTS:
+                d *= tl.load(weight_ptr + each).to(tl.float32)
+            total += d
+        tl.store(small_ptr + row * N + column, total, mask=inside)
+        alpha, beta = _signs(rows, K, B, head, N)
+        sums_m += tl.sum(alpha[:, None] * total, axis=0)
+        sums_h += tl.sum(beta[:, None] * total, axis=0)
+    tl.store(small_ptr + N * N + columns, sums_m, mask=columns < N)
+    tl.store(small_ptr + N * N + N + columns, sums_h, mask=columns < N)
+
+
+@triton.jit
+def _weights_of_means(index, K, B, head):
+    """(w_m, w_h): what a row weighs in the means of the memory and of the features."""
+    of_memory, of_features = _in_groups(index, K, B, head)
+    w_m = tl.where(of_memory, 1.0 / tl.maximum(K, 1), 0.0)
+    return w_m, tl.where(of_features, 1.0 / tl.maximum(B, 1), 0.0)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _gram_rows_kernel(
-    d_gram_ptr, a_ptr, stride_dr, stride_dc, K, B, head, N, BLOCK: tl.constexpr
+    small_ptr, term_ptr, scale_ptr, K, B, head, N, sixteenths,
+    TERMS: tl.constexpr, BLOCK: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
-    """One program per (tile of rows, tile of columns) of A = T^T (dGamma + dGamma^T), [N, N]; rows of means are 0.
+    """One program per BLOCK rows of A = C^T S C, divided by their largest entries: terms [TERMS, padded, padded].
 
-    A row of the memory or of the features is its row of dGamma + dGamma^T, less the mean of all such rows, plus the row
-    of their mean divided by their number. The last row of Z, mu_h - mu_m, counts with a minus for the memory's rows.
+    The first term is A rounded, the second what that leaves. Entries of A itself would underflow in float16.
     """
+    # Rows of the terms are a multiple of 16 apart, which the compiler sees.
+    padded = sixteenths * 16
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    shift_m = tl.zeros((BLOCK,), dtype=tl.float32)
-    shift_h = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, N, BLOCK):
-        others = start + tl.arange(0, BLOCK)
-        inside = (others < N)[:, None] & (columns < N)[None, :]
-        tile = _symmetric_tile(d_gram_ptr, stride_dr, stride_dc, others, columns, inside)
-        # The row of a mean enters the shift of its rows with a minus.
-        signed = tl.where(((others == head - 1) | (others == N - 1))[:, None], -tile, tile)
-        in_memory = (others < head)[:, None]
-        last = (others == N - 1)[:, None]
-        shift_m += tl.sum(tl.where(in_memory, signed, tl.where(last, tile, 0.0)), axis=0)
-        shift_h += tl.sum(tl.where(in_memory, 0.0, signed), axis=0)
-    shift_m /= tl.maximum(K, 1)
-    shift_h /= tl.maximum(B, 1)
+    columns = tl.arange(0, ALL)
+    sums_ptr = small_ptr + N * N
+    sums_m = tl.load(sums_ptr + columns, mask=columns < N, other=0.0)
+    sums_h = tl.load(sums_ptr + N + columns, mask=columns < N, other=0.0)
+    alpha, beta = _signs(columns, K, B, head, N)
+    w_m, w_h = _weights_of_means(columns, K, B, head)
+    of_row_m, of_row_h = _weights_of_means(rows, K, B, head)
+    row_m = tl.load(sums_ptr + rows, mask=rows < N, other=0.0)
+    row_h = tl.load(sums_ptr + N + rows, mask=rows < N, other=0.0)
+    total_mh = tl.sum(alpha * sums_h)
+    row_m += of_row_m * tl.sum(alpha * sums_m) + of_row_h * total_mh
+    row_h += of_row_m * total_mh + of_row_h * tl.sum(beta * sums_h)
     inside = (rows < N)[:, None] & (columns < N)[None, :]
-    a = _symmetric_tile(d_gram_ptr, stride_dr, stride_dc, rows, columns, inside)
-    a -= tl.where((rows < head)[:, None], shift_m[None, :], shift_h[None, :])
-    a = tl.where(((rows == head - 1) | (rows == N - 1))[:, None], 0.0, a)
-    tl.store(a_ptr + rows[:, None] * N + columns[None, :], a.to(a_ptr.dtype.element_ty), mask=inside)
+    a = tl.load(small_ptr + rows[:, None] * N + columns[None, :], mask=inside, other=0.0)
+    a += of_row_m[:, None] * sums_m[None, :] + of_row_h[:, None] * sums_h[None, :]
+    a += row_m[:, None] * w_m[None, :] + row_h[:, None] * w_h[None, :]
+    # Rows of the means have no gradient, and their own would not be finite everywhere that the others are.
+    a = tl.where((of_row_m + of_row_h > 0.0)[:, None], a, 0.0)
+    scale = tl.max(tl.abs(a), axis=1)
+    a /= tl.where(scale == 0.0, 1.0, scale)[:, None]
+    stored = (rows < padded)[:, None] & (columns < padded)[None, :]
+    offsets = rows[:, None] * padded + columns[None, :]
+    term = a.to(term_ptr.dtype.element_ty)
+    tl.store(term_ptr + offsets, term, mask=stored)
+    if TERMS == 2:
+        rest = (a - term.to(tl.float32)).to(term_ptr.dtype.element_ty)
+        tl.store(term_ptr + padded * padded + offsets, rest, mask=stored)
+    tl.store(scale_ptr + rows, scale, mask=rows < padded)
 
 
 @triton.jit
-def _load_scaled(a_ptr, rows, columns, N, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """Split a tile of A into (rows divided by their largest entry, in the dot's type; these largest entries).
-
-    Entries of A would underflow in float16. Scaling a product before it is added also keeps the compiler from chaining
-    two dots into one accumulator, which some targets get wrong.
-    """
-    inside = (rows < N)[:, None] & (columns < N)[None, :]
-    a = tl.load(a_ptr + rows[:, None] * N + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    scale = tl.max(tl.abs(a), axis=1)
-    a *= tl.where(scale > 0.0, 1.0 / scale, 0.0)[:, None]
-    return operand(a, DOT_TYPE, PRECISION), scale[:, None]
+def _load_term(term_ptr, rows, columns, padded, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    inside = (rows < padded)[:, None] & (columns < padded)[None, :]
+    term = tl.load(term_ptr + rows[:, None] * padded + columns[None, :], mask=inside, other=0.0)
+    return operand(term, DOT_TYPE, PRECISION)
 
 
 @triton.jit
 def _store_gradient(
-    outputs, inputs, sizes, d_z, rows, start, columns,
+    outputs, side, shared, d_z, rows, start, columns,
     NEED_MEMORY: tl.constexpr, NEED_FEATURES: tl.constexpr, HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """Write the memory's and the features' rows of a tile to their gradients; dropped tokens get 0."""
-    d_memory_ptr, stride_dk, stride_df, d_features_ptr, stride_gb, stride_gf = outputs
-    _, _, _, _, _, _, mask_ptr, stride_kb, stride_ks = inputs
-    K, B, head, _, memory_width, features_width, token = sizes
+    d_memory_ptr, d_features_ptr, stride_dk, stride_df, stride_gb, stride_gf = outputs
+    _, _, _, _, _, _, memory_width, features_width, token = side
+    mask_ptr, stride_kb, stride_ks, K, B, head, _ = shared
     if NEED_MEMORY:
         inside = (rows < K)[:, None] & (columns < memory_width)[None, :]
         pointers = d_memory_ptr + rows.to(tl.int64)[:, None] * stride_dk + columns[None, :] * stride_df
@@ -453,17 +615,8 @@ def _store_gradient(
         exists = (samples >= 0) & (samples < B)
         if HAS_MASK:
             kept = _kept(
-                mask_ptr,
-                stride_kb,
-                stride_ks,
-                samples,
-                exists,
-                start,
-                columns,
-                features_width,
-                token,
-                ONE_TOKEN,
-            )
+                mask_ptr, stride_kb, stride_ks, samples, exists, start, columns, features_width, token, ONE_TOKEN
+            )  # fmt: skip
             d_z = tl.where(kept, d_z, 0.0)
         inside = exists[:, None] & (columns < features_width)[None, :]
         pointers = d_features_ptr + samples.to(tl.int64)[:, None] * stride_gb + columns[None, :] * stride_gf
@@ -472,346 +625,422 @@ def _store_gradient(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _gram_bwd_kernel(
-    memory_ptr, features_ptr, mask_ptr, a_ptr, d_memory_ptr, d_features_ptr,
+    memory_ptr, features_ptr, mask_ptr, term_ptr, scale_ptr, d_memory_ptr, d_features_ptr,
     stride_mk, stride_mf, stride_hb, stride_hf, stride_kb, stride_ks, stride_dk, stride_df, stride_gb, stride_gf,
-    K, B, head, N, memory_width, features_width, token, part_f,
+    K, B, head, N, memory_width, features_width, token, part_f, sixteenths,
     HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr, NEED_MEMORY: tl.constexpr, NEED_FEATURES: tl.constexpr,
-    PANEL: tl.constexpr,
+    HAS_MEMORY: tl.constexpr, TERMS: tl.constexpr,
     TILES: tl.constexpr, MEMORY_TILES: tl.constexpr, FIRST_FEATURES: tl.constexpr,
-    DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, LAST: tl.constexpr, BLOCK_F: tl.constexpr,
+    RAW: tl.constexpr, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, LAST: tl.constexpr, INNER: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """One program per (panel of rows, part of F): its rows of A Z. The panel of A is read once and stays on chip.
+    """Rows of A Z'.
 
-    A panel is PANEL tiles of rows of A, all tiles if they fit. A program reads all rows of Z over its part; programs of
-    one part are launched side by side.
+    With TILES one program per part of F: A is read once and stays on chip. Else one per (tile of rows, slice of F),
+    INNER rows of Z' at a time.
+    No two products enter one accumulator in a loop, which some targets get wrong.
     """
-    inputs = (
-        memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf, mask_ptr, stride_kb, stride_ks,
+    side = (
+        memory_ptr, features_ptr, stride_mk, stride_mf, stride_hb, stride_hf, memory_width, features_width, token,
     )  # fmt: skip
-    outputs = (d_memory_ptr, stride_dk, stride_df, d_features_ptr, stride_gb, stride_gf)
-    sizes = (K, B, head, N, memory_width, features_width, token)
+    shared = (mask_ptr, stride_kb, stride_ks, K, B, head, N)
+    outputs = (d_memory_ptr, d_features_ptr, stride_dk, stride_df, stride_gb, stride_gf)
     first = tl.program_id(1) * part_f
-    last = tl.minimum(first + part_f, tl.maximum(memory_width, features_width))
-    top = tl.program_id(0) * PANEL * BLOCK
-    PANEL_LAST: tl.constexpr = LAST if PANEL == TILES else BLOCK
-    tiles_of_a = ()
-    scales = ()
-    for p in tl.static_range(PANEL * TILES):
-        rows = top + _tile_rows(p // TILES, PANEL, BLOCK, PANEL_LAST)
-        others = _tile_rows(p % TILES, TILES, BLOCK, LAST)
-        a, scale = _load_scaled(a_ptr, rows, others, N, DOT_TYPE, PRECISION)
-        tiles_of_a += (a,)
-        scales += (scale,)
-    for start in range(first, last, BLOCK_F):
-        columns = start + tl.arange(0, BLOCK_F)
-        z = _all_tiles(
-            inputs, sizes, start, columns,
-            TILES, MEMORY_TILES, FIRST_FEATURES, HAS_MASK, ONE_TOKEN, DOT_TYPE, PRECISION, BLOCK, LAST, BLOCK_F,
-        )  # fmt: skip
-        for i in tl.static_range(PANEL):
-            d_z = tl.dot(tiles_of_a[i * TILES], z[0], input_precision=PRECISION) * scales[i * TILES]
-            for j in tl.static_range(1, TILES):
-                product = tl.dot(tiles_of_a[i * TILES + j], z[j], input_precision=PRECISION)
-                d_z += product * scales[i * TILES + j]
-            _store_gradient(
-                outputs, inputs, sizes, d_z, top + _tile_rows(i, PANEL, BLOCK, PANEL_LAST), start, columns,
-                NEED_MEMORY and (PANEL < TILES or i < MEMORY_TILES),
-                NEED_FEATURES and (PANEL < TILES or i >= FIRST_FEATURES), HAS_MASK, ONE_TOKEN,
+    padded = sixteenths * 16
+    second_ptr = term_ptr + padded * padded
+    if TILES:
+        terms = ()
+        scales = ()
+        for p in tl.static_range(TILES * TILES):
+            rows = _tile_rows(p // TILES, TILES, BLOCK, LAST)
+            others = _tile_rows(p % TILES, TILES, BLOCK, LAST)
+            terms += (_load_term(term_ptr, rows, others, padded, DOT_TYPE, PRECISION),)
+            if TERMS == 2:
+                terms += (_load_term(second_ptr, rows, others, padded, DOT_TYPE, PRECISION),)
+        for i in tl.static_range(TILES):
+            rows = _tile_rows(i, TILES, BLOCK, LAST)
+            scales += (tl.load(scale_ptr + rows, mask=rows < padded, other=0.0)[:, None],)
+        last = tl.minimum(first + part_f, tl.maximum(memory_width, features_width))
+        for start in range(first, last, BLOCK_F):
+            columns = start + tl.arange(0, BLOCK_F)
+            z = _all_tiles(
+                side, shared, start, columns, TILES, MEMORY_TILES, FIRST_FEATURES,
+                HAS_MASK, ONE_TOKEN, RAW, DOT_TYPE, PRECISION, BLOCK, LAST,
             )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def _gram_bwd_tile_kernel(
-    memory_ptr, features_ptr, mask_ptr, mean_ptr, a_ptr, d_memory_ptr, d_features_ptr,
-    stride_mk, stride_mf, stride_hb, stride_hf, stride_kb, stride_ks, stride_dk, stride_df, stride_gb, stride_gf,
-    K, B, head, N, memory_width, features_width, token,
-    HAS_MEMORY: tl.constexpr, HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr,
-    NEED_MEMORY: tl.constexpr, NEED_FEATURES: tl.constexpr,
-    DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, INNER: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
-    """One program per (tile of rows, slice of F): that tile of A Z, INNER rows of Z at a time."""
-    inputs = (
-        memory_ptr, stride_mk, stride_mf, features_ptr, stride_hb, stride_hf, mask_ptr, stride_kb, stride_ks,
-    )  # fmt: skip
-    outputs = (d_memory_ptr, stride_dk, stride_df, d_features_ptr, stride_gb, stride_gf)
-    sizes = (K, B, head, N, memory_width, features_width, token)
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    start = tl.program_id(1) * BLOCK_F
-    columns = start + tl.arange(0, BLOCK_F)
-    mean_m, mean_h = _load_means(mean_ptr, columns, memory_width, features_width)
-    d_z = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
-    for first in range(0, N, INNER):
-        others = first + tl.arange(0, INNER)
-        z = _load_tile(inputs, sizes, others, start, columns, HAS_MEMORY, True, HAS_MASK, ONE_TOKEN)
-        z = _centre(z, mean_m, mean_h, others, sizes, DOT_TYPE, PRECISION)
-        if DOT_TYPE == tl.float16:
-            a, scale = _load_scaled(a_ptr, rows, others, N, DOT_TYPE, PRECISION)
-            d_z += tl.dot(a, z, input_precision=PRECISION) * scale
-        else:
-            inside = (rows < N)[:, None] & (others < N)[None, :]
-            a = tl.load(a_ptr + rows[:, None] * N + others[None, :], mask=inside, other=0.0).to(tl.float32)
-            d_z = tl.dot(operand(a, DOT_TYPE, PRECISION), z, d_z, input_precision=PRECISION)
-    _store_gradient(
-        outputs, inputs, sizes, d_z, rows, start, columns, NEED_MEMORY, NEED_FEATURES, HAS_MASK, ONE_TOKEN
-    )
-
-
-def _tiles(total: int) -> tuple[int, int, int]:
-    """(rows of a tile, rows of the last tile, tiles) of a program that holds N = ``total`` rows; 0 tiles: too many."""
-    if total > _FUSED_ROWS:
-        return 128, 128, 0
-    block = 64 if total > 64 else 32 if total > 32 else MIN_TILE
-    tiles = cdiv(total, block)
-    return block, max(MIN_TILE, next_power_of_2(total - (tiles - 1) * block)), tiles
+            for i in tl.static_range(TILES):
+                d_z = tl.dot(terms[i * TILES * TERMS], z[0], input_precision=PRECISION) * scales[i]
+                for j in tl.static_range(1, TILES * TERMS):
+                    product = tl.dot(terms[i * TILES * TERMS + j], z[j // TERMS], input_precision=PRECISION)
+                    # The factor keeps the compiler from chaining the products.
+                    d_z += product * scales[i]
+                _store_gradient(
+                    outputs, side, shared, d_z, _tile_rows(i, TILES, BLOCK, LAST), start, columns,
+                    NEED_MEMORY and i < MEMORY_TILES, NEED_FEATURES and i >= FIRST_FEATURES, HAS_MASK, ONE_TOKEN,
+                )  # fmt: skip
+    else:
+        rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        columns = first + tl.arange(0, BLOCK_F)
+        shifts = ()
+        if not RAW:
+            shifts = _shifts(side, shared, first, columns, HAS_MASK, ONE_TOKEN)
+        d_z = tl.zeros((BLOCK, BLOCK_F), dtype=tl.float32)
+        rest = tl.zeros((BLOCK, BLOCK_F), dtype=tl.float32)
+        for start in range(0, N, INNER):
+            others = start + tl.arange(0, INNER)
+            z = _tile(
+                side, shared, shifts, others, first, columns,
+                HAS_MEMORY, True, HAS_MASK, ONE_TOKEN, RAW, DOT_TYPE, PRECISION,
+            )  # fmt: skip
+            term = _load_term(term_ptr, rows, others, padded, DOT_TYPE, PRECISION)
+            d_z = tl.dot(term, z, d_z, input_precision=PRECISION)
+            if TERMS == 2:
+                term = _load_term(second_ptr, rows, others, padded, DOT_TYPE, PRECISION)
+                rest = tl.dot(term, z, rest, input_precision=PRECISION)
+        scale = tl.load(scale_ptr + rows, mask=rows < padded, other=0.0)[:, None]
+        _store_gradient(
+            outputs, side, shared, (d_z + rest) * scale, rows, first, columns,
+            NEED_MEMORY, NEED_FEATURES, HAS_MASK, ONE_TOKEN,
+        )  # fmt: skip
 
 
 def held_tiles(config: Config, skipped: int) -> list[tuple[int, int]]:
-    """Sizes of the tiles of Gamma that a program of the fused forward holds."""
+    """Sizes of the tiles of Gamma' that a program of the fused forward holds."""
     sizes = [config.block] * (config.tiles - 1) + [config.last]
     return [(sizes[i], sizes[j]) for i, j in _pairs(config.tiles, skipped // config.block)]
 
 
+def _tiles(rows: int) -> tuple[int, int, int]:
+    """(rows of a tile, rows of the last tile, tiles) of a program that holds ``rows`` rows; 0 tiles: too many."""
+    if rows > _FUSED_ROWS:
+        return 128, 128, 0
+    if rows > 128:
+        return 128, max(MIN_TILE, next_power_of_2(rows - 128)), 2
+    block = max(MIN_TILE, next_power_of_2(rows))
+    return block, block, 1
+
+
 def forward_config(
-    total: int, width: int, dtype: torch.dtype, precision: str, target: Target, skipped: int = 0
+    rows: int,
+    width: int,
+    dtype: torch.dtype,
+    precision: str,
+    target: Target,
+    skipped: int = 0,
+    sides: int = 1,
 ) -> Config:
-    """Configuration of the forward for N = ``total`` rows and F = ``width``.
+    """Configuration of the forward for that many rows of Z', at most ``width`` = F columns, in each of ``sides``.
 
     ``dtype`` is that of the dot; the block of the first ``skipped`` rows is given and not computed.
     """
-    block, last, tiles = _tiles(total)
-    ieee = precision == "ieee" and dtype == torch.float32
-    small = small_shared_memory(target)
-    num_stages = 2 if small or ieee else 3
-    programs = 1 if tiles else cdiv(total, block) * (cdiv(total, block) + 1) // 2
-    # Two tiles of 128 rows and their Gram matrix leave registers for 32 columns.
-    block_f = 64 if dtype != torch.float32 and tiles else 32
-    num_warps = 8 if ieee or block >= 64 else 4
-    # Targets that hold the operands of a product in registers, next to the accumulators: sm_80's mma.sync, and sm_100
-    # for the small tile.
-    crowded = tiles >= 2 and target.arch == 100 and dtype != torch.float32
-    crowded = crowded or (target.arch == 80 and (tiles >= 3 or (not tiles and dtype == torch.float32)))
-    if small or ieee or crowded:
-        block_f //= 2
-    elif target.arch == 90:
-        # Measured: with fewer warps less time goes into waiting at the sums over rows.
-        block_f, num_warps = 64, 4 if tiles else 8
+    raw, small = dtype != torch.float32, small_shared_memory(target)
+    block, last, tiles = _tiles(rows)
+    block_f = 64 if raw and not small else 32
+    num_warps = 8 if block >= 64 else 4
+    num_stages = 2 if small else 4 if raw else 3
+    programs = 1 if tiles else cdiv(rows, block) * (cdiv(rows, block) + 1) // 2
     # Every part writes its entries in float32, and they are read again: at most a fifth of the bytes of the inputs, a
     # tenth if a given block leaves few entries and so would allow many parts.
-    affordable = total * width * dtype.itemsize // ((10 if skipped else 5) * 2 * (total**2 - skipped**2))
-    parts = min(target.multiprocessors // programs, affordable)
-    if ieee:
-        # A part is summed product by product, so short parts lose less. Arithmetic is the limit here, not memory.
+    affordable = rows * width * dtype.itemsize // ((10 if skipped else 5) * 2 * (rows**2 - skipped**2))
+    parts = min(target.multiprocessors // (programs * sides), affordable)
+    if precision in ("ieee", "tf32x3") and not raw:
+        # A part is summed product by product, so short parts lose less.
         parts = max(parts, cdiv(width, _CHAIN))
     parts = max(1, min(parts, cdiv(width, block_f)))
-    return Config(block, last, tiles, 0, tiles, block_f, parts, num_warps, num_stages)
+    return Config(block, last, tiles, 0, block_f, parts, num_warps, num_stages)
 
 
-def backward_config(
-    total: int, width: int, dtype: torch.dtype, precision: str, target: Target, masked: bool = False
-) -> Config:
+def backward_config(rows: int, width: int, dtype: torch.dtype, precision: str, target: Target) -> Config:
     """Configuration of the backward; ``parts`` matters only if one program holds all rows."""
-    block, last, tiles = _tiles(total)
-    ieee = precision == "ieee" and dtype == torch.float32
-    small = small_shared_memory(target)
-    if not tiles or (ieee and total > 64):
-        # Tiles as for any product; without tensor cores their operands pass through registers.
-        block, inner = (64, 16) if ieee else (64, 32) if small else (128, 32)
-        block_f, num_warps, num_stages = 64, 8, 2 if small or ieee else 3
-        if target.arch == 90 and not ieee:
-            # Measured.
-            block_f, num_warps = (64, 4) if dtype == torch.float32 else (128, 8)
-        return Config(block, block, 0, inner, 0, block_f, 1, num_warps, num_stages)
-    block_f, num_stages = 64 if dtype != torch.float32 or target.arch == 90 else 32, 2
-    if small or ieee:
-        block_f //= 2
-    panel = tiles
-    if tiles > 1 and (small or (dtype == torch.float32 and masked and tiles == 3)):
-        # All of A stays on chip only with much shared memory and, for three tiles in float32, without a mask.
-        panel, block_f, num_stages = 1, 16 if dtype == torch.float32 else 32, 1
-    # Every part reads A: at most an eighth of the bytes of rows and gradients, a fourteenth for float16, whose A is
-    # float32.
-    a_size, share = (2 if dtype == torch.bfloat16 else 4), (14 if dtype == torch.float16 else 8)
-    affordable = 2 * width * dtype.itemsize // (share * a_size * total)
-    parts = max(1, min(cdiv(target.multiprocessors, cdiv(tiles, panel)), affordable, cdiv(width, block_f)))
-    num_warps = 8 if block >= 64 else 4
-    return Config(block, last, tiles, 0, panel, block_f, parts, num_warps, num_stages)
+    raw, small = dtype != torch.float32, small_shared_memory(target)
+    block, last, tiles = _tiles(rows)
+    block_f, num_stages = 64 if raw else 32, 3 if raw and not small else 2
+    # A, in two terms or one, and all stages of Z'.
+    edge = last if tiles == 1 else block + last
+    held = edge * (edge + num_stages * block_f) * 4 - raw * edge * num_stages * block_f * 2
+    if not tiles or held > target.shared_memory - 8192 or (precision != "tf32" and not raw and rows > 64):
+        large = raw and not small
+        return Config(128 if large else 64, 128, 0, 32, 128 if large else 64, 1, 8, num_stages)
+    # Every part reads A: at most an eighth of the bytes of rows and gradients.
+    affordable = 2 * width * dtype.itemsize // (8 * 4 * rows)
+    parts = max(1, min(target.multiprocessors, affordable, cdiv(width, block_f)))
+    return Config(block, last, tiles, 0, block_f, parts, 8 if block >= 64 else 4, num_stages)
 
 
-def small_block(total: int) -> int:
-    """Rows of a tile in the kernels over [N, N]: small enough to fill a GPU, large enough for many rows."""
-    return 64 if total > 192 else 32
+Side = tuple[Tensor, Tensor | None, Tensor | None]
+"""Features [B, F], memory [K, F'] or None, and the memory's own block of Gamma if it is given."""
 
 
-class _Stack(NamedTuple):
-    """The arguments of every kernel that reads the stacked rows."""
+class _Shape(NamedTuple):
+    """What the launches of sides with the same numbers of rows depend on."""
 
-    pointers: tuple[Tensor, ...]
-    strides: tuple[int, ...]
-    sizes: tuple[int, ...]
-    total: int
-    width: int
-    token: int
+    num_centroid: int
+    batch: int
+    widths: tuple[tuple[int, int], ...]
+    """Of memory and features, per side; 0 for no memory."""
+    tokens: int
+    """S; 0 without a mask."""
     dot: torch.dtype
-    meta: dict[str, Any]
+    precision: str
+    given_side: int
+    """The side whose memory's block is given; -1: none."""
+    target: Target
 
-    def tiles(self, config: Config) -> dict[str, Any]:
-        """Arguments of a kernel that holds all tiles: how many hold memory, and the first that holds features."""
-        num_centroid, _, head = self.sizes[:3]
+    @property
+    def head(self) -> int:
+        """The rows of the memory and its shift."""
+        return self.num_centroid + 1 if self.num_centroid else 0
+
+    @property
+    def total(self) -> int:
+        """N."""
+        return self.head + self.batch + 1
+
+    @property
+    def raw(self) -> bool:
+        """True if rows are multiplied as they are. The last row of Z' is then 0 and not multiplied."""
+        return self.dot != torch.float32
+
+    def width(self, side: int) -> int:
+        """The columns of Z'."""
+        return max(self.widths[side])
+
+    def token(self, side: int) -> int:
+        """Columns of a token; 1 without a mask."""
+        return self.widths[side][1] // self.tokens if self.tokens else 1
+
+    def constants(self, config: Config) -> dict[str, Any]:
+        """Compile-time arguments of the kernels that read the stacked rows."""
+        block, tiles = config.block, config.tiles
         return {
-            "TILES": config.tiles,
-            "MEMORY_TILES": min(config.tiles, cdiv(num_centroid, config.block)),
-            "FIRST_FEATURES": min(config.tiles - 1, head // config.block),
-            "BLOCK": config.block,
-            "LAST": config.last,
-        }
-
-    def means(self) -> Tensor:
-        """The means of the memory's and of the features' rows, [2, F], for programs that do not read all rows."""
-        features = self.pointers[1]
-        mean = torch.empty((2, self.width), dtype=torch.float32, device=features.device)
-        # 512 bytes of a row.
-        columns = 512 // features.dtype.itemsize
-        _gram_mean_kernel[(cdiv(self.width, columns),)](
-            *self.pointers, mean, *self.strides, *self.sizes, HAS_MEMORY=self.sizes[0] > 0,
-            HAS_MASK=self.meta["HAS_MASK"], ONE_TOKEN=self.token % columns == 0,
-            BLOCK_N=64, BLOCK_F=columns, num_warps=4, **LAUNCH_OPTIONS,
-        )  # fmt: skip
-        return mean
-
-    def options(self, config: Config) -> dict[str, Any]:
-        """Compile-time arguments and launch options."""
-        return {
-            **self.meta,
-            "ONE_TOKEN": self.token % config.block_f == 0,
+            "HAS_MASK": self.tokens > 0,
+            "ONE_TOKEN": all(self.token(side) % config.block_f == 0 for side in range(len(self.widths))),
+            "HAS_MEMORY": self.num_centroid > 0,
+            "TILES": tiles,
+            "MEMORY_TILES": min(tiles, cdiv(self.num_centroid, block)),
+            "FIRST_FEATURES": max(0, min(tiles - 1, self.head // block)),
+            "RAW": self.raw,
             "DOT_TYPE": kernel_dot_type(self.dot),
+            "PRECISION": self.precision,
+            "BLOCK": block,
+            "LAST": config.last,
             "BLOCK_F": config.block_f,
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-            **LAUNCH_OPTIONS,
         }
 
 
-def _stacked(features: Tensor, memory: Tensor | None, mask: Tensor | None) -> _Stack:
+class _Forward(NamedTuple):
+    """What the launches of a forward need, for a configuration."""
+
+    constants: dict[str, Any]
+    grid: tuple[int, int]
+    part_f: tuple[int, ...]
+    parts: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=512)
+def _default_forward(shape: _Shape) -> Config:
+    skipped = shape.head if shape.raw and shape.given_side >= 0 else 0
+    width = max(shape.width(side) for side in range(len(shape.widths)))
+    rows, sides = shape.total - shape.raw, len(shape.widths)
+    return forward_config(rows, width, shape.dot, shape.precision, shape.target, skipped, sides)
+
+
+@functools.lru_cache(maxsize=512)
+def _forward_plan(shape: _Shape, default: Config, config: Config) -> _Forward:
+    # Parts begin where slices of every configuration do, and where tokens do if a slice is within one.
+    step, sides = 2 * default.block_f, range(len(shape.widths))
+    part_f = tuple(max(step, cdiv(cdiv(shape.width(side), default.parts), step) * step) for side in sides)
+    parts = tuple(max(1, cdiv(shape.width(side), part_f[side])) for side in sides)
+    blocks = cdiv(shape.total - shape.raw, config.block)
+    first = shape.head // config.block if shape.raw else 0
+    constants = {
+        "BOTH": len(sides) == 2,
+        "GIVEN": shape.raw and shape.given_side == 0,
+        "OTHER_GIVEN": shape.raw and shape.given_side == 1,
+        "FIRST": first if shape.given_side == 0 else 0,
+        "OTHER_FIRST": first if shape.given_side == 1 else 0,
+        **shape.constants(config),
+    }
+    tiles = 1 if config.tiles else blocks * (blocks + 1) // 2
+    return _Forward(constants, (tiles, sum(parts)), part_f, parts)
+
+
+def _dot_of(side: Side) -> torch.dtype:
+    features, memory, _ = side
     triton_type("features", features.dtype)
-    batch, features_width = features.shape
-    mask = mask if features_width else None
-    num_centroid, width, head = 0, features_width, 0
-    if memory is not None:
-        triton_type("memory", memory.dtype)
-        num_centroid, width = memory.shape
-        head = num_centroid + 1
-    total = head + batch + 1
-    token = features_width // mask.shape[1] if mask is not None else 1
-    memory_rows = features if memory is None else memory
-    mask_bytes = features if mask is None else mask.view(torch.uint8)
-    return _Stack(
-        pointers=(memory_rows, features, mask_bytes),
-        strides=(*memory_rows.stride(), *features.stride(), *mask_bytes.stride()),
-        sizes=(num_centroid, batch, head, total, 0 if memory is None else width, features_width, token),
-        total=total,
-        width=max(width, features_width),
-        token=token,
-        dot=dot_type(features.dtype, memory_rows.dtype),
-        meta={"HAS_MASK": mask is not None, "PRECISION": dot_precision()},
+    if memory is None:
+        return features.dtype
+    triton_type("memory", memory.dtype)
+    return dot_type(features.dtype, memory.dtype)
+
+
+def _shape_of(sides: Sequence[Side], mask: Tensor | None, dot: torch.dtype) -> _Shape:
+    features, memory, _ = sides[0]
+    target = target_of(features.device)
+    return _Shape(
+        0 if memory is None else memory.shape[0],
+        features.shape[0],
+        tuple((0 if m is None else m.shape[1], x.shape[1]) for x, m, _ in sides),
+        0 if mask is None or features.shape[1] == 0 else mask.shape[1],
+        dot,
+        product_precision(target, dot),
+        next((number for number, side in enumerate(sides) if side[2] is not None), -1),
+        target,
     )
 
 
-def forward(
-    features: Tensor, memory: Tensor | None, memory_gram: Tensor | None, mask: Tensor | None
-) -> Tensor:
-    """Gamma, float32, of features [B, F] and memory [K, F'] or None; ``memory_gram``: the memory's own block.
+def _rows_of(features: Tensor, memory: Tensor | None) -> tuple[tuple[Tensor, Tensor], tuple[int, ...]]:
+    """Tensors and strides of memory and features; those of the features stand for a memory that is missing."""
+    rows = features if memory is None else memory
+    return (rows, features), (*rows.stride(), *features.stride())
+
+
+def forward(sides: Sequence[Side], mask: Tensor | None) -> Sequence[Tensor]:
+    """Gamma [N, N], float32, of one or two sides with the same numbers of rows.
 
     Raises:
         TypeError: Features or memory are not float16, bfloat16 or float32.
     """
-    stack = _stacked(features, memory, mask)
-    total = stack.total
-    gram = torch.empty((total, total), dtype=torch.float32, device=features.device)
-    if stack.width == 0:
-        return gram.zero_()
-    target = target_of(features.device)
-    has_memory_gram = memory_gram is not None
-    skipped = stack.sizes[2] if has_memory_gram else 0
-    default = forward_config(total, stack.width, stack.dot, stack.meta["PRECISION"], target, skipped)
-    # Parts begin where slices of every configuration do, and where tokens do if a slice is within one.
-    part_f = cdiv(cdiv(stack.width, default.parts), 2 * default.block_f) * 2 * default.block_f
-    parts = cdiv(stack.width, part_f)
-    partial = torch.empty((parts, total, total), dtype=torch.float32, device=features.device)
+    kinds = [(_dot_of(side), side[0].shape[1] > 0) for side in sides]
+    if kinds[0] != kinds[-1]:
+        return [forward([side], mask)[0] for side in sides]
+    shape = _shape_of(sides, mask, kinds[0][0])
+    features = sides[0][0]
+    device, total, batch, num_centroid, head = (
+        features.device, shape.total, shape.batch, shape.num_centroid, shape.head,
+    )  # fmt: skip
+    default = _default_forward(shape)
+    plan = _forward_plan(shape, default, default)
+    partial = torch.empty((sum(plan.parts), total, total), dtype=torch.float32, device=device)
+    gram = torch.empty((len(sides), total, total), dtype=torch.float32, device=device)
+    blocks = cdiv(total, _SUMMED.value)
+    tiles = blocks * (blocks + 1) // 2
+    work = torch.empty(
+        len(sides) * (total * (total + 2 * blocks) + 5 * tiles), dtype=torch.float64, device=device
+    )
+    arguments: list[Any] = []
+    for number in (0, len(sides) - 1):
+        tensors, strides = _rows_of(*sides[number][:2])
+        widths = shape.widths[number]
+        arguments += (
+            *tensors,
+            *strides,
+            *widths,
+            shape.token(number),
+            plan.part_f[number],
+            plan.parts[number],
+        )
+    flags, flag_strides = (partial, (0, 0)) if mask is None else (mask.view(torch.uint8), mask.stride())
+    rows = (num_centroid, batch, head, total)
 
-    def launch(config: Config) -> None:
-        sizes = (*stack.strides, *stack.sizes, part_f)
-        meta = {**stack.options(config), "HAS_MEMORY_GRAM": has_memory_gram}
-        if config.tiles:
-            tiles = stack.tiles(config)
-            _gram_fwd_kernel[(parts,)](
-                *stack.pointers, partial, *sizes, FIRST=skipped // config.block, **tiles, **meta
-            )
-        else:
-            blocks = cdiv(total, config.block)
-            _gram_tile_kernel[(blocks * (blocks + 1) // 2, parts)](
-                *stack.pointers, stack.means(), partial, *sizes,
-                HAS_MEMORY=memory is not None, BLOCK_N=config.block, **meta,
-            )  # fmt: skip
-
-    with launch_guard(features):
-        key = ("gram_fwd", target, stack.meta["PRECISION"], stack.dot, total, default)
-        launch(pick(key, default, lambda: neighbours(default, "block_f"), launch))
-        # A block from "eager" is float64.
-        block = gram if memory_gram is None else memory_gram.to(gram.dtype)
-        _gram_sum_kernel[(cdiv(total**2, _SUMMED),)](
-            partial, block, gram, *block.stride(), total, stack.sizes[2], parts,
-            HAS_MEMORY_GRAM=has_memory_gram, PARTS=16, BLOCK=_SUMMED, num_warps=4, **LAUNCH_OPTIONS,
+    def multiply(config: Config) -> None:
+        chosen = _forward_plan(shape, default, config)
+        launch(
+            _gram_fwd_kernel, chosen.grid, (*arguments, flags, partial, *flag_strides, *rows), chosen.constants,
+            device=device, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-    return gram
+
+    multiply(pick(("gram_fwd", shape), default, lambda: neighbours(default, "block_f"), multiply))
+    meta = {"GIVEN_SIDE": shape.given_side, "RAW": shape.raw}
+    launch(
+        _gram_sum_kernel, (tiles, len(sides)), (partial, work, *rows, plan.parts[0], plan.parts[-1], blocks),
+        {**meta, "PARTS": 16}, device=device, num_warps=4,
+    )  # fmt: skip
+    given = gram if shape.given_side < 0 else sides[shape.given_side][2]
+    given_strides = (0, 0) if given is None or given is gram else given.stride()
+    edge = cdiv(total, 32)
+    launch(
+        _gram_centre_kernel, (edge, edge, len(sides)), (work, given, gram, *given_strides, *rows, blocks),
+        {**meta, "BLOCKS": next_power_of_2(blocks), "TILES": next_power_of_2(tiles), "BLOCK": 32},
+        device=device, num_warps=4,
+    )  # fmt: skip
+    return gram.unbind()
+
+
+class _Backward(NamedTuple):
+    """What the launch of the backward's product needs, for a configuration."""
+
+    constants: dict[str, Any]
+    grid: tuple[int, int]
+    part_f: int
+
+
+@functools.lru_cache(maxsize=512)
+def _backward_plan(
+    shape: _Shape, needs: tuple[bool, bool], config: Config | None
+) -> tuple[Config, _Backward]:
+    if config is None:
+        rows = shape.total - shape.raw
+        config = backward_config(rows, shape.width(0), shape.dot, shape.precision, shape.target)
+    width = shape.width(0)
+    part_f = config.block_f
+    if config.tiles:
+        part_f *= cdiv(cdiv(width, config.parts), config.block_f)
+    constants = {
+        "NEED_FEATURES": needs[0],
+        "NEED_MEMORY": needs[1],
+        "TERMS": 1 + shape.raw,
+        "INNER": config.inner,
+        **shape.constants(config),
+    }
+    row_tiles = 1 if config.tiles else cdiv(shape.total - shape.raw, config.block)
+    return config, _Backward(constants, (row_tiles, cdiv(width, part_f)), part_f)
 
 
 def backward(
-    features: Tensor, memory: Tensor | None, mask: Tensor | None, d_gram: Tensor, needs: tuple[bool, bool]
+    features: Tensor,
+    memory: Tensor | None,
+    mask: Tensor | None,
+    d_gram: Tensor,
+    weights: Tensor | None,
+    needs: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor]:
     """Return (d features, d memory); one that is not needed has no elements.
+
+    ``d_gram`` [L, N, N] are derivatives by Gamma, to be added with ``weights`` [L] or, with None, as they are.
 
     Raises:
         TypeError: Features or memory are not float16, bfloat16 or float32.
     """
-    stack = _stacked(features, memory, mask)
-    total = stack.total
-    need_features, need_memory = needs[0], needs[1] and memory is not None
-    d_features = torch.empty_like(features) if need_features else features.new_empty(0)
-    d_memory = torch.empty_like(memory) if memory is not None and need_memory else features.new_empty(0)
-    if stack.width == 0 or not (need_features or need_memory):
+    needs = needs[0], needs[1] and memory is not None
+    d_features = torch.empty_like(features) if needs[0] else features.new_empty(0)
+    d_memory = torch.empty_like(memory) if memory is not None and needs[1] else features.new_empty(0)
+    shape = _shape_of([(features, memory, None)], mask, _dot_of((features, memory, None)))
+    if shape.width(0) == 0 or not any(needs):
         return d_features, d_memory
-    target = target_of(features.device)
-    a_type = torch.bfloat16 if stack.dot == torch.bfloat16 else torch.float32
-    a = torch.empty((total, total), dtype=a_type, device=features.device)
-    default = backward_config(
-        total, stack.width, stack.dot, stack.meta["PRECISION"], target, masked=mask is not None
-    )
-    outputs = (d_memory if need_memory else a, d_features if need_features else a)
-    strides = tuple(stride for output in outputs for stride in output.stride())
+    device, total = features.device, shape.total
+    sixteenths = cdiv(total, 16)
+    padded = 16 * sixteenths
+    rows = (shape.num_centroid, shape.batch, shape.head, total)
+    small = torch.empty((total + 2, total), dtype=torch.float32, device=device)
+    terms = torch.empty((1 + shape.raw, padded, padded), dtype=shape.dot, device=device)
+    scale = torch.empty(padded, dtype=torch.float32, device=device)
+    launch(
+        _gram_symmetric_kernel, (cdiv(total, 16),),
+        (d_gram, small if weights is None else weights, small, *d_gram.stride(), *rows, d_gram.shape[0]),
+        {"HAS_WEIGHTS": weights is not None, "BLOCK": 64, "BLOCK_C": 16}, device=device, num_warps=4,
+    )  # fmt: skip
+    whole = next_power_of_2(padded)
+    block = max(1, min(MIN_TILE, _HELD // whole))
+    launch(
+        _gram_rows_kernel, (cdiv(padded, block),), (small, terms, scale, *rows, sixteenths),
+        {"TERMS": 1 + shape.raw, "BLOCK": block, "ALL": whole}, device=device, num_warps=4,
+    )  # fmt: skip
+    outputs = d_memory if needs[1] else small, d_features if needs[0] else small
+    output_strides = [stride for output in outputs for stride in output.stride()]
+    tensors, strides = _rows_of(features, memory)
+    flags, flag_strides = (small, (0, 0)) if mask is None else (mask.view(torch.uint8), mask.stride())
+    default, _ = _backward_plan(shape, needs, None)
 
-    def launch(config: Config) -> None:
-        sizes = (*stack.strides, *strides, *stack.sizes)
-        meta = {**stack.options(config), "NEED_MEMORY": need_memory, "NEED_FEATURES": need_features}
-        if config.tiles:
-            part_f = cdiv(cdiv(stack.width, config.parts), config.block_f) * config.block_f
-            _gram_bwd_kernel[(cdiv(config.tiles, config.panel), cdiv(stack.width, part_f))](
-                *stack.pointers, a, *outputs, *sizes, part_f, PANEL=config.panel, **stack.tiles(config), **meta
-            )  # fmt: skip
-        else:
-            grid = (cdiv(total, config.block), cdiv(stack.width, config.block_f))
-            _gram_bwd_tile_kernel[grid](
-                *stack.pointers, stack.means(), a, *outputs, *sizes,
-                HAS_MEMORY=memory is not None, BLOCK_N=config.block, INNER=config.inner, **meta,
-            )  # fmt: skip
+    def multiply(config: Config) -> None:
+        _, plan = _backward_plan(shape, needs, config)
+        arguments = (
+            *tensors, flags, terms, scale, *outputs, *strides, *flag_strides, *output_strides,
+            *rows, *shape.widths[0], shape.token(0), plan.part_f, sixteenths,
+        )  # fmt: skip
+        launch(
+            _gram_bwd_kernel, plan.grid, arguments, plan.constants,
+            device=device, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
 
-    with launch_guard(features):
-        block = small_block(total)
-        tiles = cdiv(total, block)
-        _gram_rows_kernel[(tiles, tiles)](
-            d_gram, a, *d_gram.stride(), *stack.sizes[:4], BLOCK=block, num_warps=block // 8, **LAUNCH_OPTIONS
-        )
-        key = ("gram_bwd", target, stack.meta["PRECISION"], stack.dot, total, default)
-        launch(pick(key, default, lambda: neighbours(default, "block_f"), launch))
+    multiply(pick(("gram_bwd", shape, needs), default, lambda: neighbours(default, "block_f"), multiply))
     return d_features, d_memory

@@ -120,9 +120,8 @@ def _inter_backward(
     need_memory: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    d_gamma = implementation("structure", backend).backward(gradients, d_values)
     needs = need_student, need_memory
-    return implementation("gram", backend).backward(student, student_memory, mask, d_gamma, needs)
+    return implementation("gram", backend).backward(student, student_memory, mask, gradients, d_values, needs)
 
 
 def _fake_inter_forward(
@@ -143,8 +142,8 @@ def _inter_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     gram, structure = implementation("gram", backend), implementation("structure", backend)
-    teacher_gamma = gram.forward(teacher, teacher_memory, teacher_gram, mask)
-    student_gamma = gram.forward(student, student_memory, None, mask)
+    sides = [(student, student_memory, None), (teacher, teacher_memory, teacher_gram)]
+    student_gamma, teacher_gamma = gram.forward(sides, mask)
     dtype = compute_dtype(student)
     num_centroid = 0 if student_memory is None else student_memory.shape[0]
     values, gradients = structure.forward(
