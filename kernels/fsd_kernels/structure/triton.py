@@ -5,17 +5,19 @@ With Gamma as ``fsd_kernels.gram`` returns it, per side: h_c the samples' rows, 
 and delta = mu_h - mu_m, so that h_i = h_c + delta + mu_m and m_j = m_c + mu_m; q_ij = |h_i - m_j|^2, a_i = |h_i|,
 b_j = |m_j|, r = a - b = (u - v) / (a + b):
 
-    1 - CKA = 1/2 |K_T/|K_T| - K_S/|K_S||^2,  loss = -log1p(-(1 - CKA))
+    CKA = <S, T> / (|S| |T|),  loss = -log1p(-(1 - CKA)),  S and T the blocks of one kind of row
     1 - cos_ij = (q_ij - r^2) / (2 a b)
 
-First launch (``_structure_stats_kernel``): one program for the CKA of the samples, one for that of the centroids, and
-programs over blocks of samples and of centroids. These store d/dq [B, K], its sums over rows and columns, and the sums
-of d/du and d/dv. Second launch (``_structure_grad_kernel``): one program per tile of the four gradients [N, N].
-Backward (``_structure_bwd_kernel``): their sum, weighted by the upstream gradient. No two programs add to one number.
+First launch (``_structure_stats_kernel``): one program per tile of <S, S>, <T, T> and <S, T>, of the samples and of the
+centroids, in float64, where 1 - CKA keeps its digits near CKA = 1; and one per tile of (sample, centroid), which stores
+d/dq [B, K] and its share of the sums of d/dq over rows and columns and of d/du and d/dv. Second launch
+(``_structure_grad_kernel``): one program per tile of the four gradients [N, N]. Backward (``_structure_bwd_kernel``):
+their sum, weighted by the upstream gradient. No two programs add to one number.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,85 +29,93 @@ from fsd_kernels._triton import (
     NORM_ROUNDING,
     ROUNDING,
     cdiv,
+    next_power_of_2,
     triton_type,
 )
 
 _BLOCK = 32
-# Rows of a tile in the programs that compute a CKA.
-_CKA_BLOCK = 64
-
-# Scalars that a CKA program stores: the scale of the student's and of the teacher's block, 1 - CKA, the scale of the
-# gradient.
-_SCALARS = tl.constexpr(4)
+# Rows of a tile of a block whose CKA is computed.
+_CKA_BLOCK = tl.constexpr(64)
+# Sums of such a tile: <S, S>, <T, T>, <S, T> and the traces of S and T.
+_SUMS = tl.constexpr(5)
+# Numbers that are added at a time.
+_ADDED = tl.constexpr(256)
 
 # Sizes take any value without another compilation.
 _SIZES = ("N", "K", "B", "head")
 
 
 @triton.jit
-def _trace(gamma_ptr, N, first, rows, BLOCK: tl.constexpr):
-    """Trace of the diagonal block of ``rows`` rows starting at ``first``."""
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, rows, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        offset = (first + index).to(tl.int64) * (N + 1)
-        total += tl.load(gamma_ptr + offset, mask=index < rows, other=0.0)
-    return tl.sum(total)
+def _tiles_of(rows):
+    """Tiles on and below the diagonal of a block."""
+    blocks = tl.cdiv(rows, _CKA_BLOCK)
+    return blocks * (blocks + 1) // 2
 
 
 @triton.jit
-def _block_tile(gamma_ptr, N, first, rows, i, j, BLOCK: tl.constexpr):
-    """Tile (i, j) of the diagonal block of ``rows`` rows starting at ``first``; 0 outside."""
-    row = i + tl.arange(0, BLOCK)
-    column = j + tl.arange(0, BLOCK)
+def _store_sums(student_ptr, teacher_ptr, sum_ptr, N, first, rows, tile):
+    """Store what a lower tile of the diagonal block of ``rows`` rows starting at ``first`` adds to its sums."""
+    i = 0
+    while (i + 1) * (i + 2) // 2 <= tile:
+        i += 1
+    j = tile - i * (i + 1) // 2
+    row = i * _CKA_BLOCK + tl.arange(0, _CKA_BLOCK)
+    column = j * _CKA_BLOCK + tl.arange(0, _CKA_BLOCK)
+    inside = (row < rows)[:, None] & (column < rows)[None, :]
     offset = (first + row).to(tl.int64)[:, None] * N + (first + column)[None, :]
-    return tl.load(gamma_ptr + offset, mask=(row < rows)[:, None] & (column < rows)[None, :], other=0.0)
+    s = tl.load(student_ptr + offset, mask=inside, other=0.0).to(tl.float64)
+    t = tl.load(teacher_ptr + offset, mask=inside, other=0.0).to(tl.float64)
+    diagonal = row[:, None] == column[None, :]
+    # Of a tile below the diagonal there are two.
+    times = tl.where(i == j, 1.0, 2.0).to(tl.float64)
+    sum_ptr += tile * _SUMS
+    tl.store(sum_ptr, times * tl.sum(s * s))
+    tl.store(sum_ptr + 1, times * tl.sum(t * t))
+    tl.store(sum_ptr + 2, times * tl.sum(s * t))
+    tl.store(sum_ptr + 3, tl.sum(tl.where(diagonal, s, 0.0)))
+    tl.store(sum_ptr + 4, tl.sum(tl.where(diagonal, t, 0.0)))
 
 
 @triton.jit
-def _inverse_energy(gamma_ptr, N, first, rows, mean, BLOCK: tl.constexpr):
-    """(trace, True if the block has structure or is not finite, 1 / trace; NaN if not finite, 0 without structure)."""
-    energy = _trace(gamma_ptr, N, first, rows, BLOCK)
-    mean_energy = tl.load(gamma_ptr + mean.to(tl.int64) * (N + 1))
+def _unit(gamma_ptr, energy, N, first, rows):
+    """(True if the block of trace ``energy`` has structure, True if it or its mean row is not finite)."""
+    mean = (first + rows).to(tl.int64)
+    mean_energy = tl.load(gamma_ptr + mean * (N + 1))
     if first > 0:
         # Beside a memory the row is that of mu_h - mu_m, and the row before the block that of mu_m.
         mu_m = (first - 1).to(tl.int64)
-        mean_energy += 2.0 * tl.load(gamma_ptr + mean.to(tl.int64) * N + mu_m)
+        mean_energy += 2.0 * tl.load(gamma_ptr + mean * N + mu_m)
         mean_energy += tl.load(gamma_ptr + mu_m * (N + 1))
+    energy = energy.to(tl.float32)
     infinite = ~(energy + rows * mean_energy < float("inf"))
-    exists = ((energy > rows * mean_energy * ROUNDING) & (rows > 1)) | infinite
-    return energy, exists, tl.where(infinite, float("nan"), tl.where(exists, 1.0 / energy, 0.0))
+    return (energy > rows * mean_energy * ROUNDING) & (rows > 1), infinite
 
 
 @triton.jit
-def _cka_of_block(student_ptr, teacher_ptr, scalar_ptr, value_ptr, N, first, rows, BLOCK: tl.constexpr):
-    """Store -log CKA of a diagonal block and the scalars of its gradient."""
-    mean = first + rows
-    energy_s, exists_s, inverse_s = _inverse_energy(student_ptr, N, first, rows, mean, BLOCK)
-    _, exists_t, inverse_t = _inverse_energy(teacher_ptr, N, first, rows, mean, BLOCK)
-    exists = (exists_s & exists_t) | (inverse_s != inverse_s) | (inverse_t != inverse_t)
-    # Dividing by the trace first keeps the fourth powers of the features out of overflow and underflow.
-    square_s = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-    square_t = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-    for i in range(0, rows, BLOCK):
-        for j in range(0, rows, BLOCK):
-            s = _block_tile(student_ptr, N, first, rows, i, j, BLOCK) * inverse_s
-            t = _block_tile(teacher_ptr, N, first, rows, i, j, BLOCK) * inverse_t
-            square_s += s * s
-            square_t += t * t
-    norm_s = tl.sqrt(tl.sum(square_s))
-    scale_s = inverse_s * tl.where(exists_s, 1.0 / norm_s, 0.0)
-    scale_t = inverse_t * tl.where(exists_t, 1.0 / tl.sqrt(tl.sum(square_t)), 0.0)
-    deltas = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-    products = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-    for i in range(0, rows, BLOCK):
-        for j in range(0, rows, BLOCK):
-            s = _block_tile(student_ptr, N, first, rows, i, j, BLOCK) * scale_s
-            t = _block_tile(teacher_ptr, N, first, rows, i, j, BLOCK) * scale_t
-            deltas += (t - s) * (t - s)
-            products += t * s
-    delta = 0.5 * tl.sum(deltas)
-    cka = tl.sum(products)
+def _cka_of_block(student_ptr, teacher_ptr, sum_ptr, N, first, rows):
+    """(-log CKA, 1/|S|, 1/|T|, 1 - CKA, the scale of the gradient) of a diagonal block, float32."""
+    ss = tl.zeros((_ADDED,), dtype=tl.float64)
+    tt, st, energy_s, energy_t = ss, ss, ss, ss
+    for start in range(0, _tiles_of(rows), _ADDED):
+        tile = start + tl.arange(0, _ADDED)
+        inside = tile < _tiles_of(rows)
+        pointers = sum_ptr + tile * _SUMS
+        ss += tl.load(pointers, mask=inside, other=0.0)
+        tt += tl.load(pointers + 1, mask=inside, other=0.0)
+        st += tl.load(pointers + 2, mask=inside, other=0.0)
+        energy_s += tl.load(pointers + 3, mask=inside, other=0.0)
+        energy_t += tl.load(pointers + 4, mask=inside, other=0.0)
+    exists_s, infinite_s = _unit(student_ptr, tl.sum(energy_s), N, first, rows)
+    exists_t, infinite_t = _unit(teacher_ptr, tl.sum(energy_t), N, first, rows)
+    infinite = infinite_s | infinite_t
+    exists = (exists_s & exists_t) | infinite
+    # Numbers without structure are replaced, so that nothing is divided by 0.
+    norm_s = tl.sqrt(tl.where(exists, tl.sum(ss), 1.0))
+    norm_t = tl.sqrt(tl.where(exists, tl.sum(tt), 1.0))
+    product = norm_s * norm_t
+    delta = (product - tl.sum(st)) / product
+    cka = (1.0 - delta).to(tl.float32)
+    delta = tl.where(infinite, float("nan"), tl.where(delta < 0.0, 0.0, delta)).to(tl.float32)
     # tl.maximum does not pass on NaN.
     floored = tl.where(cka < CKA_FLOOR, CKA_FLOOR, cka)
     near = delta < 0.5
@@ -114,13 +124,11 @@ def _cka_of_block(student_ptr, teacher_ptr, scalar_ptr, value_ptr, N, first, row
     w = 1.0 - x
     small = w == 1.0
     log1p = tl.where(small, -x, tl.log(w) * (x / tl.where(small, 1.0, 1.0 - w)))
-    value = tl.where(near, -log1p, -tl.log(floored))
-    tl.store(value_ptr, tl.where(exists, value, 0.0))
-    scale = tl.where(exists & ~(cka <= CKA_FLOOR), -1.0 / (floored * norm_s * energy_s), 0.0)
-    tl.store(scalar_ptr, scale_s)
-    tl.store(scalar_ptr + 1, scale_t)
-    tl.store(scalar_ptr + 2, delta)
-    tl.store(scalar_ptr + 3, scale)
+    value = tl.where(near, -log1p, tl.where(infinite, float("nan"), -tl.log(floored)))
+    unit_s = tl.where(infinite, float("nan"), (1.0 / norm_s).to(tl.float32))
+    unit_t = tl.where(infinite, float("nan"), (1.0 / norm_t).to(tl.float32))
+    scale = tl.where(exists & ~(cka <= CKA_FLOOR), -unit_s / floored, 0.0)
+    return tl.where(exists, value, 0.0), unit_s, unit_t, delta, scale
 
 
 @triton.jit
@@ -200,102 +208,94 @@ def _pair_terms(student_ptr, teacher_ptr, N, K, pairs, h, m, h_inside, m_inside)
 
 @triton.jit
 def _results(work_ptr, K, B, BLOCK: tl.constexpr):
-    """Addresses of what the first launch leaves to the second.
+    """Addresses of what the first launch leaves to the second, float64 and then float32.
 
-    scalar [2, 4]; error [2, sample blocks]; row [3, B]: sums over centroids of dE/dq, dC/dq, dC/du; column [3, K]:
-    sums over samples of dE/dq, dC/dq, dC/dv; d_q [2, B, K].
+    sums [tiles of samples + tiles of centroids, 5]; error [2, tiles of pairs]; row [3, centroid blocks, B]: sums over
+    centroids of dE/dq, dC/dq, dC/du; column [3, sample blocks, K]: sums over samples of dE/dq, dC/dq, dC/dv;
+    d_q [2, B, K].
     """
-    error_ptr = work_ptr + 2 * _SCALARS
-    row_ptr = error_ptr + 2 * tl.cdiv(B, BLOCK)
-    column_ptr = row_ptr + 3 * B
-    return work_ptr, error_ptr, row_ptr, column_ptr, column_ptr + 3 * K
+    h_blocks, m_blocks = tl.cdiv(B, BLOCK), tl.cdiv(K, BLOCK)
+    error_ptr = (work_ptr + (_tiles_of(B) + _tiles_of(K)) * _SUMS).to(tl.pointer_type(tl.float32))
+    row_ptr = error_ptr + 2 * h_blocks * m_blocks
+    column_ptr = row_ptr + 3 * m_blocks * B
+    return work_ptr, error_ptr, row_ptr, column_ptr, column_ptr + 3 * h_blocks * K
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _structure_stats_kernel(
-    student_ptr, teacher_ptr, value_ptr, work_ptr, N, K, B, head, BLOCK: tl.constexpr, CKA_BLOCK: tl.constexpr
-):  # fmt: skip
-    """Program 0: CKA of the samples; 1: of the centroids; then blocks of samples; then blocks of centroids."""
-    scalar_ptr, error_ptr, row_ptr, column_ptr, d_q_ptr = _results(work_ptr, K, B, BLOCK)
+def _structure_stats_kernel(student_ptr, teacher_ptr, work_ptr, N, K, B, head, BLOCK: tl.constexpr):
+    """Programs of the tiles of the samples' block; of the centroids' block; of (sample, centroid)."""
+    sum_ptr, error_ptr, row_ptr, column_ptr, d_q_ptr = _results(work_ptr, K, B, BLOCK)
     program = tl.program_id(0)
-    h_blocks = tl.cdiv(B, BLOCK)
-    pairs = (B * K).to(tl.float32)
-    if program == 0:
-        _cka_of_block(student_ptr, teacher_ptr, scalar_ptr, value_ptr, N, head, B, CKA_BLOCK)
-    elif program == 1:
-        _cka_of_block(
-            student_ptr, teacher_ptr, scalar_ptr + _SCALARS, value_ptr + 1, N, head - head, K, CKA_BLOCK
+    sample_tiles = _tiles_of(B)
+    tiles = sample_tiles + _tiles_of(K)
+    if program < sample_tiles:
+        _store_sums(student_ptr, teacher_ptr, sum_ptr, N, head, B, program)
+    elif program < tiles:
+        _store_sums(
+            student_ptr,
+            teacher_ptr,
+            sum_ptr + sample_tiles * _SUMS,
+            N,
+            head - head,
+            K,
+            program - sample_tiles,
         )
-    elif program < 2 + h_blocks:
-        block = program - 2
-        i = block * BLOCK + tl.arange(0, BLOCK)
-        h_inside = i < B
-        errors_e = tl.zeros((BLOCK,), dtype=tl.float32)
-        errors_c = tl.zeros((BLOCK,), dtype=tl.float32)
-        rows_e = tl.zeros((BLOCK,), dtype=tl.float32)
-        rows_c = tl.zeros((BLOCK,), dtype=tl.float32)
-        rows_u = tl.zeros((BLOCK,), dtype=tl.float32)
-        for start in range(0, K, BLOCK):
-            m = start + tl.arange(0, BLOCK)
-            m_inside = m < K
-            error_e, error_c, d_q_e, d_q_c, d_u, _ = _pair_terms(
-                student_ptr, teacher_ptr, N, K, pairs, head + i, m, h_inside, m_inside
-            )
-            errors_e += tl.sum(error_e, axis=1)
-            errors_c += tl.sum(error_c, axis=1)
-            rows_e += tl.sum(d_q_e, axis=1)
-            rows_c += tl.sum(d_q_c, axis=1)
-            rows_u += tl.sum(d_u, axis=1)
-            offset = i[:, None] * K + m[None, :]
-            inside = h_inside[:, None] & m_inside[None, :]
-            tl.store(d_q_ptr + offset, d_q_e, mask=inside)
-            tl.store(d_q_ptr + B * K + offset, d_q_c, mask=inside)
-        tl.store(error_ptr + block, tl.sum(errors_e))
-        tl.store(error_ptr + h_blocks + block, tl.sum(errors_c))
-        tl.store(row_ptr + i, rows_e, mask=h_inside)
-        tl.store(row_ptr + B + i, rows_c, mask=h_inside)
-        tl.store(row_ptr + 2 * B + i, rows_u, mask=h_inside)
     else:
-        m = (program - 2 - h_blocks) * BLOCK + tl.arange(0, BLOCK)
-        m_inside = m < K
-        columns_e = tl.zeros((BLOCK,), dtype=tl.float32)
-        columns_c = tl.zeros((BLOCK,), dtype=tl.float32)
-        columns_v = tl.zeros((BLOCK,), dtype=tl.float32)
-        for start in range(0, B, BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            _, _, d_q_e, d_q_c, _, d_v = _pair_terms(
-                student_ptr, teacher_ptr, N, K, pairs, head + i, m, i < B, m_inside
-            )
-            columns_e += tl.sum(d_q_e, axis=0)
-            columns_c += tl.sum(d_q_c, axis=0)
-            columns_v += tl.sum(d_v, axis=0)
-        tl.store(column_ptr + m, columns_e, mask=m_inside)
-        tl.store(column_ptr + K + m, columns_c, mask=m_inside)
-        tl.store(column_ptr + 2 * K + m, columns_v, mask=m_inside)
+        h_blocks, m_blocks = tl.cdiv(B, BLOCK), tl.cdiv(K, BLOCK)
+        h_block, m_block = (program - tiles) // m_blocks, (program - tiles) % m_blocks
+        i = h_block * BLOCK + tl.arange(0, BLOCK)
+        m = m_block * BLOCK + tl.arange(0, BLOCK)
+        h_inside, m_inside = i < B, m < K
+        pairs = (B * K).to(tl.float32)
+        error_e, error_c, d_q_e, d_q_c, d_u, d_v = _pair_terms(
+            student_ptr, teacher_ptr, N, K, pairs, head + i, m, h_inside, m_inside
+        )
+        offset = i[:, None] * K + m[None, :]
+        inside = h_inside[:, None] & m_inside[None, :]
+        tl.store(d_q_ptr + offset, d_q_e, mask=inside)
+        tl.store(d_q_ptr + B * K + offset, d_q_c, mask=inside)
+        tl.store(error_ptr + program - tiles, tl.sum(error_e))
+        tl.store(error_ptr + h_blocks * m_blocks + program - tiles, tl.sum(error_c))
+        row_ptr += m_block * B + i
+        tl.store(row_ptr, tl.sum(d_q_e, axis=1), mask=h_inside)
+        tl.store(row_ptr + m_blocks * B, tl.sum(d_q_c, axis=1), mask=h_inside)
+        tl.store(row_ptr + 2 * m_blocks * B, tl.sum(d_u, axis=1), mask=h_inside)
+        column_ptr += h_block * K + m
+        tl.store(column_ptr, tl.sum(d_q_e, axis=0), mask=m_inside)
+        tl.store(column_ptr + h_blocks * K, tl.sum(d_q_c, axis=0), mask=m_inside)
+        tl.store(column_ptr + 2 * h_blocks * K, tl.sum(d_v, axis=0), mask=m_inside)
 
 
 @triton.jit
-def _sum_vector(pointer, size, BLOCK: tl.constexpr):
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, size, BLOCK):
-        index = start + tl.arange(0, BLOCK)
+def _sum_vector(pointer, size):
+    total = tl.zeros((_ADDED,), dtype=tl.float32)
+    for start in range(0, size, _ADDED):
+        index = start + tl.arange(0, _ADDED)
         total += tl.load(pointer + index, mask=index < size, other=0.0)
     return tl.sum(total)
 
 
 @triton.jit
-def _cka_tile(student_ptr, teacher_ptr, scalar_ptr, offset, inside):
+def _sum_blocks(pointer, index, inside, size, blocks, BLOCKS: tl.constexpr):
+    """Sums over the first axis of [blocks, size] at columns ``index``."""
+    block = tl.arange(0, BLOCKS)
+    pointers = pointer + block[:, None] * size + index[None, :]
+    return tl.sum(tl.load(pointers, mask=(block < blocks)[:, None] & inside[None, :], other=0.0), axis=0)
+
+
+@triton.jit
+def _cka_tile(student_ptr, teacher_ptr, unit_s, unit_t, delta, scale, offset, inside):
     """Gradient of -log CKA on the entries ``inside`` its diagonal block, 0 elsewhere."""
-    s = tl.load(student_ptr + offset, mask=inside, other=0.0) * tl.load(scalar_ptr)
-    t = tl.load(teacher_ptr + offset, mask=inside, other=0.0) * tl.load(scalar_ptr + 1)
-    gradient = ((t - s) + tl.load(scalar_ptr + 2) * s) * tl.load(scalar_ptr + 3)
+    s = tl.load(student_ptr + offset, mask=inside, other=0.0) * unit_s
+    t = tl.load(teacher_ptr + offset, mask=inside, other=0.0) * unit_t
     # Where a side is not finite the scalars are NaN, and 0 times NaN is NaN.
-    return tl.where(inside, gradient, 0.0)
+    return tl.where(inside, ((t - s) + delta * s) * scale, 0.0)
 
 
 @triton.jit
 def _scatter_tile(
-    d_q_ptr, row_ptr, u_ptr, column_ptr, v_ptr, N, K, B, head, r, c, HAS_U: tl.constexpr, BLOCK: tl.constexpr
+    d_q_ptr, row_ptr, u_ptr, column_ptr, v_ptr, N, K, B, head, r, c, h_blocks, m_blocks,
+    HAS_U: tl.constexpr, H_BLOCKS: tl.constexpr, M_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Entries [r, c] of sum_ij dq_ij w w^T + sum_i du_i x x^T + sum_j dv_j y y^T.
 
@@ -305,20 +305,20 @@ def _scatter_tile(
     r_h = (r >= head) & (r < head + B)
     c_h = (c >= head) & (c < head + B)
     r_m, c_m = r < K, c < K
-    rows_r = tl.load(row_ptr + r - head, mask=r_h, other=0.0)
-    rows_c = tl.load(row_ptr + c - head, mask=c_h, other=0.0)
-    columns_r = tl.load(column_ptr + r, mask=r_m, other=0.0)
-    columns_c = tl.load(column_ptr + c, mask=c_m, other=0.0)
-    whole = _sum_vector(row_ptr, B, BLOCK)
+    rows_r = _sum_blocks(row_ptr, r - head, r_h, B, m_blocks, M_BLOCKS)
+    rows_c = _sum_blocks(row_ptr, c - head, c_h, B, m_blocks, M_BLOCKS)
+    columns_r = _sum_blocks(column_ptr, r, r_m, K, h_blocks, H_BLOCKS)
+    columns_c = _sum_blocks(column_ptr, c, c_m, K, h_blocks, H_BLOCKS)
+    whole = _sum_vector(row_ptr, m_blocks * B)
     u_r, u_c, v_r, v_c = rows_r * 0.0, rows_c * 0.0, columns_r * 0.0, columns_c * 0.0
     whole_u, whole_v = whole * 0.0, whole * 0.0
     if HAS_U:
-        u_r = tl.load(u_ptr + r - head, mask=r_h, other=0.0)
-        u_c = tl.load(u_ptr + c - head, mask=c_h, other=0.0)
-        v_r = tl.load(v_ptr + r, mask=r_m, other=0.0)
-        v_c = tl.load(v_ptr + c, mask=c_m, other=0.0)
-        whole_u = _sum_vector(u_ptr, B, BLOCK)
-        whole_v = _sum_vector(v_ptr, K, BLOCK)
+        u_r = _sum_blocks(u_ptr, r - head, r_h, B, m_blocks, M_BLOCKS)
+        u_c = _sum_blocks(u_ptr, c - head, c_h, B, m_blocks, M_BLOCKS)
+        v_r = _sum_blocks(v_ptr, r, r_m, K, h_blocks, H_BLOCKS)
+        v_c = _sum_blocks(v_ptr, c, c_m, K, h_blocks, H_BLOCKS)
+        whole_u = _sum_vector(u_ptr, m_blocks * B)
+        whole_v = _sum_vector(v_ptr, h_blocks * K)
     h_m = r_h[:, None] & c_m[None, :]
     m_h = r_m[:, None] & c_h[None, :]
     result = -tl.load(d_q_ptr + (r - head)[:, None] * K + c[None, :], mask=h_m, other=0.0)
@@ -338,43 +338,54 @@ def _scatter_tile(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _structure_grad_kernel(
-    student_ptr, teacher_ptr, value_ptr, work_ptr, gradient_ptr, N, K, B, head, BLOCK: tl.constexpr
-):
-    """One program per tile: the gradients [4, N, N] of L_L, F_MM, F^E, F^C; the first also ends F^E and F^C."""
-    scalar_ptr, error_ptr, row_ptr, column_ptr, d_q_ptr = _results(work_ptr, K, B, BLOCK)
+    student_ptr, teacher_ptr, value_ptr, work_ptr, gradient_ptr, N, K, B, head,
+    H_BLOCKS: tl.constexpr, M_BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per tile: the gradients [4, N, N] of L_L, F_MM, F^E, F^C; the first stores their values."""
+    sum_ptr, error_ptr, row_ptr, column_ptr, d_q_ptr = _results(work_ptr, K, B, BLOCK)
+    h_blocks, m_blocks = tl.cdiv(B, BLOCK), tl.cdiv(K, BLOCK)
+    first_program = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     offset = r.to(tl.int64)[:, None] * N + c[None, :]
     inside = (r < N)[:, None] & (c < N)[None, :]
     size = N.to(tl.int64) * N
     samples = ((r >= head) & (r < head + B))[:, None] & ((c >= head) & (c < head + B))[None, :]
-    tile = _cka_tile(student_ptr, teacher_ptr, scalar_ptr, offset, samples)
+    value, unit_s, unit_t, delta, scale = _cka_of_block(student_ptr, teacher_ptr, sum_ptr, N, head, B)
+    tile = _cka_tile(student_ptr, teacher_ptr, unit_s, unit_t, delta, scale, offset, samples)
     tl.store(gradient_ptr + offset, tile, mask=inside)
+    if first_program:
+        tl.store(value_ptr, value)
     if K > 0:
         centroids = (r < K)[:, None] & (c < K)[None, :]
-        tile = _cka_tile(student_ptr, teacher_ptr, scalar_ptr + _SCALARS, offset, centroids)
+        sum_ptr += _tiles_of(B) * _SUMS
+        value, unit_s, unit_t, delta, scale = _cka_of_block(
+            student_ptr, teacher_ptr, sum_ptr, N, head - head, K
+        )
+        tile = _cka_tile(student_ptr, teacher_ptr, unit_s, unit_t, delta, scale, offset, centroids)
         tl.store(gradient_ptr + size + offset, tile, mask=inside)
         tile = _scatter_tile(
-            d_q_ptr, row_ptr, row_ptr, column_ptr, column_ptr, N, K, B, head, r, c, False, BLOCK
-        )
+            d_q_ptr, row_ptr, row_ptr, column_ptr, column_ptr,
+            N, K, B, head, r, c, h_blocks, m_blocks, False, H_BLOCKS, M_BLOCKS,
+        )  # fmt: skip
         tl.store(gradient_ptr + 2 * size + offset, tile, mask=inside)
+        rows, columns = m_blocks * B, h_blocks * K
         tile = _scatter_tile(
-            d_q_ptr + B * K, row_ptr + B, row_ptr + 2 * B, column_ptr + K, column_ptr + 2 * K,
-            N, K, B, head, r, c, True, BLOCK,
+            d_q_ptr + B * K, row_ptr + rows, row_ptr + 2 * rows, column_ptr + columns, column_ptr + 2 * columns,
+            N, K, B, head, r, c, h_blocks, m_blocks, True, H_BLOCKS, M_BLOCKS,
         )  # fmt: skip
         tl.store(gradient_ptr + 3 * size + offset, tile, mask=inside)
+        if first_program:
+            pairs = tl.maximum(B * K, 1).to(tl.float32)
+            tiles = h_blocks * m_blocks
+            tl.store(value_ptr + 1, value)
+            tl.store(value_ptr + 2, _sum_vector(error_ptr, tiles) / pairs)
+            tl.store(value_ptr + 3, _sum_vector(error_ptr + tiles, tiles) / pairs)
     else:
         zero = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
         for loss in range(1, 4):
             tl.store(gradient_ptr + loss * size + offset, zero, mask=inside)
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        h_blocks = tl.cdiv(B, BLOCK)
-        pairs = tl.maximum(B * K, 1).to(tl.float32)
-        if K > 0:
-            tl.store(value_ptr + 2, _sum_vector(error_ptr, h_blocks, BLOCK) / pairs)
-            tl.store(value_ptr + 3, _sum_vector(error_ptr + h_blocks, h_blocks, BLOCK) / pairs)
-        else:
-            for loss in range(1, 4):
+            if first_program:
                 tl.store(value_ptr + loss, 0.0)
 
 
@@ -388,6 +399,12 @@ def _structure_bwd_kernel(gradient_ptr, d_value_ptr, d_gamma_ptr, size, BLOCK: t
         weight = tl.load(d_value_ptr + loss)
         total += weight * tl.load(gradient_ptr + loss * size + index, mask=inside, other=0.0)
     tl.store(d_gamma_ptr + index, total, mask=inside)
+
+
+def _tile_count(rows: int) -> int:
+    """Tiles on and below the diagonal of a block whose CKA is computed."""
+    blocks = cdiv(rows, _CKA_BLOCK.value)
+    return blocks * (blocks + 1) // 2
 
 
 def forward(student: Tensor, teacher: Tensor, num_centroid: int, rounding: float) -> tuple[Tensor, Tensor]:
@@ -407,20 +424,23 @@ def forward(student: Tensor, teacher: Tensor, num_centroid: int, rounding: float
     values = student.new_empty(4)
     gradients = student.new_empty((4, total, total))
     h_blocks, m_blocks = cdiv(batch, _BLOCK), cdiv(num_centroid, _BLOCK)
-    work = student.new_empty(
-        2 * _SCALARS.value + 2 * h_blocks + 3 * (batch + num_centroid) + 2 * batch * num_centroid
+    tiles = _tile_count(batch) + _tile_count(num_centroid)
+    floats = (
+        2 * h_blocks * m_blocks + 3 * (m_blocks * batch + h_blocks * num_centroid) + 2 * batch * num_centroid
     )
-    # Without centroids the samples' CKA is all there is.
-    programs = 2 + h_blocks + m_blocks if num_centroid else 1
+    work = student.new_empty(_SUMS.value * tiles + cdiv(floats, 2), dtype=torch.float64)
     sizes = (total, num_centroid, batch, head)
-    launch(
-        _structure_stats_kernel, (programs,), (student, teacher, values, work, *sizes),
-        {"BLOCK": _BLOCK, "CKA_BLOCK": _CKA_BLOCK}, device=student.device, num_warps=8,
-    )  # fmt: skip
+    programs = tiles + h_blocks * m_blocks
+    if programs:
+        launch(
+            _structure_stats_kernel, (programs,), (student, teacher, work, *sizes), {"BLOCK": _BLOCK},
+            device=student.device, num_warps=4,
+        )  # fmt: skip
     blocks = cdiv(total, _BLOCK)
     launch(
         _structure_grad_kernel, (blocks, blocks), (student, teacher, values, work, gradients, *sizes),
-        {"BLOCK": _BLOCK}, device=student.device, num_warps=4,
+        {"H_BLOCKS": next_power_of_2(h_blocks), "M_BLOCKS": next_power_of_2(m_blocks), "BLOCK": _BLOCK},
+        device=student.device, num_warps=4,
     )  # fmt: skip
     return values, gradients
 
