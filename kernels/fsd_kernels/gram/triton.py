@@ -56,6 +56,8 @@ _SHIFTING = tl.constexpr(8)
 _RAW_ROUNDING = tl.constexpr(2.0**-19)
 # Maximum columns of a part of F under "highest": short sums lose little to rounding.
 _CHAIN = 384
+# Rows and columns of a tile of dGamma + dGamma^T.
+_SYMMETRIC = 32
 # Entries that a program of ``_gram_rows_kernel`` holds.
 _HELD = 8192
 
@@ -399,12 +401,13 @@ def _gram_sum_kernel(
     partial_ptr += (side * parts).to(tl.int64) * N * N
     offsets = rows[:, None] * N + columns[None, :]
     count = tl.where(side == 0, parts, other_parts)
-    total = tl.zeros((_SUMMED, _SUMMED), dtype=tl.float64)
+    totals = tl.zeros((PARTS, _SUMMED, _SUMMED), dtype=tl.float64)
     for first in range(0, count, PARTS):
         some = first + tl.arange(0, PARTS)
         pointers = partial_ptr + some.to(tl.int64)[:, None, None] * N * N + offsets[None, :, :]
         share = tl.load(pointers, mask=(some < count)[:, None, None] & stored[None, :, :], other=0.0)
-        total += tl.sum(share.to(tl.float64), axis=0)
+        totals += share.to(tl.float64)
+    total = tl.sum(totals, axis=0)
     # A product of three terms is not symmetric to the last bit.
     total = tl.where((rows[:, None] >= columns[None, :]), total, tl.trans(total)) if i == j else total
     raw_ptr, sums_ptr, totals_ptr = _work(work_ptr, side, N, blocks)
@@ -412,29 +415,32 @@ def _gram_sum_kernel(
     tl.store(raw_ptr + offsets, total, mask=inside)
     rows_m, rows_h = _in_groups(rows, K, B, head)
     columns_m, columns_h = _in_groups(columns, K, B, head)
-    of_rows = sums_ptr + j * 2 * N + rows
-    tl.store(of_rows, tl.sum(tl.where(columns_m[None, :], total, 0.0), axis=1), mask=rows < N)
-    tl.store(of_rows + N, tl.sum(tl.where(columns_h[None, :], total, 0.0), axis=1), mask=rows < N)
+    of_rows_m = tl.sum(tl.where(columns_m[None, :], total, 0.0), axis=1)
+    of_rows_h = tl.sum(tl.where(columns_h[None, :], total, 0.0), axis=1)
+    pointers = sums_ptr + j * 2 * N + rows
+    tl.store(pointers, of_rows_m, mask=rows < N)
+    tl.store(pointers + N, of_rows_h, mask=rows < N)
     times = 1.0
-    if i != j:
+    energies = tl.zeros((_SUMMED,), dtype=tl.float64)
+    if i == j:
+        energies = tl.sum(tl.where(rows[:, None] == columns[None, :], total, 0.0), axis=1)
+    else:
         times = 2.0
         tl.store(raw_ptr + columns[None, :] * N + rows[:, None], total, mask=inside)
-        of_columns = sums_ptr + i * 2 * N + columns
-        tl.store(of_columns, tl.sum(tl.where(rows_m[:, None], total, 0.0), axis=0), mask=columns < N)
-        tl.store(of_columns + N, tl.sum(tl.where(rows_h[:, None], total, 0.0), axis=0), mask=columns < N)
+        pointers = sums_ptr + i * 2 * N + columns
+        tl.store(pointers, tl.sum(tl.where(rows_m[:, None], total, 0.0), axis=0), mask=columns < N)
+        tl.store(pointers + N, tl.sum(tl.where(rows_h[:, None], total, 0.0), axis=0), mask=columns < N)
     totals_ptr += tl.program_id(0) * 5
-    both_m, both_h = rows_m[:, None] & columns_m[None, :], rows_h[:, None] & columns_h[None, :]
-    diagonal = rows[:, None] == columns[None, :]
-    tl.store(totals_ptr, times * tl.sum(tl.where(both_m, total, 0.0)))
-    tl.store(totals_ptr + 1, tl.sum(tl.where(rows_h[:, None] & columns_m[None, :], total, 0.0)))
-    tl.store(totals_ptr + 2, times * tl.sum(tl.where(both_h, total, 0.0)))
-    tl.store(totals_ptr + 3, tl.sum(tl.where(both_m & diagonal, total, 0.0)))
-    tl.store(totals_ptr + 4, tl.sum(tl.where(both_h & diagonal, total, 0.0)))
+    tl.store(totals_ptr, times * tl.sum(tl.where(rows_m, of_rows_m, 0.0)))
+    tl.store(totals_ptr + 1, tl.sum(tl.where(rows_h, of_rows_m, 0.0)))
+    tl.store(totals_ptr + 2, times * tl.sum(tl.where(rows_h, of_rows_h, 0.0)))
+    tl.store(totals_ptr + 3, tl.sum(tl.where(rows_m, energies, 0.0)))
+    tl.store(totals_ptr + 4, tl.sum(tl.where(rows_h, energies, 0.0)))
 
 
 @triton.jit
 def _signs(index, K, B, head, N):
-    """(alpha, beta) of rows of C = 1 + alpha w_m^T + beta w_h^T, where w_m and w_h take means of memory and features."""
+    """(alpha, beta) of rows of C = 1 + alpha w_m^T + beta w_h^T; w_m, w_h take means of memory and features."""
     of_memory, of_features = _in_groups(index, K, B, head)
     alpha = tl.where(of_memory | ((index == N - 1) & (head > 0)), -1.0, tl.where(index == head - 1, 1.0, 0.0))
     return alpha, tl.where(of_features, -1.0, tl.where(index == N - 1, 1.0, 0.0))
@@ -512,32 +518,41 @@ def _gram_centre_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _gram_symmetric_kernel(
-    d_gram_ptr, weight_ptr, small_ptr, stride_dl, stride_dr, stride_dc, K, B, head, N, count,
-    HAS_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+    d_gram_ptr, weight_ptr, small_ptr, stride_dl, stride_dr, stride_dc, K, B, head, N,
+    COUNT: tl.constexpr, HAS_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per BLOCK_C columns of S = sum_l w_l (D_l + D_l^T), alpha^T S and beta^T S: small [N + 2, N]."""
-    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    sums_m = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    sums_h = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    column = columns.to(tl.int64)[None, :]
-    for first in range(0, N, BLOCK):
-        rows = first + tl.arange(0, BLOCK)
-        row = rows.to(tl.int64)[:, None]
-        inside = (rows < N)[:, None] & (columns < N)[None, :]
-        total = tl.zeros((BLOCK, BLOCK_C), dtype=tl.float32)
-        for each in range(0, count):
-            d_ptr = d_gram_ptr + each * stride_dl
-            d = tl.load(d_ptr + row * stride_dr + column * stride_dc, mask=inside, other=0.0)
-            d += tl.load(d_ptr + column * stride_dr + row * stride_dc, mask=inside, other=0.0)
-            if HAS_WEIGHTS:
-                d *= tl.load(weight_ptr + each).to(tl.float32)
-            total += d
-        tl.store(small_ptr + row * N + column, total, mask=inside)
-        alpha, beta = _signs(rows, K, B, head, N)
-        sums_m += tl.sum(alpha[:, None] * total, axis=0)
-        sums_h += tl.sum(beta[:, None] * total, axis=0)
-    tl.store(small_ptr + N * N + columns, sums_m, mask=columns < N)
-    tl.store(small_ptr + N * N + N + columns, sums_h, mask=columns < N)
+    """One program per tile of S = sum_l w_l (D_l + D_l^T), with the tile's share of alpha^T S and beta^T S.
+
+    small: S [N, N], shares [blocks, 2, N].
+    """
+    block = tl.program_id(0)
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row, column = rows.to(tl.int64)[:, None], columns.to(tl.int64)[None, :]
+    inside = (rows < N)[:, None] & (columns < N)[None, :]
+    total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    for each in tl.static_range(COUNT):
+        d_ptr = d_gram_ptr + each * stride_dl
+        d = tl.load(d_ptr + row * stride_dr + column * stride_dc, mask=inside, other=0.0)
+        d += tl.load(d_ptr + column * stride_dr + row * stride_dc, mask=inside, other=0.0)
+        if HAS_WEIGHTS:
+            d *= tl.load(weight_ptr + each).to(tl.float32)
+        total += d
+    tl.store(small_ptr + row * N + column, total, mask=inside)
+    alpha, beta = _signs(rows, K, B, head, N)
+    shares_ptr = small_ptr + N * N + block * 2 * N + columns
+    tl.store(shares_ptr, tl.sum(alpha[:, None] * total, axis=0), mask=columns < N)
+    tl.store(shares_ptr + N, tl.sum(beta[:, None] * total, axis=0), mask=columns < N)
+
+
+@triton.jit
+def _signed_sums(sums_ptr, index, N, blocks, BLOCKS: tl.constexpr):
+    """(alpha^T S, beta^T S) at columns ``index``."""
+    block = tl.arange(0, BLOCKS)
+    pointers = sums_ptr + block[:, None] * 2 * N + index[None, :]
+    inside = (block < blocks)[:, None] & (index < N)[None, :]
+    sums_m = tl.sum(tl.load(pointers, mask=inside, other=0.0), axis=0)
+    return sums_m, tl.sum(tl.load(pointers + N, mask=inside, other=0.0), axis=0)
 
 
 @triton.jit
@@ -550,8 +565,8 @@ def _weights_of_means(index, K, B, head):
 
 @triton.jit(do_not_specialize=_SIZES)
 def _gram_rows_kernel(
-    small_ptr, term_ptr, scale_ptr, K, B, head, N, sixteenths,
-    TERMS: tl.constexpr, BLOCK: tl.constexpr, ALL: tl.constexpr,
+    small_ptr, term_ptr, scale_ptr, K, B, head, N, sixteenths, blocks,
+    TERMS: tl.constexpr, BLOCK: tl.constexpr, ALL: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK rows of A = C^T S C, divided by their largest entries: terms [TERMS, padded, padded].
 
@@ -562,13 +577,11 @@ def _gram_rows_kernel(
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     columns = tl.arange(0, ALL)
     sums_ptr = small_ptr + N * N
-    sums_m = tl.load(sums_ptr + columns, mask=columns < N, other=0.0)
-    sums_h = tl.load(sums_ptr + N + columns, mask=columns < N, other=0.0)
+    sums_m, sums_h = _signed_sums(sums_ptr, columns, N, blocks, BLOCKS)
     alpha, beta = _signs(columns, K, B, head, N)
     w_m, w_h = _weights_of_means(columns, K, B, head)
     of_row_m, of_row_h = _weights_of_means(rows, K, B, head)
-    row_m = tl.load(sums_ptr + rows, mask=rows < N, other=0.0)
-    row_h = tl.load(sums_ptr + N + rows, mask=rows < N, other=0.0)
+    row_m, row_h = _signed_sums(sums_ptr, rows, N, blocks, BLOCKS)
     total_mh = tl.sum(alpha * sums_h)
     row_m += of_row_m * tl.sum(alpha * sums_m) + of_row_h * total_mh
     row_h += of_row_m * total_mh + of_row_h * tl.sum(beta * sums_h)
@@ -943,7 +956,7 @@ def forward(sides: Sequence[Side], mask: Tensor | None) -> Sequence[Tensor]:
     meta = {"GIVEN_SIDE": shape.given_side, "RAW": shape.raw}
     launch(
         _gram_sum_kernel, (tiles, len(sides)), (partial, work, *rows, plan.parts[0], plan.parts[-1], blocks),
-        {**meta, "PARTS": 16}, device=device, num_warps=4,
+        {**meta, "PARTS": 32}, device=device, num_warps=8,
     )  # fmt: skip
     given = gram if shape.given_side < 0 else sides[shape.given_side][2]
     given_strides = (0, 0) if given is None or given is gram else given.stride()
@@ -1011,19 +1024,22 @@ def backward(
     sixteenths = cdiv(total, 16)
     padded = 16 * sixteenths
     rows = (shape.num_centroid, shape.batch, shape.head, total)
-    small = torch.empty((total + 2, total), dtype=torch.float32, device=device)
+    blocks = cdiv(total, _SYMMETRIC)
+    small = torch.empty((total + 2 * blocks, total), dtype=torch.float32, device=device)
     terms = torch.empty((1 + shape.raw, padded, padded), dtype=shape.dot, device=device)
     scale = torch.empty(padded, dtype=torch.float32, device=device)
     launch(
-        _gram_symmetric_kernel, (cdiv(total, 16),),
-        (d_gram, small if weights is None else weights, small, *d_gram.stride(), *rows, d_gram.shape[0]),
-        {"HAS_WEIGHTS": weights is not None, "BLOCK": 64, "BLOCK_C": 16}, device=device, num_warps=4,
+        _gram_symmetric_kernel, (blocks, blocks),
+        (d_gram, small if weights is None else weights, small, *d_gram.stride(), *rows),
+        {"COUNT": d_gram.shape[0], "HAS_WEIGHTS": weights is not None, "BLOCK": _SYMMETRIC},
+        device=device, num_warps=4,
     )  # fmt: skip
     whole = next_power_of_2(padded)
     block = max(1, min(MIN_TILE, _HELD // whole))
     launch(
-        _gram_rows_kernel, (cdiv(padded, block),), (small, terms, scale, *rows, sixteenths),
-        {"TERMS": 1 + shape.raw, "BLOCK": block, "ALL": whole}, device=device, num_warps=4,
+        _gram_rows_kernel, (cdiv(padded, block),), (small, terms, scale, *rows, sixteenths, blocks),
+        {"TERMS": 1 + shape.raw, "BLOCK": block, "ALL": whole, "BLOCKS": next_power_of_2(blocks)},
+        device=device, num_warps=4,
     )  # fmt: skip
     outputs = d_memory if needs[1] else small, d_features if needs[0] else small
     output_strides = [stride for output in outputs for stride in output.stride()]
