@@ -227,7 +227,6 @@ def rounded_dots(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         return lambda bits: round_dots(monkeypatch, bits)
 
     def choose(bits: int) -> None:
-        for module in (gram_kernels, intra_kernels):
-            monkeypatch.setattr(module, "dot_precision", lambda: "tf32")
+        monkeypatch.setattr(_triton, "dot_precision", lambda: "tf32")
 
     return choose

@@ -45,6 +45,7 @@ from fsd_kernels._triton import (
     pick,
     product_precision,
     round_to,
+    round_to_tf32,
     small_shared_memory,
     target_of,
     triton_type,
@@ -145,6 +146,9 @@ def _gram(
 ):  # fmt: skip
     """X_i X_j^T [rows_i, rows_j] of the rows less a shift, and |shift|^2. SAME: i is j."""
     gram = tl.zeros((rows_i.shape[0], rows_j.shape[0]), dtype=tl.float32)
+    # Of the three tf32 products of a matrix with itself two are each other's transpose.
+    SYMMETRIC: tl.constexpr = SAME and PRECISION == "tf32x3" and x_ptr.dtype.element_ty == tl.float32
+    rest = gram
     squares = tl.zeros((BLOCK_D,), dtype=tl.float32)
     shift = squares
     for start in range(0, width, BLOCK_D):
@@ -153,10 +157,17 @@ def _gram(
             shift = _shift(x_ptr, stride_xs, stride_xd, shift_rows, shift_kept, columns, width)
             squares += shift * shift
         x_i = _operand(x_ptr, stride_xs, stride_xd, rows_i, kept_i, columns, width, shift, PRECISION)
-        x_j = x_i
-        if not SAME:
-            x_j = _operand(x_ptr, stride_xs, stride_xd, rows_j, kept_j, columns, width, shift, PRECISION)
-        gram = tl.dot(x_i, tl.trans(x_j), gram, input_precision=PRECISION)
+        if SYMMETRIC:
+            high = round_to_tf32(x_i)
+            gram = tl.dot(high, tl.trans(high), gram, input_precision="tf32")
+            rest = tl.dot(high, tl.trans(x_i - high), rest, input_precision="tf32")
+        else:
+            x_j = x_i
+            if not SAME:
+                x_j = _operand(x_ptr, stride_xs, stride_xd, rows_j, kept_j, columns, width, shift, PRECISION)
+            gram = tl.dot(x_i, tl.trans(x_j), gram, input_precision=PRECISION)
+    if SYMMETRIC:
+        gram += rest + tl.trans(rest)
     return gram, tl.sum(squares)
 
 

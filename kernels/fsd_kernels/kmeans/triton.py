@@ -4,11 +4,15 @@
     ||x - c_k||^2 = ||x - m||^2 + ||c_k - m||^2 - 2 <x - m, c_k - m>        m the mean centroid
 
 A program of ``_kmeans_assign_kernel`` compares a block of points with up to 384 centroids and walks over F. It loads
-a slice of the centroids and one of the points, takes m from the centroids' slice if it holds them all, shifts both by m
-in float32 and rounds them for the dot. ||x - m||^2 does not affect the argmin and is added to the minimum alone. The
-minimum stays on chip unless blocks of points are too few to fill the GPU. Then F is split, programs write
-||c_k - m||^2 - 2 <x - m, c_k - m> over their part, [parts, K, N], and ``_kmeans_nearest_kernel`` sums the parts in a
-fixed order and takes the minimum.
+a slice of the centroids, of the points and of m. float32 numbers are shifted by m before they are multiplied. Points of
+16 bits go from memory to the tensor cores as they are, and centroids are shifted and rounded to d_k, which costs no
+digits to an offset of points and centroids, because m stands beside x wherever d_k is rounded:
+
+    <x - m, d_k> = <x, d_k> - <m, d_k>
+
+||x - m||^2 does not affect the argmin and is added to the minimum alone. The minimum stays on chip unless blocks of
+points are too few to fill the GPU. Then F is split, programs write ||c_k - m||^2 - 2 <x - m, c_k - m> over their part,
+[parts, K, N], and ``_kmeans_nearest_kernel`` sums the parts in a fixed order and takes the minimum.
 
 Every block of points reads all centroids, so it is as large as the accumulators allow. With N = 4096 and K = 100, 16
 blocks of 256 points read 16 K F numbers of centroids beside N F = 41 K F of points, and 8 parts of F write and read
@@ -33,16 +37,17 @@ from torch import Tensor
 from fsd_kernels._triton import (
     LAUNCH_OPTIONS,
     MIN_TILE,
+    RAW_OPERANDS,
     Target,
     cdiv,
-    dot_precision,
     dot_type,
-    kernel_dot_type,
     launch_guard,
     neighbours,
     next_power_of_2,
     operand,
     pick,
+    product_precision,
+    round_to,
     small_shared_memory,
     target_of,
     triton_type,
@@ -52,6 +57,8 @@ from fsd_kernels._triton import (
 _CENTROIDS = 128
 # Maximum number of tiles that a program holds at a time.
 _TILES = 3
+# Points of a program that sums partial scores.
+_NEAREST = 16
 # Minimum centroids of the last of several tiles.
 _LAST = 64
 
@@ -84,13 +91,13 @@ class UpdateConfig(NamedTuple):
 
 @triton.jit
 def _load_points(points_ptr, stride_xn, stride_xf, rows, columns, N, width):
-    """A tile of points in float32, 0 from column ``width`` on.
+    """A tile of points, 0 from column ``width`` on.
 
     Rows past the last repeat it and are not stored, which takes fewer registers than masking them.
     """
     rows = tl.minimum(rows, N - 1).to(tl.int64)
     pointers = points_ptr + rows[:, None] * stride_xn + columns.to(tl.int64)[None, :] * stride_xf
-    return tl.load(pointers, mask=(columns < width)[None, :], other=0.0).to(tl.float32)
+    return tl.load(pointers, mask=(columns < width)[None, :], other=0.0)
 
 
 @triton.jit
@@ -104,26 +111,17 @@ def _load_tile(centroids_ptr, stride_ck, stride_cf, clusters, columns, K, F):
 
 @triton.jit
 def _load_centroids(
-    centroids_ptr, stride_ck, stride_cf, mean_ptr, clusters_0, clusters_1, clusters_2, columns, K, F, inverse,
-    WHOLE: tl.constexpr, CENTROID_TILES: tl.constexpr,
+    centroids_ptr, stride_ck, stride_cf, mean_ptr, clusters_0, clusters_1, clusters_2, columns, K, F,
+    CENTROID_TILES: tl.constexpr,
 ):  # fmt: skip
-    """A slice of up to three tiles of centroids, and its mean; tiles that do not exist repeat the first."""
+    """A slice of up to three tiles of centroids, and of m; tiles that do not exist repeat the first."""
     c_0 = _load_tile(centroids_ptr, stride_ck, stride_cf, clusters_0, columns, K, F)
     c_1, c_2 = c_0, c_0
     if CENTROID_TILES > 1:
         c_1 = _load_tile(centroids_ptr, stride_ck, stride_cf, clusters_1, columns, K, F)
     if CENTROID_TILES > 2:
         c_2 = _load_tile(centroids_ptr, stride_ck, stride_cf, clusters_2, columns, K, F)
-    if WHOLE:
-        mean = tl.sum(c_0, axis=0)
-        if CENTROID_TILES > 1:
-            mean += tl.sum(c_1, axis=0)
-        if CENTROID_TILES > 2:
-            mean += tl.sum(c_2, axis=0)
-        mean *= inverse
-    else:
-        mean = tl.load(mean_ptr + columns, mask=columns < F, other=0.0)
-    return c_0, c_1, c_2, mean
+    return c_0, c_1, c_2, tl.load(mean_ptr + columns, mask=columns < F, other=0.0)
 
 
 @triton.jit
@@ -133,14 +131,24 @@ def _fold(x):
 
 
 @triton.jit
-def _add_product(products, norms, x, c, mean, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """Add <c_k - m, x - m> [tile, BLOCK_N] and ||c_k - m||^2 over a slice; x is already shifted and rounded.
+def _add_product(
+    products, norms, x, c, mean, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr, RAW: tl.constexpr
+):
+    """Add <c_k - m, x> [tile, BLOCK_N] and ||c_k - m||^2 over a slice.
 
-    Points are the second operand because a tile has more points than centroids: sm_90 reads it from shared memory.
+    x is shifted by m and rounded. With RAW it is as it is, and 2 <m, d_k> is added to the norms. Points are the second
+    operand because a tile has more points than centroids: sm_90 reads it from shared memory.
     """
     c -= mean[None, :]
-    norms += _fold(c * c)
-    return tl.dot(operand(c, DOT_TYPE, PRECISION), tl.trans(x), products, input_precision=PRECISION), norms
+    if RAW:
+        d = round_to(c, DOT_TYPE)
+        norms += _fold(c * c + 2.0 * mean[None, :] * d.to(tl.float32))
+        if not RAW_OPERANDS:
+            x = x.to(tl.float32)
+    else:
+        d = operand(c, DOT_TYPE, PRECISION)
+        norms += _fold(c * c)
+    return tl.dot(d, tl.trans(x), products, input_precision=PRECISION), norms
 
 
 @triton.jit
@@ -205,7 +213,6 @@ def _kmeans_assign_kernel(
     F,
     part_f,
     parts,
-    inverse,
     NARROW: tl.constexpr,
     SPLIT: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -213,6 +220,7 @@ def _kmeans_assign_kernel(
     GROUP: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    RAW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_0: tl.constexpr,
     BLOCK_1: tl.constexpr,
@@ -222,8 +230,8 @@ def _kmeans_assign_kernel(
     """One program per (block of rows, part of F), against GROUP centroids at a time.
 
     SPLIT: scores over the part go to score [parts, K, N] and ||x - m||^2 to distance [parts, N]; otherwise labels and
-    squared distances [N] are stored. WHOLE: all centroids are held at once and give their mean (inverse is 1 / K);
-    otherwise mean [F] is loaded. NARROW: points have fewer columns than centroids.
+    squared distances [N] are stored. WHOLE: all centroids are held at once. NARROW: points have fewer columns than
+    centroids. RAW: points are multiplied as they are.
     """
     part = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -251,17 +259,22 @@ def _kmeans_assign_kernel(
             columns = start + tl.arange(0, BLOCK_F)
             c_0, c_1, c_2, mean = _load_centroids(
                 centroids_ptr, stride_ck, stride_cf, mean_ptr, clusters_0, clusters_1, clusters_2, columns,
-                K, F, inverse, WHOLE, CENTROID_TILES,
+                K, F, CENTROID_TILES,
             )  # fmt: skip
             x = _load_points(points_ptr, stride_xn, stride_xf, rows, columns, N, width)
-            x -= mean[None, :]
-            norm += _fold(x * x)
-            x = operand(x, DOT_TYPE, PRECISION)
-            products_0, norms_0 = _add_product(products_0, norms_0, x, c_0, mean, DOT_TYPE, PRECISION)
+            shifted = x.to(tl.float32) - mean[None, :]
+            norm += _fold(shifted * shifted)
+            if not RAW:
+                x = operand(shifted, DOT_TYPE, PRECISION)
+            products_0, norms_0 = _add_product(products_0, norms_0, x, c_0, mean, DOT_TYPE, PRECISION, RAW)
             if CENTROID_TILES > 1:
-                products_1, norms_1 = _add_product(products_1, norms_1, x, c_1, mean, DOT_TYPE, PRECISION)
+                products_1, norms_1 = _add_product(
+                    products_1, norms_1, x, c_1, mean, DOT_TYPE, PRECISION, RAW
+                )
             if CENTROID_TILES > 2:
-                products_2, norms_2 = _add_product(products_2, norms_2, x, c_2, mean, DOT_TYPE, PRECISION)
+                products_2, norms_2 = _add_product(
+                    products_2, norms_2, x, c_2, mean, DOT_TYPE, PRECISION, RAW
+                )
 
         if NARROW:
             # Slices past the points' width hold centroids alone; they are divided among the parts too.
@@ -272,7 +285,7 @@ def _kmeans_assign_kernel(
                 columns = start + tl.arange(0, BLOCK_F)
                 c_0, c_1, c_2, mean = _load_centroids(
                     centroids_ptr, stride_ck, stride_cf, mean_ptr, clusters_0, clusters_1, clusters_2, columns,
-                    K, F, inverse, WHOLE, CENTROID_TILES,
+                    K, F, CENTROID_TILES,
                 )  # fmt: skip
                 norm += _fold(mean * mean + tl.zeros((BLOCK_N, 1), dtype=tl.float32))
                 norms_0 = _add_beyond(norms_0, c_0, mean)
@@ -313,7 +326,7 @@ def _kmeans_nearest_kernel(
         inside = (clusters < K)[:, None] & (rows < N)[None, :]
         part_ptr = score_ptr + clusters.to(tl.int64)[:, None] * N + rows[None, :]
         scores = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float64)
-        for _ in range(0, parts):
+        for _ in tl.range(0, parts, loop_unroll_factor=4):
             scores += tl.load(part_ptr, mask=inside, other=0.0).to(tl.float64)
             part_ptr += K.to(tl.int64) * N
         best, label = _nearer(best, label, scores, clusters, K)
@@ -447,7 +460,8 @@ def assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     squared_distance = torch.empty(rows, dtype=torch.float32, device=device)
     if rows == 0:
         return labels, squared_distance
-    dot, precision, target = dot_type(points.dtype, centroids.dtype), dot_precision(), target_of(device)
+    dot, target = dot_type(points.dtype, centroids.dtype), target_of(device)
+    precision = product_precision(target, dot)
     default = assign_config(rows, clusters, max(1, width), dot, precision, target, width < features)
     # Parts begin where slices of every configuration do.
     part_f = cdiv(cdiv(max(1, width), default.parts), 2 * default.block_f) * 2 * default.block_f
@@ -455,7 +469,8 @@ def assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     split = parts > 1
     group = sum(default.blocks)
     whole = clusters <= group
-    mean = centroids if whole else centroids.mean(dim=0, dtype=torch.float32)
+    # float64: the same number for any strides.
+    mean = centroids.mean(dim=0, dtype=torch.float64).float()
     score = torch.empty((parts, clusters, rows) if split else 0, dtype=torch.float32, device=device)
     norm = torch.empty((parts, rows), dtype=torch.float32, device=device) if split else squared_distance
 
@@ -463,22 +478,23 @@ def assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
         blocks = (*config.blocks, MIN_TILE, MIN_TILE)
         meta: dict[str, Any] = {
             "NARROW": width < features, "SPLIT": split, "WHOLE": whole, "CENTROID_TILES": len(config.blocks),
-            "GROUP": group, "DOT_TYPE": kernel_dot_type(dot), "PRECISION": precision, "BLOCK_N": config.block_n,
+            "GROUP": group, "DOT_TYPE": triton_type("points", dot), "PRECISION": precision,
+            "RAW": dot != torch.float32, "BLOCK_N": config.block_n,
             "BLOCK_0": blocks[0], "BLOCK_1": blocks[1], "BLOCK_2": blocks[2], "BLOCK_F": config.block_f,
             "num_warps": config.num_warps, "num_stages": config.num_stages, **LAUNCH_OPTIONS,
         }  # fmt: skip
         _kmeans_assign_kernel[(cdiv(rows, config.block_n), parts)](
             points, centroids, mean, labels, norm, score, *points.stride(), *centroids.stride(),
-            rows, clusters, width, features, part_f, parts, 1.0 / clusters, **meta,
+            rows, clusters, width, features, part_f, parts, **meta,
         )  # fmt: skip
 
     with launch_guard(points):
         key = ("kmeans_assign", target, precision, points.dtype, centroids.dtype, width < features, default)
         launch(pick(key, default, lambda: neighbours(default, "block_f"), launch))
         if split:
-            _kmeans_nearest_kernel[(cdiv(rows, 32),)](
+            _kmeans_nearest_kernel[(cdiv(rows, _NEAREST),)](
                 score, norm, labels, squared_distance, rows, clusters, parts,
-                BLOCK_N=32, BLOCK_K=64, num_warps=4, **LAUNCH_OPTIONS,
+                BLOCK_N=_NEAREST, BLOCK_K=64, num_warps=4, **LAUNCH_OPTIONS,
             )  # fmt: skip
     return labels, squared_distance
 
