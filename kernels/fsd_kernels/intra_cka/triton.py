@@ -45,7 +45,7 @@ from fsd_kernels._triton import (
     pick,
     product_precision,
     round_to,
-    round_to_tf32,
+    self_products,
     small_shared_memory,
     target_of,
     triton_type,
@@ -146,7 +146,6 @@ def _gram(
 ):  # fmt: skip
     """X_i X_j^T [rows_i, rows_j] of the rows less a shift, and |shift|^2. SAME: i is j."""
     gram = tl.zeros((rows_i.shape[0], rows_j.shape[0]), dtype=tl.float32)
-    # Of the three tf32 products of a matrix with itself two are each other's transpose.
     SYMMETRIC: tl.constexpr = SAME and PRECISION == "tf32x3" and x_ptr.dtype.element_ty == tl.float32
     rest = gram
     squares = tl.zeros((BLOCK_D,), dtype=tl.float32)
@@ -158,9 +157,7 @@ def _gram(
             squares += shift * shift
         x_i = _operand(x_ptr, stride_xs, stride_xd, rows_i, kept_i, columns, width, shift, PRECISION)
         if SYMMETRIC:
-            high = round_to_tf32(x_i)
-            gram = tl.dot(high, tl.trans(high), gram, input_precision="tf32")
-            rest = tl.dot(high, tl.trans(x_i - high), rest, input_precision="tf32")
+            gram, rest = self_products(x_i, gram, rest)
         else:
             x_j = x_i
             if not SAME:
