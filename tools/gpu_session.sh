@@ -12,6 +12,7 @@ PYTHON=${PYTHON:-python3}
 # pytest and what it needs, the tests' own needs, and peers that run on a GPU.
 PACKAGES=(
   pytest iniconfig pluggy packaging pygments hypothesis sortedcontainers pytest-xdist execnet
+  datasets dill multiprocess
   pytorch-cka==1.1.3 cka-pytorch==1.1.3 flash-kmeans==0.3.1 fast-pytorch-kmeans==0.2.2
 )
 

@@ -256,14 +256,14 @@ def _structure_stats_kernel(student_ptr, teacher_ptr, work_ptr, N, K, B, head, B
         tl.store(d_q_ptr + B * K + offset, d_q_c, mask=inside)
         tl.store(error_ptr + program - tiles, tl.sum(error_e))
         tl.store(error_ptr + h_blocks * m_blocks + program - tiles, tl.sum(error_c))
-        row_ptr += m_block * B + i
-        tl.store(row_ptr, tl.sum(d_q_e, axis=1), mask=h_inside)
-        tl.store(row_ptr + m_blocks * B, tl.sum(d_q_c, axis=1), mask=h_inside)
-        tl.store(row_ptr + 2 * m_blocks * B, tl.sum(d_u, axis=1), mask=h_inside)
-        column_ptr += h_block * K + m
-        tl.store(column_ptr, tl.sum(d_q_e, axis=0), mask=m_inside)
-        tl.store(column_ptr + h_blocks * K, tl.sum(d_q_c, axis=0), mask=m_inside)
-        tl.store(column_ptr + 2 * h_blocks * K, tl.sum(d_v, axis=0), mask=m_inside)
+        pointers = row_ptr + m_block * B + i
+        tl.store(pointers, tl.sum(d_q_e, axis=1), mask=h_inside)
+        tl.store(pointers + m_blocks * B, tl.sum(d_q_c, axis=1), mask=h_inside)
+        tl.store(pointers + 2 * m_blocks * B, tl.sum(d_u, axis=1), mask=h_inside)
+        pointers = column_ptr + h_block * K + m
+        tl.store(pointers, tl.sum(d_q_e, axis=0), mask=m_inside)
+        tl.store(pointers + h_blocks * K, tl.sum(d_q_c, axis=0), mask=m_inside)
+        tl.store(pointers + 2 * h_blocks * K, tl.sum(d_v, axis=0), mask=m_inside)
 
 
 @triton.jit
