@@ -143,17 +143,6 @@ def operand(x, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore
 
 
 @triton.jit
-def self_products(x, gram, rest):  # type: ignore[no-untyped-def]
-    """Add two of the three tf32 products of x x^T: x_h x_h^T to ``gram``, x_h x_l^T to ``rest``, x = x_h + x_l.
-
-    The third is the transpose of the second: x x^T = gram + rest + rest^T.
-    """
-    high = round_to_tf32(x)
-    gram = tl.dot(high, tl.trans(high), gram, input_precision="tf32")
-    return gram, tl.dot(high, tl.trans(x - high), rest, input_precision="tf32")
-
-
-@triton.jit
 def round_to(x, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """float32 rounded to a type of 16 bits, to the nearest, ties to even.
 

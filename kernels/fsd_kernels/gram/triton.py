@@ -41,7 +41,6 @@ from fsd_kernels._triton import (
     operand,
     pick,
     product_precision,
-    self_products,
     small_shared_memory,
     target_of,
     triton_type,
@@ -247,47 +246,6 @@ def _pairs(tiles, first):
 
 
 @triton.jit
-def _no_products(
-    i: tl.constexpr, j: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr
-):
-    return tl.zeros((_tile_size(i, TILES, BLOCK, LAST), _tile_size(j, TILES, BLOCK, LAST)), dtype=tl.float32)
-
-
-@triton.jit
-def _gram_of_tiles(
-    side, shared, rows_i, rows_j, first, last,
-    HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr, HAS_MEMORY: tl.constexpr, SAME: tl.constexpr,
-    RAW: tl.constexpr, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
-    """Tile [rows_i, rows_j] of Gamma' over columns from ``first`` to ``last``. SAME: i is j, and is read once."""
-    gram = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-    rest = gram
-    for start in range(first, last, BLOCK_F):
-        columns = start + tl.arange(0, BLOCK_F)
-        shifts = ()
-        if not RAW:
-            shifts = _shifts(side, shared, start, columns, HAS_MASK, ONE_TOKEN)
-        z_i = _tile(
-            side, shared, shifts, rows_i, start, columns,
-            HAS_MEMORY, True, HAS_MASK, ONE_TOKEN, RAW, DOT_TYPE, PRECISION,
-        )  # fmt: skip
-        if SAME and PRECISION == "tf32x3":
-            gram, rest = self_products(z_i, gram, rest)
-        else:
-            z_j = z_i
-            if not SAME:
-                z_j = _tile(
-                    side, shared, shifts, rows_j, start, columns,
-                    HAS_MEMORY, True, HAS_MASK, ONE_TOKEN, RAW, DOT_TYPE, PRECISION,
-                )  # fmt: skip
-            gram = tl.dot(z_i, tl.trans(z_j), gram, input_precision=PRECISION)
-    if SAME and PRECISION == "tf32x3":
-        gram += rest + tl.trans(rest)
-    return gram
-
-
-@triton.jit
 def _gram_of_part(
     side, shared, partial_ptr, part, part_f,
     HAS_MASK: tl.constexpr, ONE_TOKEN: tl.constexpr, HAS_MEMORY: tl.constexpr, GIVEN: tl.constexpr,
@@ -304,48 +262,52 @@ def _gram_of_part(
         # Tiles above the diagonal, transposed when stored: their many rows and few columns suit the tensor cores.
         grams = ()
         for p in tl.static_range(len(PAIRS)):
-            grams += (_no_products(PAIRS[p][1], PAIRS[p][0], TILES, BLOCK, LAST),)
-        rests = grams
+            grams += (
+                tl.zeros(
+                    (
+                        _tile_size(PAIRS[p][1], TILES, BLOCK, LAST),
+                        _tile_size(PAIRS[p][0], TILES, BLOCK, LAST),
+                    ),
+                    dtype=tl.float32,
+                ),
+            )
         for start in range(first, last, BLOCK_F):
             z = _all_tiles(
                 side, shared, start, start + tl.arange(0, BLOCK_F), TILES, MEMORY_TILES, FIRST_FEATURES,
                 HAS_MASK, ONE_TOKEN, RAW, DOT_TYPE, PRECISION, BLOCK, LAST,
             )  # fmt: skip
-            sums, more = (), ()
+            sums = ()
             for p in tl.static_range(len(PAIRS)):
-                if PRECISION == "tf32x3" and PAIRS[p][0] == PAIRS[p][1]:
-                    product, rest = self_products(z[PAIRS[p][0]], grams[p], rests[p])
-                else:
-                    product, rest = (
-                        tl.dot(z[PAIRS[p][1]], tl.trans(z[PAIRS[p][0]]), grams[p], input_precision=PRECISION),
-                        rests[p],
-                    )
+                product = tl.dot(
+                    z[PAIRS[p][1]], tl.trans(z[PAIRS[p][0]]), grams[p], input_precision=PRECISION
+                )
                 sums += (product,)
-                more += (rest,)
-            grams, rests = sums, more
+            grams = sums
         for p in tl.static_range(len(PAIRS)):
             rows = _tile_rows(PAIRS[p][0], TILES, BLOCK, LAST)
             columns = _tile_rows(PAIRS[p][1], TILES, BLOCK, LAST)
-            gram = tl.trans(grams[p])
-            if PRECISION == "tf32x3" and PAIRS[p][0] == PAIRS[p][1]:
-                gram += rests[p] + tl.trans(rests[p])
-            _store_partial(partial_ptr, gram, rows, columns, N, head, RAW, GIVEN)
+            _store_partial(partial_ptr, tl.trans(grams[p]), rows, columns, N, head, RAW, GIVEN)
     else:
         block_i, block_j = _lower_tile(tl.program_id(0))
         rows_i = block_i * BLOCK + tl.arange(0, BLOCK)
         rows_j = block_j * BLOCK + tl.arange(0, BLOCK)
         # Tiles of given entries alone are not computed.
         last = tl.where(block_i < FIRST, first, last)
-        if block_i == block_j:
-            gram = _gram_of_tiles(
-                side, shared, rows_i, rows_j, first, last,
-                HAS_MASK, ONE_TOKEN, HAS_MEMORY, True, RAW, DOT_TYPE, PRECISION, BLOCK, BLOCK_F,
+        gram = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+        for start in range(first, last, BLOCK_F):
+            columns = start + tl.arange(0, BLOCK_F)
+            shifts = ()
+            if not RAW:
+                shifts = _shifts(side, shared, start, columns, HAS_MASK, ONE_TOKEN)
+            z_i = _tile(
+                side, shared, shifts, rows_i, start, columns,
+                HAS_MEMORY, True, HAS_MASK, ONE_TOKEN, RAW, DOT_TYPE, PRECISION,
             )  # fmt: skip
-        else:
-            gram = _gram_of_tiles(
-                side, shared, rows_i, rows_j, first, last,
-                HAS_MASK, ONE_TOKEN, HAS_MEMORY, False, RAW, DOT_TYPE, PRECISION, BLOCK, BLOCK_F,
+            z_j = _tile(
+                side, shared, shifts, rows_j, start, columns,
+                HAS_MEMORY, True, HAS_MASK, ONE_TOKEN, RAW, DOT_TYPE, PRECISION,
             )  # fmt: skip
+            gram = tl.dot(z_i, tl.trans(z_j), gram, input_precision=PRECISION)
         _store_partial(partial_ptr, gram, rows_i, rows_j, N, head, RAW, GIVEN)
 
 
@@ -810,13 +772,18 @@ def backward_config(rows: int, width: int, dtype: torch.dtype, precision: str, t
     edge = last if tiles == 1 else block + last
     held = edge * (edge + num_stages * block_f) * 4 - raw * edge * num_stages * block_f * 2
     if not tiles or held > target.shared_memory - 8192 or (precision != "tf32" and not raw and rows > 64):
-        large = raw and not small
-        num_warps = 4 if precision == "tf32x3" and not raw else 8
-        return Config(128 if large else 64, 128, 0, 32, 128 if large else 64, 1, num_warps, num_stages)
-    # Every part reads A: at most an eighth of the bytes of rows and gradients.
-    affordable = 2 * width * dtype.itemsize // (8 * 4 * rows)
-    # Twice as many as run at a time: while one waits for A another multiplies.
-    parts = max(1, min((1 + raw) * target.multiprocessors, affordable, cdiv(width, block_f)))
+        large, three_products = raw and not small, precision == "tf32x3" and not raw
+        if three_products:
+            # Few warps, so that each takes a long slice of both operands through registers.
+            return (
+                Config(128, 128, 0, 32, 64, 1, 4, 2)
+                if rows > _FUSED_ROWS
+                else Config(64, 128, 0, 32, 32, 1, 4, 2)
+            )
+        return Config(128 if large else 64, 128, 0, 32, 128 if large else 64, 1, 8, num_stages + large)
+    # Every part reads A, from the cache: at most a quarter of the bytes of rows and gradients.
+    affordable = 2 * width * dtype.itemsize // (4 * 4 * rows)
+    parts = max(1, min(target.multiprocessors, affordable, cdiv(width, block_f)))
     return Config(block, last, tiles, 0, block_f, parts, 8 if block >= 64 else 4, num_stages)
 
 
@@ -994,10 +961,10 @@ def forward(sides: Sequence[Side], mask: Tensor | None) -> Sequence[Tensor]:
         )  # fmt: skip
 
     multiply(pick(("gram_fwd", shape), default, lambda: neighbours(default, "block_f"), multiply))
-    meta = {"GIVEN_SIDE": shape.given_side, "RAW": shape.raw}
+    meta, many = {"GIVEN_SIDE": shape.given_side, "RAW": shape.raw}, max(plan.parts) > 16
     launch(
         _gram_sum_kernel, (tiles, len(sides)), (partial, work, *rows, plan.parts[0], plan.parts[-1], blocks),
-        {**meta, "PARTS": min(32, next_power_of_2(max(plan.parts)))}, device=device, num_warps=8,
+        {**meta, "PARTS": 32 if many else 16}, device=device, num_warps=8 if many else 4,
     )  # fmt: skip
     given = gram if shape.given_side < 0 else sides[shape.given_side][2]
     given_strides = (0, 0) if given is None or given is gram else given.stride()

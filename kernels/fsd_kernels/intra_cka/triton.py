@@ -45,7 +45,6 @@ from fsd_kernels._triton import (
     pick,
     product_precision,
     round_to,
-    self_products,
     small_shared_memory,
     target_of,
     triton_type,
@@ -146,8 +145,6 @@ def _gram(
 ):  # fmt: skip
     """X_i X_j^T [rows_i, rows_j] of the rows less a shift, and |shift|^2. SAME: i is j."""
     gram = tl.zeros((rows_i.shape[0], rows_j.shape[0]), dtype=tl.float32)
-    SYMMETRIC: tl.constexpr = SAME and PRECISION == "tf32x3" and x_ptr.dtype.element_ty == tl.float32
-    rest = gram
     squares = tl.zeros((BLOCK_D,), dtype=tl.float32)
     shift = squares
     for start in range(0, width, BLOCK_D):
@@ -156,15 +153,10 @@ def _gram(
             shift = _shift(x_ptr, stride_xs, stride_xd, shift_rows, shift_kept, columns, width)
             squares += shift * shift
         x_i = _operand(x_ptr, stride_xs, stride_xd, rows_i, kept_i, columns, width, shift, PRECISION)
-        if SYMMETRIC:
-            gram, rest = self_products(x_i, gram, rest)
-        else:
-            x_j = x_i
-            if not SAME:
-                x_j = _operand(x_ptr, stride_xs, stride_xd, rows_j, kept_j, columns, width, shift, PRECISION)
-            gram = tl.dot(x_i, tl.trans(x_j), gram, input_precision=PRECISION)
-    if SYMMETRIC:
-        gram += rest + tl.trans(rest)
+        x_j = x_i
+        if not SAME:
+            x_j = _operand(x_ptr, stride_xs, stride_xd, rows_j, kept_j, columns, width, shift, PRECISION)
+        gram = tl.dot(x_i, tl.trans(x_j), gram, input_precision=PRECISION)
     return gram, tl.sum(squares)
 
 
@@ -508,8 +500,8 @@ def forward_config(rows: int, dtype: torch.dtype, target: Target) -> Config:
     block_s = max(MIN_TILE, min(_WHOLE, next_power_of_2(rows)))
     # sm_80 keeps the operands of mma.sync in registers, next to two Gram matrices.
     crowded = small or (target.arch == 80 and dtype == torch.float32)
-    block_d = (32 if dtype == torch.float32 else 128) // (2 if crowded else 1)
-    if rows > _WHOLE and dtype != torch.float32:
+    block_d = (16 if crowded else 64) if dtype == torch.float32 else 64 if crowded else 128
+    if rows > _WHOLE:
         # A tile has two operands.
         block_d //= 2
     num_stages = 2 if small else 3 if dtype == torch.float32 else 4

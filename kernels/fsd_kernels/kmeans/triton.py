@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def"
 """k-means over wide points as fused kernels: assignment split over the feature axis, update by gathered rows.
 
-    ||x - c_k||^2 = ||x - m||^2 + ||c_k - m||^2 - 2 <x - m, c_k - m>        m the mean centroid
+    ||x - c_k||^2 = ||x - m||^2 + ||c_k - m||^2 - 2 <x - m, c_k - m>        m the mean of a few centroids
 
 A program of ``_kmeans_assign_kernel`` compares a block of points with up to 384 centroids and walks over F. It loads
 a slice of the centroids, of the points and of m. float32 numbers are shifted by m before they are multiplied. Points of
@@ -57,6 +57,8 @@ from fsd_kernels._triton import (
 _CENTROIDS = 128
 # Maximum number of tiles that a program holds at a time.
 _TILES = 3
+# Centroids whose mean is subtracted.
+_SHIFTING = 16
 # Points of a program that sums partial scores.
 _NEAREST = 16
 # Minimum centroids of the last of several tiles.
@@ -408,7 +410,10 @@ def assign_config(
     # 128 x 256 accumulators take half of a multiprocessor's registers; narrow slices leave room for a quarter more.
     # Programs that take minima, and keep the best of earlier groups of centroids, have room for fewer.
     maximum = _rows_held(128 * (192 if target.arch == 80 and len(blocks) > 1 else 320), blocks)
-    maximum_split = min(64 if ieee else 128 if beyond and target.arch == 100 else 256, maximum)
+    # The operands of three products pass through registers too.
+    three = precision == "tf32x3"
+    halved = (three and len(blocks) == 1) or (beyond and target.arch == 100)
+    maximum_split = min(64 if ieee or (three and not halved) else 128 if halved else 256, maximum)
     maximum_whole = min(64 if ieee else 128, _rows_held(128 * 192, blocks))
     if ieee and target.arch == 80 and clusters > sum(blocks):
         maximum_whole = 32
@@ -433,6 +438,13 @@ def assign_config(
     several = len(blocks) > 1 or dtype == torch.float32
     narrow = narrow or (several and block_n * sum(blocks) > 192 * 128)
     num_warps = 8 if max(block_n, sum(blocks)) >= (64 if ieee else 128) else 4
+    if dtype != torch.float32 and not small and target.arch != 80:
+        # Points do not pass through registers.
+        block_f = 32 if several else 64
+        num_stages = min(
+            4, (target.shared_memory - 8192) // ((block_n + sum(blocks)) * block_f * dtype.itemsize)
+        )
+        return AssignConfig(block_n, blocks, block_f, parts, num_warps, num_stages)
     return AssignConfig(block_n, blocks, 16 if narrow else 32, parts, num_warps, 2 if small or ieee else 3)
 
 
@@ -469,8 +481,8 @@ def assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     split = parts > 1
     group = sum(default.blocks)
     whole = clusters <= group
-    # float64: the same number for any strides.
-    mean = centroids.mean(dim=0, dtype=torch.float64).float()
+    # Near any offset that all share. In float64 it is the same number for any strides.
+    mean = centroids[:_SHIFTING].mean(dim=0, dtype=torch.float64).float()
     score = torch.empty((parts, clusters, rows) if split else 0, dtype=torch.float32, device=device)
     norm = torch.empty((parts, rows), dtype=torch.float32, device=device) if split else squared_distance
 
