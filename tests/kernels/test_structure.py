@@ -229,6 +229,21 @@ def test_kernels_match_the_formula(sizes: tuple[int, int]) -> None:
 
 
 @on_triton
+def test_kernels_of_vectors_at_right_angles_keep_the_digits_of_their_cosines() -> None:
+    """Wide features without an offset: 1 - cos is 1 up to a hundredth, and its rounding hides the cosine's."""
+    features, memory = normal(16, 8192, seed=1).double(), normal(40, 8192, seed=2).double()
+    teacher_features = features + normal(16, 8192, seed=3).double()
+    teacher_memory = memory + 0.5 * normal(40, 8192, seed=4).double()
+    student = gram(features, memory, backend="reference").requires_grad_()
+    teacher = gram(teacher_features, teacher_memory, backend="reference")
+    (expected,) = torch.autograd.grad(structure(student, teacher, 40, backend="eager").cosine, student)
+    rounded = student.detach().float().requires_grad_()
+    value = structure(rounded, teacher.float(), 40, backend="triton").cosine
+    (gradient,) = torch.autograd.grad(value, rounded)
+    assert relative_error(gradient, expected) < 5e-6
+
+
+@on_triton
 def test_kernels_of_zero_vectors_and_equal_points() -> None:
     """A distance of 0 passes no gradient; the cosine with the zero vector is 0."""
     memory, features = normal(3, 20, seed=1), normal(4, 20, seed=2)

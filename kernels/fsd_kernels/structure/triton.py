@@ -35,9 +35,11 @@ from fsd_kernels._triton import (
 
 _BLOCK = 32
 # Rows of a tile of a block whose CKA is computed.
-_CKA_BLOCK = tl.constexpr(64)
+_CKA_BLOCK = tl.constexpr(32)
 # Sums of such a tile: <S, S>, <T, T>, <S, T> and the traces of S and T.
 _SUMS = tl.constexpr(5)
+# Tiles whose sums are added at a time: as many as a warp has threads, so that warps need not wait for each other.
+_TILES = tl.constexpr(32)
 # Numbers that are added at a time.
 _ADDED = tl.constexpr(256)
 
@@ -94,10 +96,10 @@ def _unit(gamma_ptr, energy, N, first, rows):
 @triton.jit
 def _cka_of_block(student_ptr, teacher_ptr, sum_ptr, N, first, rows):
     """(-log CKA, 1/|S|, 1/|T|, 1 - CKA, the scale of the gradient) of a diagonal block, float32."""
-    ss = tl.zeros((_ADDED,), dtype=tl.float64)
+    ss = tl.zeros((_TILES,), dtype=tl.float64)
     tt, st, energy_s, energy_t = ss, ss, ss, ss
-    for start in range(0, _tiles_of(rows), _ADDED):
-        tile = start + tl.arange(0, _ADDED)
+    for start in range(0, _tiles_of(rows), _TILES):
+        tile = start + tl.arange(0, _TILES)
         inside = tile < _tiles_of(rows)
         pointers = sum_ptr + tile * _SUMS
         ss += tl.load(pointers, mask=inside, other=0.0)
@@ -150,7 +152,7 @@ def _without_rounding(squares, sizes):
 
 @triton.jit
 def _distances(gamma_ptr, N, K, h, m, h_inside, m_inside):
-    """(|h - m|, True if that is not 0, 1 - cos, a, b, r, 2ab, True if cos is defined) of samples h and centroids m."""
+    """(|h - m|, True if that is not 0, 1 - cos, cos, a, b, r, 2ab, True if cos is defined) of samples and centroids."""
     delta, mu_m = N - 1, K
     hh = _diagonal(gamma_ptr, N, h, h_inside)
     mm = _diagonal(gamma_ptr, N, m, m_inside)
@@ -180,29 +182,36 @@ def _distances(gamma_ptr, N, K, h, m, h_inside, m_inside):
     defined = exists_h[:, None] & exists_m[None, :] & ~far
     r = tl.where(defined, u_minus_v / tl.where(defined, a[:, None] + b[None, :], 1.0), 0.0)
     double_ab = tl.where(defined, 2.0 * a[:, None] * b[None, :], 1.0)
+    inner = hm + h_to_m[:, None] + (m_to_d + m_to_m)[None, :] + (mean_dm + mean_mm)
     # The cosine with the zero vector is 0, and so is that with a vector so short that it counts as zero.
-    cosine = tl.where(defined, (square - r * r) / double_ab, 1.0)
-    return tl.sqrt(square), apart, cosine, a, b, r, double_ab, defined
+    cosine = tl.where(defined, 2.0 * inner / double_ab, 0.0)
+    distance = 1.0 - cosine
+    # Of vectors that point the same way the distance keeps the digits that the cosine loses.
+    same_way = defined & (tl.abs(cosine) > 0.5)
+    distance = tl.where(same_way, (square - r * r) / double_ab, distance)
+    cosine = tl.where(same_way, 1.0 - distance, cosine)
+    return tl.sqrt(square), apart, distance, cosine, a, b, r, double_ab, defined
 
 
 @triton.jit
 def _pair_terms(student_ptr, teacher_ptr, N, K, pairs, h, m, h_inside, m_inside):
     """Per (sample, centroid): squared errors of both distances, d F^E/dq, d F^C/dq, d F^C/du and d F^C/dv."""
     inside = h_inside[:, None] & m_inside[None, :]
-    euclidean, apart, cosine, a, b, r, double_ab, defined = _distances(
+    euclidean, apart, distance, cosine, a, b, r, double_ab, defined = _distances(
         student_ptr, N, K, h, m, h_inside, m_inside
     )
-    teacher_euclidean, _, teacher_cosine, _, _, _, _, _ = _distances(
+    teacher_euclidean, _, teacher_distance, teacher_cosine, _, _, _, _, _ = _distances(
         teacher_ptr, N, K, h, m, h_inside, m_inside
     )
     error = tl.where(inside, euclidean - teacher_euclidean, 0.0)
     d_q_e = tl.where(apart, error / (tl.where(apart, euclidean, 1.0) * pairs), 0.0)
-    error_c = tl.where(inside, cosine - teacher_cosine, 0.0)
+    wide = (tl.abs(cosine) < 0.5) & (tl.abs(teacher_cosine) < 0.5)
+    error_c = tl.where(inside, tl.where(wide, teacher_cosine - cosine, distance - teacher_distance), 0.0)
     d_cosine = tl.where(defined, 2.0 * error_c / pairs, 0.0)
     a = tl.where(defined, a[:, None], 1.0)
     b = tl.where(defined, b[None, :], 1.0)
-    d_u = -d_cosine * (r / b + cosine) / (2.0 * a * a)
-    d_v = d_cosine * (r / a - cosine) / (2.0 * b * b)
+    d_u = -d_cosine * (r / b + distance) / (2.0 * a * a)
+    d_v = d_cosine * (r / a - distance) / (2.0 * b * b)
     return error * error, error_c * error_c, d_q_e, d_cosine / double_ab, d_u, d_v
 
 
