@@ -231,9 +231,10 @@ def test_kernels_match_the_formula(sizes: tuple[int, int]) -> None:
 @on_triton
 def test_kernels_of_vectors_at_right_angles_keep_the_digits_of_their_cosines() -> None:
     """Wide features without an offset: 1 - cos is 1 up to a hundredth, and its rounding hides the cosine's."""
-    features, memory = normal(16, 8192, seed=1).double(), normal(40, 8192, seed=2).double()
-    teacher_features = features + normal(16, 8192, seed=3).double()
-    teacher_memory = memory + 0.5 * normal(40, 8192, seed=4).double()
+    features, memory, first, second = (
+        normal(rows, 8192, seed=rows, offset=0.0).double() for rows in (16, 40, 17, 41)
+    )
+    teacher_features, teacher_memory = features + first[:16], memory + 0.5 * second[:40]
     student = gram(features, memory, backend="reference").requires_grad_()
     teacher = gram(teacher_features, teacher_memory, backend="reference")
     (expected,) = torch.autograd.grad(structure(student, teacher, 40, backend="eager").cosine, student)
