@@ -16,6 +16,7 @@ The request is the op's ``backend`` argument. If that is None or "auto", it is t
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
@@ -81,6 +82,7 @@ def resolve_backend(backend: str | None, device: torch.device, op: str) -> str:
     return "eager"
 
 
+@functools.cache
 def implementation(op: str, backend: str) -> ModuleType:
     """Return the module ``fsd_kernels.<op>.<backend>``, imported on first use."""
     return importlib.import_module(f"fsd_kernels.{op}.{backend}")

@@ -44,14 +44,14 @@ _direct = torch.version.hip is None and os.environ.get("FSD_DIRECT_LAUNCH") != "
 
 
 def _traits(values: tuple[Any, ...]) -> tuple[Hashable, ...]:
-    """What the choice of a compiled kernel sees of its arguments, or more."""
-    return tuple([value if type(value) is int else _trait(value) for value in values])
-
-
-def _trait(value: Any) -> Hashable:
-    if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16
-    return _traits(value) if isinstance(value, tuple) else value
+    """What the choice of a compiled kernel sees of its arguments, or more: of a tensor its dtype and alignment."""
+    traits: list[Hashable] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            traits += (value.dtype, value.data_ptr() & 15)
+        else:
+            traits.append(_traits(value) if type(value) is tuple else value)
+    return tuple(traits)
 
 
 def launch(
