@@ -961,10 +961,12 @@ def forward(sides: Sequence[Side], mask: Tensor | None) -> Sequence[Tensor]:
         )  # fmt: skip
 
     multiply(pick(("gram_fwd", shape), default, lambda: neighbours(default, "block_f"), multiply))
-    meta, many = {"GIVEN_SIDE": shape.given_side, "RAW": shape.raw}, max(plan.parts) > 16
+    meta = {"GIVEN_SIDE": shape.given_side, "RAW": shape.raw}
+    # Few parts go with many tiles, whose programs then run side by side.
+    warps = 1 if max(plan.parts) <= 16 else 4 if max(plan.parts) <= 128 else 8
     launch(
         _gram_sum_kernel, (tiles, len(sides)), (partial, work, *rows, plan.parts[0], plan.parts[-1], blocks),
-        {**meta, "PARTS": 32 if many else 16}, device=device, num_warps=8 if many else 4,
+        {**meta, "PARTS": 8 * warps if warps < 4 else 4 * warps}, device=device, num_warps=warps,
     )  # fmt: skip
     given = gram if shape.given_side < 0 else sides[shape.given_side][2]
     given_strides = (0, 0) if given is None or given is gram else given.stride()
@@ -972,7 +974,7 @@ def forward(sides: Sequence[Side], mask: Tensor | None) -> Sequence[Tensor]:
     launch(
         _gram_centre_kernel, (edge, edge, len(sides)), (work, given, gram, *given_strides, *rows, blocks),
         {**meta, "BLOCKS": next_power_of_2(blocks), "TILES": next_power_of_2(tiles), "BLOCK": 32},
-        device=device, num_warps=4,
+        device=device, num_warps=8,
     )  # fmt: skip
     return gram.unbind()
 

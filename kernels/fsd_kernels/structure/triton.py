@@ -443,13 +443,13 @@ def forward(student: Tensor, teacher: Tensor, num_centroid: int, rounding: float
     if programs:
         launch(
             _structure_stats_kernel, (programs,), (student, teacher, work, *sizes), {"BLOCK": _BLOCK},
-            device=student.device, num_warps=4,
+            device=student.device, num_warps=8,
         )  # fmt: skip
     blocks = cdiv(total, _BLOCK)
     launch(
         _structure_grad_kernel, (blocks, blocks), (student, teacher, values, work, gradients, *sizes),
         {"H_BLOCKS": next_power_of_2(h_blocks), "M_BLOCKS": next_power_of_2(m_blocks), "BLOCK": _BLOCK},
-        device=student.device, num_warps=4,
+        device=student.device, num_warps=8,
     )  # fmt: skip
     return values, gradients
 
