@@ -72,10 +72,7 @@ UNIFORM = {
     "_intra_cka_finish_kernel": 0,
     "_intra_cka_bwd_tile_kernel": 2,
     "_gram_fwd_kernel": 0,
-    "_gram_mean_kernel": 0,
-    "_gram_tile_kernel": 1,
     "_gram_bwd_kernel": 1,
-    "_gram_bwd_tile_kernel": 1,
     "_kmeans_assign_kernel": 0,
     "_kmeans_nearest_kernel": 0,
     "_kmeans_update_kernel": 0,
@@ -206,12 +203,10 @@ def inter_traffic(dtype: torch.dtype, num_centroid: int) -> dict[str, Traffic]:
     memories = [torch.empty(num_centroid, F, dtype=dtype).fill_(i) for i in range(2)]
     frozen = torch.zeros(num_centroid + 1, num_centroid + 1)
     with counting() as totals:
-        student = gram.forward(x, memories[0], None, None)
-        teacher = gram.forward(y, memories[1], frozen, None)
+        student, teacher = gram.forward([(x, memories[0], None), (y, memories[1], frozen)], None)
         rounding = norm_rounding(torch.float32)
         _, gradients = structure.forward(student, teacher, num_centroid, rounding)
-        d_gamma = structure.backward(gradients, torch.ones(4))
-        gram.backward(x, memories[0], None, d_gamma, (True, True))
+        gram.backward(x, memories[0], None, gradients, torch.ones(4), (True, True))
     return totals
 
 

@@ -32,11 +32,12 @@ import torch
 
 if TYPE_CHECKING:
     from fsd_kernels._triton import Target
+    from fsd_kernels.gram.triton import LaunchShape
 
 OPS = ("intra", "local", "global", "inter", "fsd_ilg", "kmeans")
 """What is costed: losses and k-means, each made of one or more of the registered ops."""
 
-_FLOAT32 = 4
+_FLOAT32, _FLOAT64 = 4, 8
 
 
 @dataclass(frozen=True)
@@ -331,91 +332,114 @@ def _real_rows(first: int, last: int, centroids: int, batch: int) -> int:
     return memory + features
 
 
-def _gram_means(rows: int, width: int, size: int) -> dict[str, Cost]:
-    """The launch that computes the means for programs of one tile, none of which reads every row."""
-    return {"gram_means": Cost(rows * width * size, 2 * width * _FLOAT32, 0)}
+def _three_products(precision: str, dtype: torch.dtype, target: Target) -> str:
+    """The kernels' name for a precision: IEEE products are three tf32 products where there are tensor cores."""
+    return (
+        "tf32x3" if precision == "ieee" and dtype == torch.float32 and target.backend == "cuda" else precision
+    )
 
 
-def _gram_triton(
-    shape: Shape, width: int, centroids: int, has_memory_gram: bool, target: Target, precision: str
-) -> dict[str, Cost]:
-    """Forward of one side's Gamma: partial Grams, then their sum."""
-    from fsd_kernels.gram.triton import forward_config, held_tiles
+def _gram_shape(shape: Shape, centroids: int, target: Target, precision: str) -> LaunchShape:
+    from fsd_kernels.gram.triton import LaunchShape
 
-    head = centroids + 1 if centroids else 0
-    size = head + shape.batch + 1
-    config = forward_config(size, width, shape.dtype, precision, target, head if has_memory_gram else 0)
-    part = _part(width, config.parts, 2 * config.block_f)
-    parts = _cdiv(width, part)
-    lower = _triangle(size) - (_triangle(head) if has_memory_gram else 0)
-    rows = centroids + shape.batch
-    means: dict[str, Cost] = {}
-    if config.tiles:
-        read = rows * width * shape.size
-        flops = sum(2 * a * b for a, b in held_tiles(config, head if has_memory_gram else 0)) * width
-    else:
-        block = config.block
-        bounds = [(i * block, (i + 1) * block) for i in range(_cdiv(size, block))]
-        real = [_real_rows(first, last, centroids, shape.batch) for first, last in bounds]
-        active = [
-            (i, j)
-            for i in range(len(real))
-            for j in range(i + 1)
-            if not (has_memory_gram and bounds[i][1] <= head)
-        ]
-        # Programs of one tile read the means too.
-        read = sum((real[i] + real[j]) * shape.size + 2 * _FLOAT32 for i, j in active) * width
-        means = _gram_means(rows, width, shape.size)
-        flops = 2 * block**2 * len(active) * width
-    memory_gram = _triangle(head) * _FLOAT32 if has_memory_gram else 0
+    widths = (shape.student_features, shape.teacher_features)
+    return LaunchShape(
+        num_centroid=centroids,
+        batch=shape.batch,
+        widths=tuple((width if centroids else 0, width) for width in widths),
+        tokens=0,
+        dot=shape.dtype,
+        precision=_three_products(precision, shape.dtype, target),
+        given_side=1 if centroids else -1,
+        target=target,
+    )
+
+
+def _gram_forward_triton(shape: Shape, centroids: int, target: Target, precision: str) -> dict[str, Cost]:
+    """Forward of both sides' Gamma: parts, their sum, and its centring; the teacher's memory has its block."""
+    from fsd_kernels.gram.triton import (
+        default_forward,
+        forward_plan,
+        held_tiles,
+        stored_entries,
+        summed_blocks,
+    )
+
+    launched = _gram_shape(shape, centroids, target, precision)
+    config = default_forward(launched)
+    plan = forward_plan(launched, config, config)
+    batch, total, head, size = shape.batch, launched.total, launched.head, shape.size
+    # Of float32 every program reads the rows of the shift too.
+    shift = 0 if launched.raw else min(centroids, 8) + min(batch, 8)
+    read = written = flops = 0
+    for side, (width, parts) in enumerate(
+        zip((launched.width(0), launched.width(1)), plan.parts, strict=True)
+    ):
+        given = side == launched.given_side
+        if config.tiles:
+            rows = centroids + batch + shift
+            first = plan.constants["OTHER_FIRST"] if side else plan.constants["FIRST"]
+            products = sum(2 * a * b for a, b in held_tiles(config, first))
+        else:
+            block = config.block
+            bounds = [(i * block, (i + 1) * block) for i in range(_cdiv(total - launched.raw, block))]
+            real = [_real_rows(start, stop, centroids, batch) for start, stop in bounds]
+            first = plan.constants["OTHER_FIRST"] if side else plan.constants["FIRST"]
+            active = [(i, j) for i in range(first, len(real)) for j in range(i + 1)]
+            rows = sum(real[i] + real[j] + shift for i, j in active)
+            products = 2 * block**2 * len(active)
+        read += rows * width * size
+        flops += products * width
+        written += parts * stored_entries(launched, given) * _FLOAT32
+    blocks = summed_blocks(total)
+    tiles = blocks * (blocks + 1) // 2
+    work = total**2 + 2 * blocks * total + 5 * tiles
+    edge = _cdiv(total, 32)
+    centre = _FLOAT64 * (total**2 + 4 * edge * total * blocks + 5 * tiles * edge**2)
+    of_block = _FLOAT32 * (head**2 + launched.raw * (2 * edge * centroids + edge**2)) if centroids else 0
     return {
-        **means,
-        "gram": Cost(read, parts * lower * _FLOAT32, flops),
-        "gram_sum": Cost(parts * lower * _FLOAT32 + memory_gram, size**2 * _FLOAT32, 0),
+        "gram": Cost(read, written, flops),
+        "gram_sum": Cost(written, 2 * work * _FLOAT64, 0),
+        "gram_centre": Cost(2 * centre + of_block, 2 * total**2 * _FLOAT32, 0),
     }
 
 
 def _gram_backward_triton(shape: Shape, centroids: int, target: Target, precision: str) -> dict[str, Cost]:
-    from fsd_kernels.gram.triton import backward_config, small_block
+    """Backward of the student's Gamma from the derivatives of four losses."""
+    from fsd_kernels.gram.triton import backward_plan, rows_block, symmetric_blocks
 
-    width = shape.student_features
-    size = shape.batch + 1 + (centroids + 1 if centroids else 0)
-    config = backward_config(
-        total=size, width=width, masked=False, dtype=shape.dtype, precision=precision, target=target
-    )
-    # A is stored in bfloat16 if it is multiplied in that; float16 would not hold its range.
-    small = size**2 * _FLOAT32
-    weights = size**2 * (shape.size if shape.dtype == torch.bfloat16 else _FLOAT32)
-    rows = (centroids + shape.batch) * width * shape.size
-    tiles = _cdiv(size, small_block(size))
-    stages = {"gram_rows": Cost(2 * small * (tiles + 1), weights, 0)}
+    launched = _gram_shape(shape, centroids, target, precision)
+    config, plan = backward_plan(launched, (True, centroids > 0), None)
+    width, total, batch = launched.width(0), launched.total, shape.batch
+    small, blocks = total**2 * _FLOAT32, symmetric_blocks(total)
+    padded = 16 * _cdiv(total, 16)
+    programs = _cdiv(padded, rows_block(padded))
+    terms = (1 + launched.raw) * padded**2 * shape.size
+    sums = 2 * blocks * total * _FLOAT32
+    scales = padded * _FLOAT32
+    shift = 0 if launched.raw else min(centroids, 8) + min(batch, 8)
+    gradients = (centroids + batch) * width * shape.size
+    row_tiles, slices = plan.grid
+    read = slices * (terms + scales) + row_tiles * (centroids + batch + shift) * width * shape.size
     if config.tiles:
-        part = _part(width, config.parts, config.block_f)
-        panels = _cdiv(config.tiles, config.panel)
         columns = (config.tiles - 1) * config.block + config.last
-        computed_rows = columns if panels == 1 else panels * config.panel * config.block
-        read = panels * rows + _cdiv(width, part) * weights
-        stages["gram_backward"] = Cost(read, rows, 2 * computed_rows * columns * width)
+        products = 2 * columns**2
     else:
-        blocks, inner = _cdiv(size, config.block), _cdiv(size, config.inner) * config.inner
-        read = blocks * (rows + 2 * width * _FLOAT32) + _cdiv(width, config.block_f) * weights
-        means = _gram_means(centroids + shape.batch, width, shape.size)
-        stages |= {f"{name}_backward": cost for name, cost in means.items()}
-        stages["gram_backward"] = Cost(read, rows, 2 * blocks * config.block * inner * width)
-    return stages
+        products = 2 * row_tiles * config.block * _cdiv(total, config.inner) * config.inner
+    return {
+        "gram_symmetric": Cost(4 * (2 * small + blocks**2 * _FLOAT32), small + sums, 0),
+        "gram_rows": Cost(small + (programs + 1) * sums, terms + scales, 0),
+        "gram_backward": Cost(read, gradients, (1 + launched.raw) * products * width),
+    }
 
 
 def _inter_triton(shape: Shape, centroids: int, target: Target, precision: str) -> dict[str, Cost]:
     size = shape.batch + 1 + (centroids + 1 if centroids else 0)
     small = size**2 * _FLOAT32
-    teacher = _gram_triton(shape, shape.teacher_features, centroids, centroids > 0, target, precision)
-    student = _gram_triton(shape, shape.student_features, centroids, False, target, precision)
     return {
-        **{f"teacher_{name}": cost for name, cost in teacher.items()},
-        **{f"student_{name}": cost for name, cost in student.items()},
+        **_gram_forward_triton(shape, centroids, target, precision),
         # Both Gammas are read for energies, norms, distances and gradients. This gives their order of magnitude.
         "structure": Cost(6 * small, 4 * small, 0, launches=2),
-        "structure_backward": Cost(4 * small, small, 0),
         **_gram_backward_triton(shape, centroids, target, precision),
     }
 
@@ -425,7 +449,8 @@ def _kmeans_triton(shape: Shape, target: Target, precision: str) -> dict[str, Co
     from fsd_kernels.kmeans.triton import assign_config, update_config
 
     points, clusters, width = shape.points, shape.centroids, shape.student_features
-    config = assign_config(points, clusters, width, shape.dtype, precision, target)
+    kernels_precision = _three_products(precision, shape.dtype, target)
+    config = assign_config(points, clusters, width, shape.dtype, kernels_precision, target)
     part = _part(width, config.parts, 2 * config.block_f)
     parts, group = _cdiv(width, part), sum(config.blocks)
     groups, blocks = _cdiv(clusters, group), _cdiv(points, config.block_n)
@@ -433,10 +458,9 @@ def _kmeans_triton(shape: Shape, target: Target, precision: str) -> dict[str, Co
     read = blocks * (groups * config.block_n + clusters) * width * shape.size
     labels = 12 * points
     scores = parts * (clusters + 1) * points * _FLOAT32 if parts > 1 else 0
-    stages: dict[str, Cost] = {}
-    if groups > 1:
-        read += blocks * groups * width * _FLOAT32
-        stages["mean"] = Cost(clusters * width * shape.size, width * _FLOAT32, 0)
+    # Every program reads its part of the shift, which torch computes from a few centroids.
+    read += blocks * groups * width * _FLOAT32
+    stages = {"shift": Cost(min(clusters, 16) * width * shape.size, width * _FLOAT32, 0)}
     flops = 2 * blocks * config.block_n * groups * group * width
     stages["assign"] = Cost(read, scores or labels, flops)
     if parts > 1:

@@ -131,15 +131,16 @@ def test_eager_gram_flops_are_counted_ones(op: str, shape: cost.Shape) -> None:
     teacher = torch.randn(shape.batch, shape.teacher_features, generator=generator)
     widths = (shape.student_features, shape.teacher_features)
     own, given = (torch.randn(shape.centroids, width, generator=generator) for width in widths)
-    known = gram.forward(given[:0], given, None, None)[:-1, :-1] if memories else None
+    known = gram.forward([(given[:0], given, None)], None)[0][:-1, :-1] if memories else None
     own, given = (own, given) if memories else (None, None)  # type: ignore[assignment]
     expected = cost.eager(op, shape)
-    gamma = gram.forward(student, own, None, None)
-    forward = _counted(lambda: gram.forward(student, own, None, None))
-    forward += _counted(lambda: gram.forward(teacher, given, known, None))
+    sides = [(student, own, None), (teacher, given, known)]
+    gamma, _ = gram.forward(sides, None)
+    forward = _counted(lambda: gram.forward(sides, None))
     assert forward == expected["forward"]
     assert (
-        _counted(lambda: gram.backward(student, own, None, gamma, (True, memories))) == expected["backward"]
+        _counted(lambda: gram.backward(student, own, None, gamma[None], None, (True, memories)))
+        == expected["backward"]
     )
 
 
@@ -209,9 +210,8 @@ for batch, rows, width, centroids in json.loads(sys.argv[3]):
     x, memory = torch.ones(batch, rows * width), torch.ones(centroids, rows * width)
     known = torch.zeros(centroids + 1, centroids + 1)
     with traffic.counting() as totals:
-        gamma = gram.forward(x, memory, None, None)
-        gram.forward(x, memory, known, None)
-        gram.backward(x, memory, None, gamma, (True, True))
+        gamma, _ = gram.forward([(x, memory, None), (x, memory, known)], None)
+        gram.backward(x, memory, None, gamma.expand(4, -1, -1), torch.ones(4), (True, True))
     counted.append({name: part.issued for name, part in totals.items()})
 for points, rows, width, centroids in json.loads(sys.argv[4]):
     x, c = torch.ones(points, rows * width), torch.ones(centroids, rows * width)
@@ -230,13 +230,12 @@ _KERNELS = {
     "_intra_cka_finish_kernel": ("intra_finish",),
     "_intra_cka_bwd_kernel": ("intra_backward",),
     "_intra_cka_bwd_tile_kernel": ("intra_backward",),
-    "_gram_fwd_kernel": ("student_gram", "teacher_gram"),
-    "_gram_mean_kernel": ("student_gram_means", "teacher_gram_means", "gram_means_backward"),
-    "_gram_tile_kernel": ("student_gram", "teacher_gram"),
-    "_gram_sum_kernel": ("student_gram_sum", "teacher_gram_sum"),
+    "_gram_fwd_kernel": ("gram",),
+    "_gram_sum_kernel": ("gram_sum",),
+    "_gram_centre_kernel": ("gram_centre",),
+    "_gram_symmetric_kernel": ("gram_symmetric",),
     "_gram_rows_kernel": ("gram_rows",),
     "_gram_bwd_kernel": ("gram_backward",),
-    "_gram_bwd_tile_kernel": ("gram_backward",),
     "_kmeans_assign_kernel": ("assign",),
     "_kmeans_nearest_kernel": ("nearest",),
     "_kmeans_update_kernel": ("update",),

@@ -167,7 +167,7 @@ def path(
 ) -> Iterator[str]:
     """Run a test with one program per part of F, and with one per tile of Gamma."""
     multiprocessors(3)
-    plans = kernels._default_forward, kernels._forward_plan, kernels._backward_plan
+    plans = kernels.default_forward, kernels.forward_plan, kernels.backward_plan
     if request.param == "tiled":
         tile_by_tile(monkeypatch)
         for plan in plans:

@@ -791,7 +791,7 @@ Side = tuple[Tensor, Tensor | None, Tensor | None]
 """Features [B, F], memory [K, F'] or None, and the memory's own block of Gamma if it is given."""
 
 
-class _Shape(NamedTuple):
+class LaunchShape(NamedTuple):
     """What the launches of sides with the same numbers of rows depend on."""
 
     num_centroid: int
@@ -848,6 +848,30 @@ class _Shape(NamedTuple):
         }
 
 
+def stored_entries(shape: LaunchShape, given: bool) -> int:
+    """The entries of Gamma' that a part holds; ``given``: without the memory's own block."""
+    limit, head, tile = shape.total - shape.raw, shape.head, _SUMMED.value
+    entries = sum(min(limit, (row // tile + 1) * tile) for row in range(limit))
+    if given and shape.raw:
+        entries -= sum(min(head, (row // tile + 1) * tile) for row in range(head))
+    return entries
+
+
+def summed_blocks(total: int) -> int:
+    """Tiles along an edge of Gamma' in the sum over parts."""
+    return cdiv(total, _SUMMED.value)
+
+
+def symmetric_blocks(total: int) -> int:
+    """Tiles along an edge of dGamma + dGamma^T."""
+    return cdiv(total, _SYMMETRIC)
+
+
+def rows_block(padded: int) -> int:
+    """Rows of A that a program of ``_gram_rows_kernel`` holds."""
+    return max(1, min(MIN_TILE, _HELD // next_power_of_2(padded)))
+
+
 class _Forward(NamedTuple):
     """What the launches of a forward need, for a configuration."""
 
@@ -858,7 +882,8 @@ class _Forward(NamedTuple):
 
 
 @functools.lru_cache(maxsize=512)
-def _default_forward(shape: _Shape) -> Config:
+def default_forward(shape: LaunchShape) -> Config:
+    """The heuristic's configuration of a forward."""
     skipped = shape.head if shape.raw and shape.given_side >= 0 else 0
     width = max(shape.width(side) for side in range(len(shape.widths)))
     rows, sides = shape.total - shape.raw, len(shape.widths)
@@ -866,7 +891,8 @@ def _default_forward(shape: _Shape) -> Config:
 
 
 @functools.lru_cache(maxsize=512)
-def _forward_plan(shape: _Shape, default: Config, config: Config) -> _Forward:
+def forward_plan(shape: LaunchShape, default: Config, config: Config) -> _Forward:
+    """What the launches of a forward need with ``config``; parts are those of ``default``."""
     # Parts begin where slices of every configuration do, and where tokens do if a slice is within one.
     step, sides = 2 * default.block_f, range(len(shape.widths))
     part_f = tuple(max(step, cdiv(cdiv(shape.width(side), default.parts), step) * step) for side in sides)
@@ -894,10 +920,10 @@ def _dot_of(side: Side) -> torch.dtype:
     return dot_type(features.dtype, memory.dtype)
 
 
-def _shape_of(sides: Sequence[Side], mask: Tensor | None, dot: torch.dtype) -> _Shape:
+def _shape_of(sides: Sequence[Side], mask: Tensor | None, dot: torch.dtype) -> LaunchShape:
     features, memory, _ = sides[0]
     target = target_of(features.device)
-    return _Shape(
+    return LaunchShape(
         0 if memory is None else memory.shape[0],
         features.shape[0],
         tuple((0 if m is None else m.shape[1], x.shape[1]) for x, m, _ in sides),
@@ -929,11 +955,11 @@ def forward(sides: Sequence[Side], mask: Tensor | None) -> Sequence[Tensor]:
     device, total, batch, num_centroid, head = (
         features.device, shape.total, shape.batch, shape.num_centroid, shape.head,
     )  # fmt: skip
-    default = _default_forward(shape)
-    plan = _forward_plan(shape, default, default)
+    default = default_forward(shape)
+    plan = forward_plan(shape, default, default)
     partial = torch.empty((sum(plan.parts), total, total), dtype=torch.float32, device=device)
     gram = torch.empty((len(sides), total, total), dtype=torch.float32, device=device)
-    blocks = cdiv(total, _SUMMED.value)
+    blocks = summed_blocks(total)
     tiles = blocks * (blocks + 1) // 2
     work = torch.empty(
         len(sides) * (total * (total + 2 * blocks) + 5 * tiles), dtype=torch.float64, device=device
@@ -954,7 +980,7 @@ def forward(sides: Sequence[Side], mask: Tensor | None) -> Sequence[Tensor]:
     rows = (num_centroid, batch, head, total)
 
     def multiply(config: Config) -> None:
-        chosen = _forward_plan(shape, default, config)
+        chosen = forward_plan(shape, default, config)
         launch(
             _gram_fwd_kernel, chosen.grid, (*arguments, flags, partial, *flag_strides, *rows), chosen.constants,
             device=device, num_warps=config.num_warps, num_stages=config.num_stages,
@@ -966,7 +992,7 @@ def forward(sides: Sequence[Side], mask: Tensor | None) -> Sequence[Tensor]:
     warps = 1 if max(plan.parts) <= 16 else 4 if max(plan.parts) <= 128 else 8
     launch(
         _gram_sum_kernel, (tiles, len(sides)), (partial, work, *rows, plan.parts[0], plan.parts[-1], blocks),
-        {**meta, "PARTS": 8 * warps if warps < 4 else 4 * warps}, device=device, num_warps=warps,
+        {**meta, "PARTS": max(8, 4 * warps)}, device=device, num_warps=warps,
     )  # fmt: skip
     given = gram if shape.given_side < 0 else sides[shape.given_side][2]
     given_strides = (0, 0) if given is None or given is gram else given.stride()
@@ -988,9 +1014,10 @@ class _Backward(NamedTuple):
 
 
 @functools.lru_cache(maxsize=512)
-def _backward_plan(
-    shape: _Shape, needs: tuple[bool, bool], config: Config | None
+def backward_plan(
+    shape: LaunchShape, needs: tuple[bool, bool], config: Config | None
 ) -> tuple[Config, _Backward]:
+    """``config``, or the heuristic's, and what the backward's product needs with it."""
     if config is None:
         rows = shape.total - shape.raw
         config = backward_config(rows, shape.width(0), shape.dot, shape.precision, shape.target)
@@ -1034,7 +1061,7 @@ def backward(
     sixteenths = cdiv(total, 16)
     padded = 16 * sixteenths
     rows = (shape.num_centroid, shape.batch, shape.head, total)
-    blocks = cdiv(total, _SYMMETRIC)
+    blocks = symmetric_blocks(total)
     small = torch.empty((total + 2 * blocks, total), dtype=torch.float32, device=device)
     terms = torch.empty((1 + shape.raw, padded, padded), dtype=shape.dot, device=device)
     scale = torch.empty(padded, dtype=torch.float32, device=device)
@@ -1045,7 +1072,7 @@ def backward(
         device=device, num_warps=4,
     )  # fmt: skip
     whole = next_power_of_2(padded)
-    block = max(1, min(MIN_TILE, _HELD // whole))
+    block = rows_block(padded)
     launch(
         _gram_rows_kernel, (cdiv(padded, block),), (small, terms, scale, *rows, sixteenths, blocks),
         {"TERMS": 1 + shape.raw, "BLOCK": block, "ALL": whole, "BLOCKS": next_power_of_2(blocks)},
@@ -1055,10 +1082,10 @@ def backward(
     output_strides = [stride for output in outputs for stride in output.stride()]
     tensors, strides = _rows_of(features, memory)
     flags, flag_strides = (small, (0, 0)) if mask is None else (mask.view(torch.uint8), mask.stride())
-    default, _ = _backward_plan(shape, needs, None)
+    default, _ = backward_plan(shape, needs, None)
 
     def multiply(config: Config) -> None:
-        _, plan = _backward_plan(shape, needs, config)
+        _, plan = backward_plan(shape, needs, config)
         arguments = (
             *tensors, flags, terms, scale, *outputs, *strides, *flag_strides, *output_strides,
             *rows, *shape.widths[0], shape.token(0), plan.part_f, sixteenths,
