@@ -226,15 +226,23 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "(columns // token)[None, :]",
             "mask's token stride dropped",
         ),
-        Mutation("def _sums", "tl.where(from_memory, 0.0, x)", "x", "memory rows in the features' mean"),
-        Mutation("def _centre", "rows < head", "rows < K", "mean row of the memory gets the features' mean"),
-        Mutation("def _centre", "rows == N - 1", "rows == N", "features' mean row lost"),
-        Mutation("def _store_lower", "<= rows[:, None]", "< rows[:, None]", "diagonal not stored"),
+        Mutation("def _shifts", "tl.minimum(K, _SHIFTING)", "_SHIFTING", "mean of few rows divided by many"),
         Mutation(
-            "def _all_tiles",
-            "mean_h /= tl.maximum(B, 1)",
-            "mean_h /= tl.maximum(K, 1)",
-            "features' mean divided by K",
+            "def _tile(",
+            "rows < head)[:, None], s_m[None, :], s_h",
+            "rows < K)[:, None], s_m[None, :], s_m",
+            "features shifted by the memory's mean",
+        ),
+        Mutation(
+            "def _tile(",
+            "(s_h - s_m)[None, :]",
+            "s_h[None, :]",
+            "row between the shifts without the memory's",
+        ),
+        Mutation("def _tile(", "rows == N - 1", "rows == N", "row of the features' shift lost"),
+        Mutation("def _stored", "limit = N - 1 if RAW else N", "limit = N - 1", "last row not stored"),
+        Mutation(
+            "def _stored", "<= (rows // _SUMMED)", "< (rows // _SUMMED)", "tiles on the diagonal not stored"
         ),
         Mutation(
             "def _tile_rows", "t * BLOCK +", "t * LAST +", "tiles start at multiples of the last one's rows"
@@ -250,109 +258,246 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "def _pairs", "range(first, tiles)", "range(first + 1, tiles)", "first row of tiles dropped"
         ),
         Mutation(
-            "def _gram_fwd_kernel",
-            "minimum(first + part_f,",
-            "minimum(first + part_f + 1,",
+            "def _gram_of_part",
+            "tl.minimum(first + part_f,",
+            "tl.minimum(first + part_f + 1,",
             "parts of F overlap",
         ),
         Mutation(
-            "def _gram_fwd_kernel",
+            "def _gram_of_part",
             "tl.trans(grams[p]), rows",
             "grams[p], rows",
             "tile not transposed when stored",
         ),
         Mutation(
-            "def _gram_tile_kernel",
-            "(block_i + 1) * BLOCK_N <= head",
-            "block_i * BLOCK_N <= head",
-            "tiles with features skipped as given",
+            "def _gram_of_part", "block_i < FIRST", "block_i <= FIRST", "tiles with features skipped as given"
         ),
         Mutation(
-            "def _load_means",
-            "mean_ptr + width + columns",
-            "mean_ptr + columns",
-            "the memory's mean for the features'",
+            "def _gram_fwd_kernel",
+            "program - parts, other_part_f",
+            "program, other_part_f",
+            "parts of the other side begin late",
         ),
         Mutation(
-            "def _gram_bwd_tile_kernel",
-            "range(0, N, INNER)",
-            "range(INNER, N, INNER)",
-            "first rows of Z left out",
+            "def _gram_fwd_kernel",
+            "if program < parts",
+            "if program <= parts",
+            "first part of the other side of this one",
         ),
-        Mutation("def _gram_sum_kernel", "some < parts", "some < parts - 1", "last partial dropped"),
+        Mutation("def _work", "2 * blocks * N", "blocks * N", "totals over the sums"),
+        Mutation("def _gram_sum_kernel", "(some < count)", "(some < count - 1)", "last part dropped"),
         Mutation(
             "def _gram_sum_kernel",
-            "columns * N + rows, gram",
-            "rows * N + columns, gram",
+            "(side * parts)",
+            "(side * other_parts)",
+            "other side's parts found elsewhere",
+            "sides of equal width have as many parts",
+        ),
+        Mutation(
+            "def _gram_sum_kernel",
+            "raw_ptr + columns[None, :] * N + rows[:, None]",
+            "raw_ptr + rows[:, None] * N + columns[None, :]",
             "mirror image not transposed",
         ),
-        Mutation("def _symmetric_tile", "return straight + ", "return straight + 0 * ", "dGamma^T dropped"),
-        Mutation("def _gram_rows_kernel", "a -= tl.where", "a += tl.where", "sign of the mean in A"),
         Mutation(
-            "def _gram_rows_kernel", "-tile, tile)", "tile, tile)", "row of the mean with the wrong sign"
+            "def _gram_sum_kernel", "times = 2.0", "times = 1.0", "tiles below the diagonal counted once"
         ),
         Mutation(
+            "def _gram_sum_kernel",
+            "tl.where(columns_h[None, :], total, 0.0)",
+            "total",
+            "memory's columns in the features' sums",
+        ),
+        Mutation(
+            "def _gram_sum_kernel",
+            "tl.where(rows_m[:, None], total, 0.0)",
+            "total",
+            "features' rows in the memory's sums",
+        ),
+        Mutation(
+            "def _gram_sum_kernel",
+            "tl.where(rows_h, of_rows_m, 0.0)",
+            "of_rows_m",
+            "memory's own sum between memory and features",
+        ),
+        Mutation(
+            "def _signs",
+            "tl.where(index == head - 1, 1.0, 0.0)",
+            "0.0",
+            "row of the memory's mean without it",
+        ),
+        Mutation(
+            "def _signs", "tl.where(index == N - 1, 1.0, 0.0)", "0.0", "last row without the features' mean"
+        ),
+        Mutation(
+            "def _signs",
+            "((index == N - 1) & (head > 0))",
+            "(index == N)",
+            "last row without the memory's mean",
+        ),
+        Mutation("def _means_of_rows", "tl.maximum(B, 1)", "tl.maximum(K, 1)", "features' mean divided by K"),
+        Mutation("def _gram_centre_kernel", "/ (k * b)", "/ (k * k)", "mean product divided by K^2"),
+        Mutation(
+            "def _gram_centre_kernel",
+            "beta_r[:, None] * columns_h[None, :] + ",
+            "",
+            "features' mean not taken out of columns",
+        ),
+        Mutation(
+            "def _gram_centre_kernel", "* mean_mh", "* 0.0", "mean products of memory and features dropped"
+        ),
+        Mutation(
+            "def _gram_centre_kernel",
+            "given_c.to(tl.float64) + mean_mm",
+            "given_c.to(tl.float64)",
+            "given rows without their mean",
+        ),
+        Mutation(
+            "def _gram_centre_kernel",
+            "tl.maximum(rows[:, None], columns[None, :])",
+            "rows[:, None] + 0 * columns[None, :]",
+            "given block's upper triangle read as it is",
+            "the triangles of a symmetric block are equal",
+        ),
+        Mutation(
+            "def _gram_centre_kernel",
+            "tl.where(in_block, given.to(tl.float32), result)",
+            "result",
+            "given block not copied",
+        ),
+        Mutation(
+            "def _gram_symmetric_kernel",
+            "column * stride_dr + row * stride_dc",
+            "row * stride_dr + column * stride_dc",
+            "dGamma^T dropped",
+        ),
+        Mutation("def _gram_symmetric_kernel", "each * stride_dl", "0 * stride_dl", "first loss alone"),
+        Mutation(
+            "def _gram_symmetric_kernel",
+            "d *= tl.load(weight_ptr + each)",
+            "d *= tl.load(weight_ptr)",
+            "first weight for all",
+        ),
+        Mutation("def _signed_sums", "(block < blocks)", "(block < 1)", "sums of the first block alone"),
+        Mutation(
+            "def _weights_of_means",
+            "1.0 / tl.maximum(K, 1)",
+            "1.0 / tl.maximum(B, 1)",
+            "memory's mean divided by B",
+        ),
+        Mutation("def _gram_rows_kernel", "of_row_h * total_mh", "0.0", "product of the means dropped"),
+        Mutation(
+            "def _gram_rows_kernel",
+            "row_h[:, None] * w_h[None, :]",
+            "row_h[:, None] * w_m[None, :]",
+            "features' sums at the memory's columns",
+        ),
+        Mutation(
+            "def _gram_rows_kernel",
+            "(of_row_m + of_row_h > 0.0)[:, None]",
+            "(rows >= 0)[:, None]",
+            "rows of the means kept",
+            "their gradients are stored nowhere",
+        ),
+        Mutation(
+            "def _gram_rows_kernel",
+            "tl.where(scale == 0.0, 1.0, scale)",
+            "scale",
+            "division by an empty row's scale",
+        ),
+        Mutation("def _gram_rows_kernel", "(a - term.to(tl.float32))", "(a * 0.0)", "second term dropped"),
+        Mutation("def _load_term", "columns < padded", "columns < padded - 16", "last columns of A dropped"),
+        Mutation(
             "def _gram_bwd_kernel",
-            "tl.dot(tiles_of_a[i * TILES + j]",
-            "tl.dot(tiles_of_a[i * TILES]",
+            "terms[i * TILES * TERMS + j]",
+            "terms[i * TILES * TERMS]",
             "wrong tile of A",
         ),
+        Mutation("def _gram_bwd_kernel", "product * scales[i]", "product", "scale of A dropped"),
         Mutation(
-            "def _gram_bwd_kernel",
-            "tl.program_id(0) * PANEL * BLOCK",
-            "tl.program_id(0) * BLOCK",
-            "panels of A overlap",
+            "def _gram_bwd_kernel", "range(0, N, INNER)", "range(INNER, N, INNER)", "first rows of Z left out"
         ),
         Mutation(
-            "def _gram_bwd_kernel",
-            "LAST if PANEL == TILES else BLOCK",
-            "LAST",
-            "panels as short as the last tile",
+            "def _gram_bwd_kernel", "(d_z + rest) * scale", "d_z * scale", "second term dropped, tile by tile"
         ),
-        Mutation(
-            "def _gram_bwd_kernel",
-            "product * scales[i * TILES + j]",
-            "product * scales[i * TILES]",
-            "wrong scale of A",
-        ),
-        Mutation("def _load_scaled", "scale > 0.0", "scale >= 0.0", "division by an empty row's scale"),
         Mutation(
             "def _store_gradient", "tl.where(kept, d_z, 0.0)", "d_z", "gradient of dropped tokens not 0"
+        ),
+        Mutation(
+            "def _store_gradient",
+            "d_features_ptr + samples",
+            "d_features_ptr + rows",
+            "features' gradient at other rows",
         ),
     ),
     "structure": (
         Mutation(
-            "def _trace",
-            "index < rows",
-            "index < rows - 1",
-            "last diagonal entry dropped",
-            "the trace cancels from value and gradient; it decides, by orders of magnitude, if there is structure",
+            "def _store_sums",
+            "times = tl.where(i == j, 1.0, 2.0)",
+            "times = tl.where(i == j, 1.0, 1.0)",
+            "tiles below the diagonal counted once",
         ),
         Mutation(
-            "def _inverse_energy",
+            "def _store_sums",
+            "tl.where(diagonal, s, 0.0)",
+            "s",
+            "sum of all entries for the trace",
+            "the trace decides, by orders of magnitude, if there is structure",
+        ),
+        Mutation("def _store_sums", "(column < rows)", "(column <= rows)", "mean's column in the sums"),
+        Mutation(
+            "def _unit",
             "& (rows > 1)",
             "",
             "a single row taken for structure",
             "the energy of one centred row is 0 up to rounding, which the other condition rejects",
         ),
-        Mutation("def _cka_of_block", "0.5 * tl.sum(deltas)", "tl.sum(deltas)", "half of delta"),
-        Mutation("def _cka_of_block", "-1.0 / (floored", "1.0 / (floored", "sign of the gradient"),
+        Mutation("def _cka_of_block", "tile < _tiles_of(rows)", "tile < 1", "sums of the first tile alone"),
+        Mutation(
+            "def _cka_of_block",
+            "- tl.sum(st)) / product",
+            "- tl.sum(st)) / norm_s",
+            "1 - CKA not divided by |T|",
+        ),
+        Mutation("def _cka_of_block", "-unit_s / floored", "unit_s / floored", "sign of the gradient"),
         Mutation("def _distances", "- 2.0 * hm", "+ 2.0 * hm", "sign of the product in q"),
         Mutation("def _without_rounding", "NORM_ROUNDING * sizes", "-sizes", "rounding taken for a norm"),
-        Mutation("def _distances", "/ double_ab, 1.0)", "/ double_ab, 0.0)", "cosine with the zero vector"),
+        Mutation("def _distances", "/ double_ab, 0.0)", "/ double_ab, 1.0)", "cosine with the zero vector"),
+        Mutation(
+            "def _distances",
+            "m_to_d + m_to_m)[None, :] + ",
+            "m_to_d)[None, :] + ",
+            "memory's mean left out of the inner product",
+        ),
+        Mutation(
+            "def _distances",
+            "tl.abs(cosine) > 0.5",
+            "tl.abs(cosine) > 2.0",
+            "distance of equal directions from their cosine",
+        ),
         Mutation(
             "def _pair_terms",
             "tl.where(apart, error",
             "tl.where(apart | True, error",
             "gradient at distance 0",
         ),
-        Mutation("def _pair_terms", "r / b + cosine", "r / b - cosine", "sign in d/du"),
+        Mutation("def _pair_terms", "r / b + distance", "r / b - distance", "sign in d/du"),
+        Mutation(
+            "def _pair_terms",
+            "teacher_cosine - cosine, distance",
+            "cosine - teacher_cosine, distance",
+            "sign of the error of wide angles",
+        ),
         Mutation(
             "def _structure_stats_kernel",
-            "rows_e += tl.sum(d_q_e, axis=1)",
-            "rows_e = tl.sum(d_q_e, axis=1)",
-            "row sums keep the last block alone",
+            "tl.store(pointers + m_blocks * B, tl.sum(d_q_c",
+            "tl.store(pointers, tl.sum(d_q_c",
+            "sums of F^C over those of F^E",
         ),
+        Mutation(
+            "def _structure_stats_kernel", "% m_blocks", "% h_blocks", "blocks of pairs numbered wrongly"
+        ),
+        Mutation("def _sum_blocks", "(block < blocks)", "(block < 1)", "sums of the first block alone"),
         Mutation(
             "def _scatter_tile", "whole_v, result)", "whole_u, result)", "wrong sum at the memory's mean"
         ),
@@ -383,14 +528,25 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
         Mutation("def _load_points", "* stride_xf", "", "stride of points dropped"),
         Mutation("def _load_tile", "(clusters < K)", "(clusters <= K)", "< to <= at K in loads"),
         Mutation("def _load_tile", "* stride_ck", "* stride_cf", "stride of centroids wrong"),
-        Mutation("def _load_centroids", "mean *= inverse", "mean *= 1.0", "mean is a sum"),
         Mutation(
-            "def _load_centroids", "mean += tl.sum(c_2, axis=0)", "mean += 0.0", "third tile not in the mean"
+            "def _load_centroids",
+            "columns, K, F)\n    c_1, c_2",
+            "columns, K - 1, F)\n    c_1, c_2",
+            "last centroid read as 0",
         ),
         Mutation(
             "def _add_product", "norms += _fold(c * c)", "norms += _fold(c)", "norms of centroids not squared"
         ),
         Mutation("def _add_product", "c -= mean[None, :]", "c -= 0.0", "centroids not shifted"),
+        Mutation(
+            "def _add_product", "2.0 * mean[None, :] * d", "mean[None, :] * d", "half of the mean's product"
+        ),
+        Mutation(
+            "def _add_product",
+            "* d.to(tl.float32)",
+            "* c",
+            "mean's product with centroids before they are rounded",
+        ),
         Mutation("def _add_beyond", "(c + mean[None, :])", "c", "zeros beyond the points not shifted"),
         Mutation("def _nearer", "(clusters < K)[:, None] & ", "", "centroids past the last one compared"),
         Mutation("def _nearer", "lower = lowest < best", "lower = lowest <= best", "< to <= on ties"),
@@ -414,7 +570,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "last = tl.minimum(first + part_f - BLOCK_F, width)",
             "last slice of a part dropped",
         ),
-        Mutation("def _kmeans_assign_kernel", "x -= mean[None, :]", "x -= 0.0", "points not shifted"),
+        Mutation("def _kmeans_assign_kernel", "- mean[None, :]\n", "- 0.0\n", "points not shifted"),
         Mutation(
             "beyond = tl.cdiv", "beyond += part * share", "beyond += share", "share of the first part twice"
         ),
@@ -425,7 +581,10 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "distance without the point's own norm",
         ),
         Mutation(
-            "def _kmeans_nearest_kernel", "range(0, parts)", "range(1, parts)", "partial scores dropped"
+            "def _kmeans_nearest_kernel",
+            "range(0, parts, loop",
+            "range(1, parts, loop",
+            "partial scores dropped",
         ),
         Mutation(
             "best, label = _nearer(best, label, scores, clusters, K)\n    for",

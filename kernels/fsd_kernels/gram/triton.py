@@ -459,7 +459,7 @@ def _means_of_rows(sums_ptr, index, K, B, N, blocks, BLOCKS: tl.constexpr):
 @triton.jit(do_not_specialize=_SIZES)
 def _gram_centre_kernel(
     work_ptr, given_ptr, gram_ptr, stride_nr, stride_nc, K, B, head, N, blocks,
-    GIVEN_SIDE: tl.constexpr, RAW: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
+    GIVEN_SIDE: tl.constexpr, RAW: tl.constexpr, BLOCKS: tl.constexpr, TOTALS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per (tile, side): Gamma = C Gamma' C^T in float64, stored as float32 [sides, N, N].
 
@@ -470,7 +470,7 @@ def _gram_centre_kernel(
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     raw_ptr, sums_ptr, totals_ptr = _work(work_ptr, side, N, blocks)
-    tile = tl.arange(0, TILES)
+    tile = tl.arange(0, TOTALS)
     in_tiles = tile < blocks * (blocks + 1) // 2
     totals_ptr += tile * 5
     k, b = tl.maximum(K, 1).to(tl.float64), tl.maximum(B, 1).to(tl.float64)
@@ -999,7 +999,7 @@ def forward(sides: Sequence[Side], mask: Tensor | None) -> Sequence[Tensor]:
     edge = cdiv(total, 32)
     launch(
         _gram_centre_kernel, (edge, edge, len(sides)), (work, given, gram, *given_strides, *rows, blocks),
-        {**meta, "BLOCKS": next_power_of_2(blocks), "TILES": next_power_of_2(tiles), "BLOCK": 32},
+        {**meta, "BLOCKS": next_power_of_2(blocks), "TOTALS": next_power_of_2(tiles), "BLOCK": 32},
         device=device, num_warps=8,
     )  # fmt: skip
     return gram.unbind()
