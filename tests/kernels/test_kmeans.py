@@ -462,6 +462,19 @@ def test_kernels_a_large_common_offset_takes_no_digits(
 
 
 @on_triton
+def test_kernels_an_offset_of_bfloat16_points_does_not_meet_the_centroids_rounding(path: str) -> None:
+    """Centroids are rounded after the shift, and what that takes is not multiplied with the offset."""
+    generator = torch.Generator().manual_seed(0)
+    points, centroids = (
+        (96 + torch.randint(-4, 5, (rows, 300), generator=generator) / 2).bfloat16().to(DEVICE)
+        for rows in (40, 13)
+    )
+    truth = squared_distances(points, centroids)
+    _, distances = assign(points, centroids, backend="triton")
+    torch.testing.assert_close(distances.double(), truth.amin(1), rtol=1e-3, atol=0)
+
+
+@on_triton
 def test_kernels_a_large_common_offset_of_three_tiles_of_centroids(tf32: None) -> None:
     points, centroids = (
         x.float() + 65536.0 for x in clustered_on_device(40, 300, 64, spread=0.5, offset=0.0)

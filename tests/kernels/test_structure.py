@@ -229,14 +229,15 @@ def test_kernels_match_the_formula(sizes: tuple[int, int]) -> None:
 
 
 @on_triton
-def test_kernels_of_vectors_at_right_angles_keep_the_digits_of_their_cosines() -> None:
-    """Wide features without an offset: 1 - cos is 1 up to a hundredth, and its rounding hides the cosine's."""
+@pytest.mark.parametrize("offset", [0.0, 30.0], ids=["at right angles", "in one direction"])
+def test_kernels_keep_the_digits_of_cosines(offset: float) -> None:
+    """1 - cos hides a cosine of 0.01 behind the rounding of 1, as the cosine hides a distance of 0.001."""
     features, memory, first, second = (
         normal(rows, 8192, seed=rows, offset=0.0).double() for rows in (16, 40, 17, 41)
     )
     teacher_features, teacher_memory = features + first[:16], memory + 0.5 * second[:40]
-    student = gram(features, memory, backend="reference").requires_grad_()
-    teacher = gram(teacher_features, teacher_memory, backend="reference")
+    student = gram(features + offset, memory + offset, backend="reference").requires_grad_()
+    teacher = gram(teacher_features + offset, teacher_memory + offset, backend="reference")
     (expected,) = torch.autograd.grad(structure(student, teacher, 40, backend="eager").cosine, student)
     rounded = student.detach().float().requires_grad_()
     value = structure(rounded, teacher.float(), 40, backend="triton").cosine
