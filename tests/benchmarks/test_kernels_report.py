@@ -71,17 +71,47 @@ def test_a_subset_compiles_to_what_it_should_be(target: str, tmp_path: Path) -> 
     assert again == [row._replace(stores=77) for row in rows]
 
 
+def product_loops_of(name: str) -> dict[str, list[ProductLoop]]:
+    """The loops with products of each kernel of a case, in bfloat16 for sm_90."""
+    chosen = [case for case in cases(rows=(128,)) if case.dtype == "bf16" and case.name == name]
+    rows = kernels_report.compile_cases(["sm_90"], chosen, JsonCache(None))
+    return {row.kernel: [ProductLoop(*numbers) for numbers in row.loops] for row in rows}
+
+
+def check_copied(loop: ProductLoop) -> None:
+    """Both operands come from memory by asynchronous copies and pass no register."""
+    assert loop.copies > 0
+    assert loop.products > 0
+    assert (loop.from_registers, loop.stores, loop.conversions) == (0, 0, 0)
+
+
+def test_16_bit_rows_of_gram_go_from_memory_to_the_tensor_cores() -> None:
+    """On sm_90, forward and backward; where a program of the backward holds all rows, its loop stores results."""
+    few, many = product_loops_of("K=100"), product_loops_of("K=300")
+    for loop in (*few["_gram_fwd_kernel"], *many["_gram_fwd_kernel"], *many["_gram_bwd_kernel"]):
+        check_copied(loop)
+    assert len(few["_gram_fwd_kernel"]) >= 1
+    assert len(many["_gram_fwd_kernel"]) >= 1
+    (backward,) = few["_gram_bwd_kernel"]
+    assert backward.copies > 0
+    assert backward.from_registers == 0
+
+
+def test_16_bit_points_go_from_memory_to_the_tensor_cores() -> None:
+    """On sm_90; the centroids, which are shifted and rounded, are the operands in registers."""
+    (loop,) = product_loops_of("k-means N=4096 K=100")["_kmeans_assign_kernel"][:1]
+    assert loop.copies > 0
+    assert loop.stores == 0
+    assert loop.from_registers == loop.products
+
+
 def test_16_bit_features_go_from_memory_to_the_tensor_cores() -> None:
     """On sm_90 no loop with products moves features through registers; the backward's rounds and stores its result."""
-    (case,) = (case for case in cases(rows=(128,)) if case.dtype == "bf16" and case.name == "S=128")
-    rows = kernels_report.compile_cases(["sm_90"], [case], JsonCache(None))
-    loops = {row.kernel: [ProductLoop(*numbers) for numbers in row.loops] for row in rows}
+    loops = product_loops_of("S=128")
     forward, (backward,) = loops["_intra_cka_fwd_kernel"], loops["_intra_cka_bwd_kernel"]
     assert len(forward) == 2  # a side each
     for loop in forward:
-        assert loop.copies > 0
-        assert loop.products > 0
-        assert (loop.from_registers, loop.stores, loop.conversions) == (0, 0, 0)
+        check_copied(loop)
     assert backward.copies > 0
     assert backward.from_registers == 0
     # 128 x 64 results of 256 threads, two of them in a conversion and eight in a store.
