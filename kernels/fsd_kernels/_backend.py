@@ -31,11 +31,10 @@ _fallback_reasons: set[str] = set()
 
 def _triton_problem(op: str, device: torch.device) -> str | None:
     """Say why the Triton implementation of ``op`` cannot run on ``device``; None if it can."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type == "cpu" and not interpreted:
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "tensors are on the CPU and TRITON_INTERPRET=1 is not set"
     try:
-        importlib.import_module(f"fsd_kernels.{op}.triton")
+        implementation(op, "triton")
     except ImportError as error:
         return f"fsd_kernels.{op}.triton cannot be imported ({error})"
     return None

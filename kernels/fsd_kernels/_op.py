@@ -8,8 +8,7 @@ run as an ``autograd.Function``.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,13 +22,15 @@ _PLAIN_TYPES = (Tensor, nn.Parameter)
 _SAVED_TENSOR = object()
 
 
-def _flat(values: Iterable[Any]) -> Iterator[Any]:
+def _flat(values: Iterable[Any]) -> list[Any]:
     """The values, with those of a list or tuple one by one."""
+    found: list[Any] = []
     for value in values:
-        if isinstance(value, list | tuple):
-            yield from value
+        if type(value) is list or type(value) is tuple:
+            found += value
         else:
-            yield value
+            found.append(value)
+    return found
 
 
 def _no_gradient(needs: Any) -> Any:
@@ -37,18 +38,20 @@ def _no_gradient(needs: Any) -> Any:
     return [None] * len(needs) if isinstance(needs, list | tuple) else None
 
 
-def _without_autocast(inputs: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
-    """Keep autocast out of an op's arithmetic; where it is off, its context would only cost time."""
-    device = next(value for value in _flat(inputs) if isinstance(value, Tensor)).device
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+def _without_autocast(function: Callable[..., Any], inputs: Sequence[Any]) -> Any:
+    """Call a function and keep autocast out of its arithmetic; where it is off, its context would only cost time."""
+    first = inputs[0]
+    while not isinstance(first, Tensor):
+        first = first[0]
+    if torch.is_autocast_enabled(first.device.type):
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*inputs)
+    return function(*inputs)
 
 
 def run_reference(op: str, function: str, *inputs: Any) -> Any:
     """Run a function of ``fsd_kernels.<op>.reference`` as it is: autograd differentiates through it."""
-    with _without_autocast(inputs):
-        return getattr(implementation(op, "reference"), function)(*inputs)
+    return _without_autocast(getattr(implementation(op, "reference"), function), inputs)
 
 
 class Op:
@@ -75,16 +78,16 @@ class Op:
 
     def run(self, *inputs: Any) -> Any:
         """Run the function without the dispatcher and without gradients."""
-        with _without_autocast(inputs):
-            return self._function(*inputs)
+        return _without_autocast(self._function, inputs)
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the op: past the dispatcher if no compiler and no subclass of Tensor has to see it."""
         if torch.compiler.is_compiling():
             return self._registered(*inputs)
         tensors = [value for value in _flat(inputs) if isinstance(value, Tensor)]
-        if any(type(tensor) not in _PLAIN_TYPES for tensor in tensors):
-            return self._registered(*inputs)
+        for tensor in tensors:
+            if type(tensor) not in _PLAIN_TYPES:
+                return self._registered(*inputs)
         if self._gradients is not None:
             return _Direct.apply(self, inputs, *_flat(inputs[: self._leaves]))
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):

@@ -32,7 +32,7 @@ import torch
 
 if TYPE_CHECKING:
     from fsd_kernels._triton import Target
-    from fsd_kernels.gram.triton import LaunchShape
+    from fsd_kernels.gram.plan import LaunchShape
 
 OPS = ("intra", "local", "global", "inter", "fsd_ilg", "kmeans")
 """What is costed: losses and k-means, each made of one or more of the registered ops."""
@@ -340,7 +340,7 @@ def _three_products(precision: str, dtype: torch.dtype, target: Target) -> str:
 
 
 def _gram_shape(shape: Shape, centroids: int, target: Target, precision: str) -> LaunchShape:
-    from fsd_kernels.gram.triton import LaunchShape
+    from fsd_kernels.gram.plan import LaunchShape
 
     widths = (shape.student_features, shape.teacher_features)
     return LaunchShape(
@@ -357,17 +357,10 @@ def _gram_shape(shape: Shape, centroids: int, target: Target, precision: str) ->
 
 def _gram_forward_triton(shape: Shape, centroids: int, target: Target, precision: str) -> dict[str, Cost]:
     """Forward of both sides' Gamma: parts, their sum, and its centring; the teacher's memory has its block."""
-    from fsd_kernels.gram.triton import (
-        default_forward,
-        forward_plan,
-        held_tiles,
-        stored_entries,
-        summed_blocks,
-    )
+    from fsd_kernels.gram.plan import forward_plan, held_tiles, stored_entries
 
     launched = _gram_shape(shape, centroids, target, precision)
-    config = default_forward(launched)
-    plan = forward_plan(launched, config, config)
+    config, plan = forward_plan(launched)
     batch, total, head, size = shape.batch, launched.total, launched.head, shape.size
     # Of float32 every program reads the rows of the shift too.
     shift = 0 if launched.raw else min(centroids, 8) + min(batch, 8)
@@ -391,10 +384,10 @@ def _gram_forward_triton(shape: Shape, centroids: int, target: Target, precision
         read += rows * width * size
         flops += products * width
         written += parts * stored_entries(launched, given) * _FLOAT32
-    blocks = summed_blocks(total)
+    blocks = plan.blocks
     tiles = blocks * (blocks + 1) // 2
     work = total**2 + 2 * blocks * total + 5 * tiles
-    edge = _cdiv(total, 32)
+    edge = plan.centre_grid[0]
     centre = _FLOAT64 * (total**2 + 4 * edge * total * blocks + 5 * tiles * edge**2)
     of_block = _FLOAT32 * (head**2 + launched.raw * (2 * edge * centroids + edge**2)) if centroids else 0
     return {
@@ -406,14 +399,13 @@ def _gram_forward_triton(shape: Shape, centroids: int, target: Target, precision
 
 def _gram_backward_triton(shape: Shape, centroids: int, target: Target, precision: str) -> dict[str, Cost]:
     """Backward of the student's Gamma from the derivatives of four losses."""
-    from fsd_kernels.gram.triton import backward_plan, rows_block, symmetric_blocks
+    from fsd_kernels.gram.plan import backward_plan
 
     launched = _gram_shape(shape, centroids, target, precision)
-    config, plan = backward_plan(launched, (True, centroids > 0), None)
+    config, plan = backward_plan(launched, (True, centroids > 0))
     width, total, batch = launched.width(0), launched.total, shape.batch
-    small, blocks = total**2 * _FLOAT32, symmetric_blocks(total)
-    padded = 16 * _cdiv(total, 16)
-    programs = _cdiv(padded, rows_block(padded))
+    small, blocks = total**2 * _FLOAT32, plan.blocks
+    padded, (programs,) = 16 * plan.sixteenths, plan.rows_grid
     terms = (1 + launched.raw) * padded**2 * shape.size
     sums = 2 * blocks * total * _FLOAT32
     scales = padded * _FLOAT32

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fsd_kernels import GramBasis, frozen_gram, gram, inter_structure
-from fsd_kernels.gram import eager
-from fsd_kernels.gram import triton as kernels
+from fsd_kernels.gram import eager, plan
 from tests.interpreted import (
     DEVICE,
     GPU,
@@ -152,13 +151,13 @@ def test_gradcheck_gram(count: int, extra: int, kind: str) -> None:
 
 def tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ``gram`` take small inputs as it takes those with many rows, in tiles of 16."""
-    monkeypatch.setattr(kernels, "_tiles", lambda rows: (16, 16, 0))
-    original = kernels.backward_config
+    monkeypatch.setattr(plan, "_tiles", lambda rows: (16, 16, 0))
+    original = plan.backward_config
 
     def small(*args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)._replace(block=16, inner=16)
 
-    monkeypatch.setattr(kernels, "backward_config", small)
+    monkeypatch.setattr(plan, "backward_config", small)
 
 
 @pytest.fixture(params=["fused", "tiled"])
@@ -167,14 +166,14 @@ def path(
 ) -> Iterator[str]:
     """Run a test with one program per part of F, and with one per tile of Gamma."""
     multiprocessors(3)
-    plans = kernels.default_forward, kernels.forward_plan, kernels.backward_plan
+    plans = plan.forward_plan, plan.backward_plan
     if request.param == "tiled":
         tile_by_tile(monkeypatch)
-        for plan in plans:
-            plan.cache_clear()
+        for each in plans:
+            each.cache_clear()
     yield str(request.param)
-    for plan in plans:
-        plan.cache_clear()
+    for each in plans:
+        each.cache_clear()
 
 
 GRAM_CASES: list[tuple[tuple[int, ...], str | None]] = [

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fsd_kernels import _triton as shared
-from fsd_kernels.gram import triton as gram_kernels
+from fsd_kernels.gram import plan as gram_plan
 from fsd_kernels.intra_cka import triton as intra_kernels
 from fsd_kernels.kmeans import triton as kmeans_kernels
 from tests.interpreted import DEVICE, on_triton, round_like
@@ -83,13 +83,12 @@ def test_heuristics_of_the_losses_fill_the_gpu_and_fit_it(name: str) -> None:
         few, many = (intra_kernels.backward_config(128, 768, items, dtype, target) for items in (2, 1000))
         assert few.parts == 4
         assert many.parts == 1
-    wide = gram_kernels.forward_config(134, 98304, torch.float32, "tf32", target)
+    wide = gram_plan.forward_config(134, 98304, torch.float32, "tf32", target)
     assert wide.tiles
     assert 64 <= wide.parts <= 2 * target.multiprocessors
     # Both tiles of 128 rows and their Gram would not fit beside the others.
     many = [
-        gram_kernels.forward_config(334, 98304, torch.float32, "tf32", target, skipped)
-        for skipped in (0, 301)
+        gram_plan.forward_config(334, 98304, torch.float32, "tf32", target, skipped) for skipped in (0, 301)
     ]
     for config in many:
         assert not config.tiles

@@ -20,9 +20,8 @@ gradients.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -31,55 +30,25 @@ from torch import Tensor
 
 from fsd_kernels._launch import launch
 from fsd_kernels._triton import (
-    MIN_TILE,
-    Target,
-    cdiv,
     dot_type,
-    kernel_dot_type,
     neighbours,
-    next_power_of_2,
     operand,
     pick,
     product_precision,
-    small_shared_memory,
     target_of,
     triton_type,
 )
+from fsd_kernels.gram.plan import SUMMED, SYMMETRIC, Config, LaunchShape, backward_plan, forward_plan
 
-# Maximum rows of Z' that one program of the fused kernels holds, in up to three tiles.
-_FUSED_ROWS = 192
 # Rows and columns of a tile in the sum over parts.
-_SUMMED = tl.constexpr(16)
+_SUMMED = tl.constexpr(SUMMED)
 # Rows whose mean is subtracted from float32 rows before they are multiplied.
 _SHIFTING = tl.constexpr(8)
 # Centred energy of 16-bit rows below this fraction of their mean's, 16 eps of float32, is rounding of the sums.
 _RAW_ROUNDING = tl.constexpr(2.0**-19)
-# Maximum columns of a part of F under "highest": short sums lose little to rounding.
-_CHAIN = 384
-# Rows and columns of a tile of dGamma + dGamma^T.
-_SYMMETRIC = 32
-# Entries that a program of ``_gram_rows_kernel`` holds.
-_HELD = 8192
 
 # Sizes that take any value without another compilation. Widths and strides are specialised: they align loads.
 _SIZES = ("K", "B", "head", "N", "token", "other_token", "parts", "other_parts", "blocks", "sixteenths")
-
-
-class Config(NamedTuple):
-    """Tile sizes and launch parameters of one kernel."""
-
-    block: int
-    """Rows of a tile."""
-    last: int
-    """Rows of the last tile of a program that holds all rows."""
-    tiles: int
-    """Tiles of a program that holds all rows; 0 if each program holds one tile of Gamma', or of the gradient."""
-    inner: int
-    """Backward by tiles: rows of Z' that are multiplied at a time."""
-    block_f: int
-    parts: int
-    num_warps: int
-    num_stages: int
 
 
 @triton.jit
@@ -716,199 +685,8 @@ def _gram_bwd_kernel(
         )  # fmt: skip
 
 
-def held_tiles(config: Config, skipped: int) -> list[tuple[int, int]]:
-    """Sizes of the tiles of Gamma' that a program of the fused forward holds."""
-    sizes = [config.block] * (config.tiles - 1) + [config.last]
-    return [(sizes[i], sizes[j]) for i, j in _pairs(config.tiles, skipped // config.block)]
-
-
-def _tiles(rows: int) -> tuple[int, int, int]:
-    """(rows of a tile, rows of the last tile, tiles) of a program that holds ``rows`` rows; 0 tiles: too many."""
-    if rows > _FUSED_ROWS:
-        return 128, 128, 0
-    if rows > 128:
-        return 128, max(MIN_TILE, next_power_of_2(rows - 128)), 2
-    block = max(MIN_TILE, next_power_of_2(rows))
-    return block, block, 1
-
-
-def forward_config(
-    rows: int,
-    width: int,
-    dtype: torch.dtype,
-    precision: str,
-    target: Target,
-    skipped: int = 0,
-    sides: int = 1,
-) -> Config:
-    """Configuration of the forward for that many rows of Z', at most ``width`` = F columns, in each of ``sides``.
-
-    ``dtype`` is that of the dot; the block of the first ``skipped`` rows is given and not computed.
-    """
-    raw, small = dtype != torch.float32, small_shared_memory(target)
-    block, last, tiles = _tiles(rows)
-    block_f = 64 if raw and not small else 32
-    num_warps = 8 if block >= 64 else 4
-    # sm_80 has room for four slices of two tiles.
-    num_stages = 2 if small else 3 if not raw else 4 if target.arch == 80 else 5
-    programs = 1 if tiles else cdiv(rows, block) * (cdiv(rows, block) + 1) // 2
-    # Every part writes its entries in float32, and they are read again: at most a fifth of the bytes of the inputs, a
-    # tenth if a given block leaves few entries and so would allow many parts.
-    affordable = rows * width * dtype.itemsize // ((10 if skipped else 5) * 2 * (rows**2 - skipped**2))
-    parts = min(target.multiprocessors // (programs * sides), affordable)
-    if precision in ("ieee", "tf32x3") and not raw:
-        # A part is summed product by product, so short parts lose less.
-        parts = max(parts, cdiv(width, _CHAIN))
-    parts = max(1, min(parts, cdiv(width, block_f)))
-    return Config(block, last, tiles, 0, block_f, parts, num_warps, num_stages)
-
-
-def backward_config(rows: int, width: int, dtype: torch.dtype, precision: str, target: Target) -> Config:
-    """Configuration of the backward; ``parts`` matters only if one program holds all rows."""
-    raw, small = dtype != torch.float32, small_shared_memory(target)
-    block, last, tiles = _tiles(rows)
-    block_f, num_stages = 64 if raw else 32, 3 if raw and not small else 2
-    # A, in two terms or one, and all stages of Z'.
-    edge = last if tiles == 1 else block + last
-    held = edge * (edge + num_stages * block_f) * 4 - raw * edge * num_stages * block_f * 2
-    if not tiles or held > target.shared_memory - 8192 or (precision != "tf32" and not raw and rows > 64):
-        large, three_products = raw and not small, precision == "tf32x3" and not raw
-        if three_products:
-            # Few warps, so that each takes a long slice of both operands through registers.
-            return (
-                Config(128, 128, 0, 32, 64, 1, 4, 2)
-                if rows > _FUSED_ROWS
-                else Config(64, 128, 0, 32, 32, 1, 4, 2)
-            )
-        return Config(128 if large else 64, 128, 0, 32, 128 if large else 64, 1, 8, num_stages + large)
-    # Every part reads A, from the cache: at most a quarter of the bytes of rows and gradients.
-    affordable = 2 * width * dtype.itemsize // (4 * 4 * rows)
-    parts = max(1, min(target.multiprocessors, affordable, cdiv(width, block_f)))
-    return Config(block, last, tiles, 0, block_f, parts, 8 if block >= 64 else 4, num_stages)
-
-
 Side = tuple[Tensor, Tensor | None, Tensor | None]
 """Features [B, F], memory [K, F'] or None, and the memory's own block of Gamma if it is given."""
-
-
-class LaunchShape(NamedTuple):
-    """What the launches of sides with the same numbers of rows depend on."""
-
-    num_centroid: int
-    batch: int
-    widths: tuple[tuple[int, int], ...]
-    """Of memory and features, per side; 0 for no memory."""
-    tokens: int
-    """S; 0 without a mask."""
-    dot: torch.dtype
-    precision: str
-    given_side: int
-    """The side whose memory's block is given; -1: none."""
-    target: Target
-
-    @property
-    def head(self) -> int:
-        """The rows of the memory and its shift."""
-        return self.num_centroid + 1 if self.num_centroid else 0
-
-    @property
-    def total(self) -> int:
-        """N."""
-        return self.head + self.batch + 1
-
-    @property
-    def raw(self) -> bool:
-        """True if rows are multiplied as they are. The last row of Z' is then 0 and not multiplied."""
-        return self.dot != torch.float32
-
-    def width(self, side: int) -> int:
-        """The columns of Z'."""
-        return max(self.widths[side])
-
-    def token(self, side: int) -> int:
-        """Columns of a token; 1 without a mask."""
-        return self.widths[side][1] // self.tokens if self.tokens else 1
-
-    def constants(self, config: Config) -> dict[str, Any]:
-        """Compile-time arguments of the kernels that read the stacked rows."""
-        block, tiles = config.block, config.tiles
-        return {
-            "HAS_MASK": self.tokens > 0,
-            "ONE_TOKEN": all(self.token(side) % config.block_f == 0 for side in range(len(self.widths))),
-            "HAS_MEMORY": self.num_centroid > 0,
-            "TILES": tiles,
-            "MEMORY_TILES": min(tiles, cdiv(self.num_centroid, block)),
-            "FIRST_FEATURES": max(0, min(tiles - 1, self.head // block)),
-            "RAW": self.raw,
-            "DOT_TYPE": kernel_dot_type(self.dot),
-            "PRECISION": self.precision,
-            "BLOCK": block,
-            "LAST": config.last,
-            "BLOCK_F": config.block_f,
-        }
-
-
-def stored_entries(shape: LaunchShape, given: bool) -> int:
-    """The entries of Gamma' that a part holds; ``given``: without the memory's own block."""
-    limit, head, tile = shape.total - shape.raw, shape.head, _SUMMED.value
-    entries = sum(min(limit, (row // tile + 1) * tile) for row in range(limit))
-    if given and shape.raw:
-        entries -= sum(min(head, (row // tile + 1) * tile) for row in range(head))
-    return entries
-
-
-def summed_blocks(total: int) -> int:
-    """Tiles along an edge of Gamma' in the sum over parts."""
-    return cdiv(total, _SUMMED.value)
-
-
-def symmetric_blocks(total: int) -> int:
-    """Tiles along an edge of dGamma + dGamma^T."""
-    return cdiv(total, _SYMMETRIC)
-
-
-def rows_block(padded: int) -> int:
-    """Rows of A that a program of ``_gram_rows_kernel`` holds."""
-    return max(1, min(MIN_TILE, _HELD // next_power_of_2(padded)))
-
-
-class _Forward(NamedTuple):
-    """What the launches of a forward need, for a configuration."""
-
-    constants: dict[str, Any]
-    grid: tuple[int, int]
-    part_f: tuple[int, ...]
-    parts: tuple[int, ...]
-
-
-@functools.lru_cache(maxsize=512)
-def default_forward(shape: LaunchShape) -> Config:
-    """The heuristic's configuration of a forward."""
-    skipped = shape.head if shape.raw and shape.given_side >= 0 else 0
-    width = max(shape.width(side) for side in range(len(shape.widths)))
-    rows, sides = shape.total - shape.raw, len(shape.widths)
-    return forward_config(rows, width, shape.dot, shape.precision, shape.target, skipped, sides)
-
-
-@functools.lru_cache(maxsize=512)
-def forward_plan(shape: LaunchShape, default: Config, config: Config) -> _Forward:
-    """What the launches of a forward need with ``config``; parts are those of ``default``."""
-    # Parts begin where slices of every configuration do, and where tokens do if a slice is within one.
-    step, sides = 2 * default.block_f, range(len(shape.widths))
-    part_f = tuple(max(step, cdiv(cdiv(shape.width(side), default.parts), step) * step) for side in sides)
-    parts = tuple(max(1, cdiv(shape.width(side), part_f[side])) for side in sides)
-    blocks = cdiv(shape.total - shape.raw, config.block)
-    first = shape.head // config.block if shape.raw else 0
-    constants = {
-        "BOTH": len(sides) == 2,
-        "GIVEN": shape.raw and shape.given_side == 0,
-        "OTHER_GIVEN": shape.raw and shape.given_side == 1,
-        "FIRST": first if shape.given_side == 0 else 0,
-        "OTHER_FIRST": first if shape.given_side == 1 else 0,
-        **shape.constants(config),
-    }
-    tiles = 1 if config.tiles else blocks * (blocks + 1) // 2
-    return _Forward(constants, (tiles, sum(parts)), part_f, parts)
 
 
 def _dot_of(side: Side) -> torch.dtype:
@@ -951,99 +729,45 @@ def forward(sides: Sequence[Side], mask: Tensor | None) -> Sequence[Tensor]:
     if kinds[0] != kinds[-1]:
         return [forward([side], mask)[0] for side in sides]
     shape = _shape_of(sides, mask, kinds[0][0])
-    features = sides[0][0]
-    device, total, batch, num_centroid, head = (
-        features.device, shape.total, shape.batch, shape.num_centroid, shape.head,
-    )  # fmt: skip
-    default = default_forward(shape)
-    plan = forward_plan(shape, default, default)
-    partial = torch.empty((sum(plan.parts), total, total), dtype=torch.float32, device=device)
+    default, plan = forward_plan(shape)
+    device, total = sides[0][0].device, shape.total
+    partial = torch.empty((plan.grid[1], total, total), dtype=torch.float32, device=device)
     gram = torch.empty((len(sides), total, total), dtype=torch.float32, device=device)
-    blocks = summed_blocks(total)
-    tiles = blocks * (blocks + 1) // 2
-    work = torch.empty(
-        len(sides) * (total * (total + 2 * blocks) + 5 * tiles), dtype=torch.float64, device=device
-    )
+    work = torch.empty(plan.work, dtype=torch.float64, device=device)
     arguments: list[Any] = []
     for number in (0, len(sides) - 1):
         tensors, strides = _rows_of(*sides[number][:2])
-        widths = shape.widths[number]
-        arguments += (
-            *tensors,
-            *strides,
-            *widths,
-            shape.token(number),
-            plan.part_f[number],
-            plan.parts[number],
-        )
+        widths, part_f, parts = shape.widths[number], plan.part_f[number], plan.parts[number]
+        arguments += (*tensors, *strides, *widths, shape.token(number), part_f, parts)
     flags, flag_strides = (partial, (0, 0)) if mask is None else (mask.view(torch.uint8), mask.stride())
-    rows = (num_centroid, batch, head, total)
+    rows = (shape.num_centroid, shape.batch, shape.head, total)
 
     def multiply(config: Config) -> None:
-        chosen = forward_plan(shape, default, config)
+        chosen = plan if config is default else forward_plan(shape, config)[1]
         launch(
             _gram_fwd_kernel, chosen.grid, (*arguments, flags, partial, *flag_strides, *rows), chosen.constants,
             device=device, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 
     multiply(pick(("gram_fwd", shape), default, lambda: neighbours(default, "block_f"), multiply))
-    meta = {"GIVEN_SIDE": shape.given_side, "RAW": shape.raw}
-    # Few parts go with many tiles, whose programs then run side by side.
-    warps = 1 if max(plan.parts) <= 16 else 4 if max(plan.parts) <= 128 else 8
     launch(
-        _gram_sum_kernel, (tiles, len(sides)), (partial, work, *rows, plan.parts[0], plan.parts[-1], blocks),
-        {**meta, "PARTS": max(8, 4 * warps)}, device=device, num_warps=warps,
+        _gram_sum_kernel, plan.sum_grid,
+        (partial, work, *rows, plan.parts[0], plan.parts[-1], plan.blocks), plan.sum_constants,
+        device=device, num_warps=plan.sum_warps,
     )  # fmt: skip
     given = gram if shape.given_side < 0 else sides[shape.given_side][2]
     given_strides = (0, 0) if given is None or given is gram else given.stride()
-    edge = cdiv(total, 32)
     launch(
-        _gram_centre_kernel, (edge, edge, len(sides)), (work, given, gram, *given_strides, *rows, blocks),
-        {**meta, "BLOCKS": next_power_of_2(blocks), "TOTALS": next_power_of_2(tiles), "BLOCK": 32},
-        device=device, num_warps=8,
+        _gram_centre_kernel, plan.centre_grid, (work, given, gram, *given_strides, *rows, plan.blocks),
+        plan.centre_constants, device=device, num_warps=8,
     )  # fmt: skip
     return gram.unbind()
 
 
-class _Backward(NamedTuple):
-    """What the launch of the backward's product needs, for a configuration."""
-
-    constants: dict[str, Any]
-    grid: tuple[int, int]
-    part_f: int
-
-
-@functools.lru_cache(maxsize=512)
-def backward_plan(
-    shape: LaunchShape, needs: tuple[bool, bool], config: Config | None
-) -> tuple[Config, _Backward]:
-    """``config``, or the heuristic's, and what the backward's product needs with it."""
-    if config is None:
-        rows = shape.total - shape.raw
-        config = backward_config(rows, shape.width(0), shape.dot, shape.precision, shape.target)
-    width = shape.width(0)
-    part_f = config.block_f
-    if config.tiles:
-        part_f *= cdiv(cdiv(width, config.parts), config.block_f)
-    constants = {
-        "NEED_FEATURES": needs[0],
-        "NEED_MEMORY": needs[1],
-        "TERMS": 1 + shape.raw,
-        "INNER": config.inner,
-        **shape.constants(config),
-    }
-    row_tiles = 1 if config.tiles else cdiv(shape.total - shape.raw, config.block)
-    return config, _Backward(constants, (row_tiles, cdiv(width, part_f)), part_f)
-
-
 def backward(
-    features: Tensor,
-    memory: Tensor | None,
-    mask: Tensor | None,
-    d_gram: Tensor,
-    weights: Tensor | None,
+    features: Tensor, memory: Tensor | None, mask: Tensor | None, d_gram: Tensor, weights: Tensor | None,
     needs: tuple[bool, bool],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return (d features, d memory); one that is not needed has no elements.
 
     ``d_gram`` [L, N, N] are derivatives by Gamma, to be added with ``weights`` [L] or, with None, as they are.
@@ -1057,41 +781,34 @@ def backward(
     shape = _shape_of([(features, memory, None)], mask, _dot_of((features, memory, None)))
     if shape.width(0) == 0 or not any(needs):
         return d_features, d_memory
-    device, total = features.device, shape.total
-    sixteenths = cdiv(total, 16)
-    padded = 16 * sixteenths
-    rows = (shape.num_centroid, shape.batch, shape.head, total)
-    blocks = symmetric_blocks(total)
-    small = torch.empty((total + 2 * blocks, total), dtype=torch.float32, device=device)
+    default, plan = backward_plan(shape, needs)
+    device, blocks, sixteenths, padded = features.device, plan.blocks, plan.sixteenths, 16 * plan.sixteenths
+    rows = (shape.num_centroid, shape.batch, shape.head, shape.total)
+    small = torch.empty((shape.total + 2 * blocks, shape.total), dtype=torch.float32, device=device)
     terms = torch.empty((1 + shape.raw, padded, padded), dtype=shape.dot, device=device)
     scale = torch.empty(padded, dtype=torch.float32, device=device)
     launch(
         _gram_symmetric_kernel, (blocks, blocks),
         (d_gram, small if weights is None else weights, small, *d_gram.stride(), *rows),
-        {"COUNT": d_gram.shape[0], "HAS_WEIGHTS": weights is not None, "BLOCK": _SYMMETRIC},
+        {"COUNT": d_gram.shape[0], "HAS_WEIGHTS": weights is not None, "BLOCK": SYMMETRIC},
         device=device, num_warps=4,
     )  # fmt: skip
-    whole = next_power_of_2(padded)
-    block = rows_block(padded)
     launch(
-        _gram_rows_kernel, (cdiv(padded, block),), (small, terms, scale, *rows, sixteenths, blocks),
-        {"TERMS": 1 + shape.raw, "BLOCK": block, "ALL": whole, "BLOCKS": next_power_of_2(blocks)},
+        _gram_rows_kernel, plan.rows_grid, (small, terms, scale, *rows, sixteenths, blocks), plan.rows_constants,
         device=device, num_warps=4,
     )  # fmt: skip
     outputs = d_memory if needs[1] else small, d_features if needs[0] else small
-    output_strides = [stride for output in outputs for stride in output.stride()]
     tensors, strides = _rows_of(features, memory)
     flags, flag_strides = (small, (0, 0)) if mask is None else (mask.view(torch.uint8), mask.stride())
-    default, _ = backward_plan(shape, needs, None)
+    arguments = (
+        *tensors, flags, terms, scale, *outputs, *strides, *flag_strides, *outputs[0].stride(), *outputs[1].stride(),
+        *rows, *shape.widths[0], shape.token(0),
+    )  # fmt: skip
 
     def multiply(config: Config) -> None:
-        _, plan = backward_plan(shape, needs, config)
-        arguments = (
-            *tensors, flags, terms, scale, *outputs, *strides, *flag_strides, *output_strides,
-            *rows, *shape.widths[0], shape.token(0), plan.part_f, sixteenths,
-        )  # fmt: skip
+        chosen = plan if config is default else backward_plan(shape, needs, config)[1]
         launch(
-            _gram_bwd_kernel, plan.grid, arguments, plan.constants,
+            _gram_bwd_kernel, chosen.grid, (*arguments, chosen.part_f, sixteenths), chosen.constants,
             device=device, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 
