@@ -16,7 +16,6 @@ The request is the op's ``backend`` argument. If that is None or "auto", it is t
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 import warnings
@@ -34,7 +33,7 @@ def _triton_problem(op: str, device: torch.device) -> str | None:
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "tensors are on the CPU and TRITON_INTERPRET=1 is not set"
     try:
-        implementation(op, "triton")
+        importlib.import_module(f"fsd_kernels.{op}.triton")
     except ImportError as error:
         return f"fsd_kernels.{op}.triton cannot be imported ({error})"
     return None
@@ -81,7 +80,6 @@ def resolve_backend(backend: str | None, device: torch.device, op: str) -> str:
     return "eager"
 
 
-@functools.cache
 def implementation(op: str, backend: str) -> ModuleType:
     """Return the module ``fsd_kernels.<op>.<backend>``, imported on first use."""
     return importlib.import_module(f"fsd_kernels.{op}.{backend}")
