@@ -84,7 +84,7 @@ bench: data
 # Students of every method and task, and their learning curves: docs/results/*.yaml. Hours on two cores; a second run goes on
 # where the first one stopped, also from the rows that are in docs/results.
 results: data
-	@for name in students students_8000 learning_curve; do \
+	@for name in students_lr students students_8000 learning_curve; do \
 	  mkdir -p runs/results/$$name && \
 	  { test -e runs/results/$$name/results.csv || ! test -e docs/results/$$name.csv || \
 	    cp docs/results/$$name.csv runs/results/$$name/results.csv; } && \

@@ -304,6 +304,18 @@ def test_kernels_give_the_gradient_of_one_input_alone(path: str) -> None:
 
 
 @on_triton
+def test_kernels_rows_that_nothing_depends_on_get_a_gradient_of_zero(path: str) -> None:
+    features, memory = (normal(rows, 40, seed=rows).requires_grad_() for rows in (4, 6))
+    weights = normal(4, 4, seed=3)
+    gradients = []
+    for backend in ("triton", "reference"):
+        samples = gram(features, memory, backend=backend)[7:11, 7:11]
+        gradients.append(torch.autograd.grad((samples * weights).sum(), (features, memory)))
+    assert torch.equal(gradients[0][1], torch.zeros_like(memory))
+    assert relative_error(gradients[0][0], gradients[1][0]) < 1e-5
+
+
+@on_triton
 def test_kernels_launched(launches: list[str]) -> None:
     features = normal(4, 40, seed=1).requires_grad_()
     gram(features, normal(6, 40, seed=2), backend="triton").sum().backward()
