@@ -12,7 +12,7 @@ from fsd_fast.commands.demo import results_table
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "docs" / "results" / "demo.json"
 CPU = ROOT / "benchmarks" / "results" / "intel-r-xeon-r-processor-2-threads" / "2026-11-26-97fc364.json"
-GPU = ROOT / "benchmarks" / "results" / "nvidia-h200" / "2026-11-26-7fa564b-tf32.json"
+GPU = ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3" / "2026-11-27-c6d88d5-bf16.json"
 
 _SHAPE = "B=32 S=128 D=768"
 _NAMES = {
