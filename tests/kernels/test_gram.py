@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fsd_kernels import GramBasis, frozen_gram, gram, inter_structure
 from fsd_kernels.gram import eager, plan
+from fsd_kernels.gram import triton as kernels
 from tests.interpreted import (
     DEVICE,
     GPU,
@@ -301,6 +302,45 @@ def test_kernels_give_the_gradient_of_one_input_alone(path: str) -> None:
         (gram(*inputs, backend="triton") * weights).sum().backward()
         assert inputs[1 - i].grad is None
         assert torch.equal(inputs[i].grad, both[i].grad)  # type: ignore[arg-type]
+
+
+@on_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_two_sides_at_once_are_what_each_is_alone(dtype: torch.dtype, path: str) -> None:
+    """With other widths, so that the sides have other numbers of parts, and the block of the second memory given."""
+    student, teacher = normal(4, 700, seed=1).to(dtype), normal(4, 1500, seed=2).to(dtype)
+    own, given = normal(20, 700, seed=3).to(dtype), normal(20, 1500, seed=4).to(dtype)
+    block = frozen_gram(given, backend="triton").gram
+    sides = [(student, own, None), (teacher, given, block)]
+    for both, side in zip(kernels.forward(sides, None), sides, strict=True):
+        (alone,) = kernels.forward([side], None)
+        # Parts are fewer where two sides share the programs.
+        assert relative_error(both, alone) < 1e-6
+        assert relative_error(both, gram(*(x.double() for x in side[:2]), backend="reference")) < 1e-5
+
+
+@on_triton
+def test_kernels_derivatives_of_several_losses_are_added_with_their_weights(path: str) -> None:
+    features, memory = normal(4, 40, seed=1), normal(6, 40, seed=2)
+    derivatives, weights = normal(3, 12, 12, seed=3), torch.tensor([0.5, -2.0, 3.0], device=DEVICE)
+    found = kernels.backward(features, memory, None, derivatives, weights, (True, True))
+    total = torch.tensordot(weights, derivatives, dims=1)
+    expected = kernels.backward(features, memory, None, total[None], None, (True, True))
+    for gradient, wanted in zip(found, expected, strict=True):
+        assert relative_error(gradient, wanted) < 1e-6
+
+
+@on_triton
+def test_kernels_gradients_in_16_bits_are_the_truth_rounded(path: str) -> None:
+    """One term of A would move a third of the entries to a neighbour. float16: the interpreter truncates bfloat16."""
+    features, memory = normal(4, 200, seed=1).half(), normal(6, 200, seed=2).half()
+    derivatives = normal(12, 12, seed=3)
+    found = kernels.backward(features, memory, None, derivatives[None], None, (True, True))
+    inputs = [x.double().requires_grad_() for x in (features, memory)]
+    gamma = gram(*inputs, backend="reference")
+    truth = torch.autograd.grad((gamma * derivatives).sum(), inputs)
+    for gradient, wanted in zip(found, truth, strict=True):
+        assert (gradient == wanted.half()).double().mean() > 0.97
 
 
 @on_triton
