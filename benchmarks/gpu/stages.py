@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ _OUTCOME = re.compile(
 )
 _KINDS = {"PASSED": "passed", "FAILED": "failed", "ERROR": "failed", "SKIPPED": "skipped"}
 _WORKERS = 8
+_KERNEL = re.compile(r"\b_[a-z0-9_]+_kernel\b")
 
 
 class Plan(NamedTuple):
@@ -71,6 +73,18 @@ def read_tests(_: Path, output: str) -> Figures:
     return {**counts, "failures": [test for test, kind in outcomes.items() if kind == "failed"]}
 
 
+def read_sanitizer(_: Path, output: str) -> Figures:
+    """Outcomes of the tests, the number of errors, and in how many of the reports each kernel is named."""
+    summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
+    reports = [line for line in output.splitlines() if line.startswith("=========")]
+    named = Counter(name for line in reports for name in set(_KERNEL.findall(line)))
+    return {
+        **read_tests(_, output),
+        "errors": sum(map(int, summaries)) if summaries else None,
+        "kernels": dict(named),
+    }
+
+
 def _without(*names: str) -> Callable[[], str]:
     """The check that programs and Python packages are there."""
 
@@ -102,11 +116,7 @@ def _sanitizer(tool: str) -> Stage:
         checker = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
         return [*checker, *_pytest(_QUICK_TESTS if plan.quick else _CHECKED_TESTS)]
 
-    def read(_: Path, output: str) -> Figures:
-        summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
-        return {**read_tests(_, output), "errors": sum(map(int, summaries)) if summaries else None}
-
-    return Stage(tool, 25, command, read, _without("compute-sanitizer", "pytest"))
+    return Stage(tool, 25, command, read_sanitizer, _without("compute-sanitizer", "pytest"))
 
 
 def _benchmark(*arguments: str) -> list[str]:

@@ -139,6 +139,8 @@ def _ahead(stage: str, figures: Figures) -> Iterable[Target]:
 def _sanitizer(stage: str, figures: Figures) -> Target:
     errors = figures.get("errors")
     found = _NOT_FOUND if errors is None else f"{errors} errors"
+    if errors:
+        found += "".join(f", {name} {count}" for name, count in figures.get("kernels", {}).items())
     return Target(stage, stage, "0 errors", found, None if errors is None else errors == 0)
 
 

@@ -17,7 +17,7 @@ import torch
 from benchmarks.__main__ import main
 from benchmarks.gpu import targets
 from benchmarks.gpu.session import FAILED, LEFT_OUT, OK, OUT_OF_TIME, Session
-from benchmarks.gpu.stages import STAGES, Plan, Stage, read_json, read_tests
+from benchmarks.gpu.stages import STAGES, Plan, Stage, read_json, read_sanitizer, read_tests
 from benchmarks.paths import ROOT
 from benchmarks.speed import results
 from benchmarks.speed.commands import capture
@@ -278,3 +278,20 @@ def test_the_script_runs_a_session(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "gpu-session: expected a GPU" in done.stderr
+
+
+def test_a_sanitizers_reports_name_the_kernels() -> None:
+    output = (
+        "========= COMPUTE-SANITIZER\n"
+        "========= Error: Race reported between Write access at _gram_sum_kernel+0x5e0 and Read\n"
+        "========= Error: Race reported between Write access at 0x10 in _gram_fwd_kernel\n"
+        "tests/kernels/test_gram.py::test_kernels_launched PASSED\n"
+        "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n"
+    )
+    found = read_sanitizer(Path(), output)
+    assert found["errors"] == 2
+    assert found["kernels"] == {"_gram_sum_kernel": 1, "_gram_fwd_kernel": 1}
+    assert found["passed"] == 1
+    (line,) = [each for each in targets.evaluate({"racecheck": found}, False) if each.stage == "racecheck"]
+    assert line.found == "2 errors, _gram_sum_kernel 1, _gram_fwd_kernel 1"
+    assert line.passed is False
