@@ -63,8 +63,8 @@ LIMIT, TILED_LIMIT = 1.3, 2.0
 POINTS, CENTROIDS = 4096, 100
 F = TOKENS * WIDTH
 
-# The axis of each kernel's grid along which programs do equal work. Those of ``_gram_fwd_kernel`` hold unequal tiles of two
-# sides: all of them run.
+# The axis of each kernel's grid along which programs do equal work. Those of ``_gram_fwd_kernel`` hold unequal tiles of
+# two sides: all of them run.
 UNIFORM = {
     "_intra_cka_fwd_kernel": 0,
     "_intra_cka_bwd_kernel": 0,
