@@ -257,8 +257,9 @@ def _inter(cka: baselines.Cka) -> Callable[[dict[str, Tensor]], Tensor]:
 
 
 def counted(name: str, kind: Kind, count: Callable[[], dict[str, Traffic]]) -> dict[str, Traffic]:
-    """Return ``count()``, or the cached counts if neither the kernels nor the way of counting have changed."""
-    sources = [*Path(gram.__file__).parents[1].rglob("triton.py"), Path(_triton.__file__)]
+    """Return ``count()``, or the cached counts if neither the launches nor the way of counting have changed."""
+    folder = Path(_triton.__file__).parent
+    sources = [*folder.rglob("triton.py"), *folder.rglob("plan.py"), Path(_triton.__file__)]
     digest = hashlib.sha256(
         repr((COUNTER, [path.read_bytes() for path in sorted(sources)])).encode()
     ).hexdigest()
