@@ -64,7 +64,7 @@ TRITON ?= 3.7.1
 test-triton:
 	@test -x $(VENV)-triton-$(TRITON)/bin/python || $(PYTHON) -m venv $(VENV)-triton-$(TRITON)
 	@$(VENV)-triton-$(TRITON)/bin/pip install -q torch==2.13.0
-	@$(VENV)-triton-$(TRITON)/bin/pip install -q triton==$(TRITON) numpy pytest hypothesis
+	@$(VENV)-triton-$(TRITON)/bin/pip install -q triton==$(TRITON) "numpy<2.4" pytest hypothesis
 	@$(VENV)-triton-$(TRITON)/bin/python -m pytest -m triton tests/kernels --ignore tests/kernels/test_cost.py
 
 # Machine code of the Triton kernels, for GPUs that are not here. The first time takes about 70 minutes: 40 to compile

@@ -110,7 +110,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "a tile's rows multiplied by themselves",
         ),
         Mutation(
-            "def _intra_cka_tile_kernel", "if tile == 0:", "if tile == 1:", "energy of the shift never stored"
+            "def _intra_cka_tile_kernel", "if tile == 0:", "if tile < 0:", "energy of the shift never stored"
         ),
         Mutation(
             "def _intra_cka_tile_kernel",

@@ -108,9 +108,11 @@ class InterpretedTest(pytest.Item):
 
 
 def _broken_interpreter() -> bool:
-    """Triton 3.6's interpreter turns arrays of one element into numbers, which numpy refuses from 2.5 on."""
-    release = tuple(int(number) for number in triton.__version__.split(".")[:2])
-    return release < (3, 7) and tuple(int(number) for number in np.__version__.split(".")[:2]) >= (2, 5)
+    """Triton 3.6's interpreter turns arrays of one element into numbers, which numpy refuses from 2.4 on."""
+    release, numpy = (
+        [int(number) for number in text.split(".")[:2]] for text in (triton.__version__, np.__version__)
+    )
+    return release < [3, 7] and numpy >= [2, 4]
 
 
 def _needs_the_interpreter(item: pytest.Item) -> bool:

@@ -313,6 +313,23 @@ def test_kernels_give_zero_for_equal_features(path: str) -> None:
 
 
 @on_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_rows_equal_up_to_rounding_have_no_structure(dtype: torch.dtype, path: str) -> None:
+    """float32 rows that differ in their last bits, and 16-bit rows whose products do."""
+    row = 100 * normal(48, seed=1)
+    student = row.repeat(2, 24, 1)
+    if dtype == torch.float32:
+        last_bit = torch.randint(-1, 2, student.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+        student = student + student * last_bit * 2.0**-23
+    student = student.to(dtype).requires_grad_()
+    values = intra_cka(student, normal(2, 24, 48, seed=2).to(dtype), backend="triton")
+    assert (values.neg_log == 0).all()
+    assert (values.one_minus_cka == 0).all()
+    (gradient,) = torch.autograd.grad(values.neg_log.sum(), student)
+    assert (gradient == 0).all()
+
+
+@on_triton
 def test_kernels_give_zero_for_constant_rows(path: str) -> None:
     for offset in (1.0, 1e4):
         x = (offset * normal(2, 1, 24, seed=3)).expand(2, 18, 24).contiguous().requires_grad_()
