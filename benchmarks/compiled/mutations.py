@@ -467,7 +467,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
         ),
         Mutation("def _cka_of_block", "-unit_s / floored", "unit_s / floored", "sign of the gradient"),
         Mutation("def _distances", "- 2.0 * hm", "+ 2.0 * hm", "sign of the product in q"),
-        Mutation("def _without_rounding", "NORM_ROUNDING * sizes", "-sizes", "rounding taken for a norm"),
+        Mutation("def _without_rounding", "sizes * NORM_ROUNDING", "-sizes", "rounding taken for a norm"),
         Mutation("def _distances", "/ double_ab, 0.0)", "/ double_ab, 1.0)", "cosine with the zero vector"),
         Mutation(
             "def _distances",

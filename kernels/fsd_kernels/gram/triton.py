@@ -470,8 +470,8 @@ def _gram_centre_kernel(
     in_columns_m, in_columns_h = _in_groups(columns, K, B, head)
     if RAW:
         # Rows that are equal up to the rounding of their products have no structure.
-        keep_m = tl.where(energy_m - k * mean_mm <= _RAW_ROUNDING * k * mean_mm, 0.0, 1.0)
-        keep_h = tl.where(energy_h - b * mean_hh <= _RAW_ROUNDING * b * mean_hh, 0.0, 1.0)
+        keep_m = tl.where(energy_m - k * mean_mm <= k * mean_mm * _RAW_ROUNDING, 0.0, 1.0)
+        keep_h = tl.where(energy_h - b * mean_hh <= b * mean_hh * _RAW_ROUNDING, 0.0, 1.0)
         gamma *= tl.where(in_rows_m[:, None] & in_columns_m[None, :], keep_m, 1.0)
         gamma *= tl.where(in_rows_h[:, None] & in_columns_h[None, :], keep_h, 1.0)
     result = gamma.to(tl.float32)

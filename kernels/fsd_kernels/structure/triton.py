@@ -146,7 +146,7 @@ def _row(gamma_ptr, N, row, index, inside):
 @triton.jit
 def _without_rounding(squares, sizes):
     """Set squares to 0 that are nothing but rounding of terms of these sizes; also return which are kept. Keeps NaN."""
-    exists = ~((squares <= NORM_ROUNDING * sizes) & (sizes < float("inf")))
+    exists = ~((squares <= sizes * NORM_ROUNDING) & (sizes < float("inf")))
     return tl.where(exists, squares, 0.0), exists
 
 
@@ -178,7 +178,7 @@ def _distances(gamma_ptr, N, K, h, m, h_inside, m_inside):
     v, exists_m = _without_rounding(from_mean_m + mean_mm, size_v)
     a, b = tl.sqrt(u), tl.sqrt(v)
     u_minus_v = from_mean_h[:, None] - from_mean_m[None, :]
-    far = (a[:, None] > MAXIMUM_LENGTH_RATIO * b[None, :]) | (b[None, :] > MAXIMUM_LENGTH_RATIO * a[:, None])
+    far = (a[:, None] > b[None, :] * MAXIMUM_LENGTH_RATIO) | (b[None, :] > a[:, None] * MAXIMUM_LENGTH_RATIO)
     defined = exists_h[:, None] & exists_m[None, :] & ~far
     r = tl.where(defined, u_minus_v / tl.where(defined, a[:, None] + b[None, :], 1.0), 0.0)
     double_ab = tl.where(defined, 2.0 * a[:, None] * b[None, :], 1.0)
